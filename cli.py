@@ -1,0 +1,165 @@
+"""What the entry scripts share on the command line: options, their defaults, and how a user's mistake is reported.
+
+Nothing heavy is imported here, so that `--help` answers at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+# The survey questions that can be the score of a conversation -> points per unit of the answer. Answers run 1-9 or
+# 1-7 and are put on one scale with the two that are given in 0-100.
+REWARD_CLASSES = {
+    "you_are_funny": 10,
+    "you_are_intelligent": 10,
+    "our_thoughts_synced_up_sr1": 10,
+    "you_are_humble": 10,
+    "end_affect": 10,
+    "overall_affect": 10,
+    "overall_memory_rating": 10,
+    "how_enjoyable": 10,
+    "i_like_you": 10,
+    "in_common": 10,
+    "conversationalist": 1,
+    "good_for_advice": 1,
+    "you_are_quickwitted": 10,
+    "you_are_competent": 10,
+    "you_are_kind": 10,
+    "you_are_friendly": 10,
+    "you_are_warm": 10,
+}
+
+# Alias of `--model` -> the hub id that it stands for.
+ENCODERS = {
+    "convo": "kabita-choudhary/finetuned-bart-for-conversation-summary",
+}
+
+TRANSCRIPTS = ("cliffhanger", "audiophile", "backbiter")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: what was expected, what was found, where, and what to do, in one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line (argparse prints the whole usage before them)."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def new_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose `--help` shows every default and whose options cannot be abbreviated."""
+    return _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+
+
+def positive_int(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    value = int(text) if text.lstrip("+-").isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is expected, not {text!r}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number above 0 is expected, not {text!r}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number in [0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"a number from 0 to 1 is expected, not {text!r}")
+    return value
+
+
+def episode_length(text: str) -> int | str:
+    """argparse type of `--ep_len`: a whole number of turns, or `actual`."""
+    return text if text == "actual" else positive_int(text)
+
+
+def file_name(text: str) -> str:
+    """argparse type: a name that becomes part of a file's name, so never a path."""
+    if not text or text.startswith(".") or any(c in text for c in "/\\\0") or text != text.strip():
+        raise argparse.ArgumentTypeError(f"a plain name (no slashes, no leading dot) is expected, not {text!r}")
+    return text
+
+
+def add_common_options(parser: argparse.ArgumentParser, learning_rate: float, context_turns: int) -> None:
+    """Options of all three stages; `learning_rate` and `context_turns` are the stage's own defaults."""
+    add = parser.add_argument
+    add("--data_dir", default="./candor", help="folder with one folder a conversation, in CANDOR's layout")
+    add("--output_dir", default=".", help="folder under which the output folders are made")
+    add("--transcript", choices=TRANSCRIPTS, default="cliffhanger", help="which of CANDOR's transcripts is read")
+    add("--context_turns", type=positive_int, default=context_turns, help="turns of context before an agent turn")
+    add("--max_length", type=positive_int, default=1024, help="encoder tokens; less if the encoder's limit is lower")
+    add("--learning_rate", type=positive_float, default=learning_rate, help="peak learning rate")
+    add("--seed", type=int, default=0, help="seed of every random choice")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto is a GPU when there is one")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of forward and backward passes; auto is bfloat16 where the hardware computes in it (weights stay float32)",
+    )
+    add("--log_text", action="store_true", help="let text and ids of conversations go to wandb (never otherwise)")
+
+
+def add_reward_options(parser: argparse.ArgumentParser, epochs: int) -> None:
+    """Options of the two stages that train a reward (`epochs`: the stage's own default)."""
+    add = parser.add_argument
+    add("--reward_class", choices=REWARD_CLASSES, default="overall_affect", metavar="CLASS", help=_classes_help())
+    add("--model", default="convo", help=f"the text encoder: {', '.join(ENCODERS)}, or any hub id or folder")
+    add("--lang_model_path", help="hub id or folder of an encoder to load instead of --model's own")
+    add("--train_size", type=positive_int, default=500, help="training conversations (fewer if there are fewer)")
+    add("--val", action="store_true", help="evaluate on the validation conversations")
+    add("--train", action="store_true", help="train (stage 1 trains whether or not it is given)")
+    add("--epochs", type=positive_int, default=epochs, help="passes over the training conversations")
+    add("--run_name", type=file_name, help="name of the run (default: wandb's, or one like it)")
+    add("--ep_len", type=episode_length, default=160, help="L of the return, in turns, or 'actual' for each one's own")
+    add(
+        "--reaction_type",
+        choices=("class", "mean"),
+        default="class",
+        help="LI target: from the turn's most frequent face class, or the share of frames that are happy",
+    )
+    add(
+        "--negative_affect",
+        choices=("zero", "negative"),
+        default="zero",
+        help="LI target of anger, contempt, disgust, fear and sadness: 0 or -1",
+    )
+    heads = parser.add_argument_group("reward head (default: h-768-128-32-1, ReLU)").add_mutually_exclusive_group()
+    heads.add_argument("--small_model_shrink", action="store_true", help="h-128-1, dropout 0.2, tanh at the end")
+
+
+def head_name(args: argparse.Namespace) -> str:
+    """The head that the options choose: a key of `models.HEADS`."""
+    return "small_model_shrink" if args.small_model_shrink else "default"
+
+
+def _classes_help() -> str:
+    return "the survey question that is the score: " + ", ".join(REWARD_CLASSES)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs an entry script's `main`: a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

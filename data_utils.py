@@ -1,0 +1,551 @@
+"""CANDOR on disk -> conversations -> trajectories: reading, aligning faces with turns, splits, and the encoder's text.
+
+A *conversation* is a video call of two people. It gives two *trajectories*: in each one person is the user, who rates,
+and the other is the agent, whose turns are the actions. Every turn is therefore an agent turn in exactly one of the two,
+and its listener is the speaker of the other turns; that is why a turn's affect is found once, when it is read.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from cli import REWARD_CLASSES, UserError
+
+FACES = ("anger", "contempt", "disgust", "fear", "happiness", "neutral", "sadness", "surprise")  # alphabetical
+HAPPINESS, NEUTRAL, SURPRISE = FACES.index("happiness"), FACES.index("neutral"), FACES.index("surprise")
+NEGATIVE = tuple(FACES.index(name) for name in ("anger", "contempt", "disgust", "fear", "sadness"))
+AFFECT_GROUPS = {"neg": NEGATIVE, "pos": (HAPPINESS,), "neut": (NEUTRAL,), "sup": (SURPRISE,)}
+
+MIN_WORDS = 6  # a turn of fewer words is too short to read a face from: it counts as neutral
+ANSWER_LIMITS = {10: (0, 10), 1: (0, 100)}  # points per unit of the answer -> the answers that are believed
+
+FEATURES_FILE = "audio_video_features.csv"
+SURVEY_FILE = "survey.csv"
+
+
+class Dropped(Exception):
+    """A conversation that cannot be used; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn.
+
+    Attributes:
+        turn_id: as in the transcript.
+        speaker: user id of who speaks.
+        start, stop: seconds from the beginning of the call, start <= stop.
+        utterance: what was said, stripped, never empty.
+        n_words: the transcript's word count.
+        affect: index into `FACES` of the *listener's* face during the turn.
+        happy_share: share of the listener's frames that are happy, in [0, 1]; 0 where the affect is neutral by rule.
+    """
+
+    turn_id: str
+    speaker: str
+    start: float
+    stop: float
+    utterance: str
+    n_words: int
+    affect: int
+    happy_share: float
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One call. `speakers` are the first speaker of the transcript and the other; `answers` are user id -> question ->
+    answer, with missing answers left out; `skipped_turns` counts transcript rows that are no turns, by reason."""
+
+    id: str
+    speakers: tuple[str, str]
+    turns: tuple[Turn, ...]
+    answers: dict[str, dict[str, float]]
+    questions: frozenset[str]
+    skipped_turns: Counter = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One side of a conversation.
+
+    Attributes:
+        conversation: where it comes from.
+        flip: False when the first speaker of the transcript is the user (who rates), True when the other is.
+        user, agent: user ids.
+        score: R, the user's rating in points, about 0 to 100.
+        answer: the rating as it stands in the survey.
+        agent_turns: indices into `conversation.turns`, ascending, at least one.
+    """
+
+    conversation: Conversation
+    flip: bool
+    user: str
+    agent: str
+    score: float
+    answer: float
+    agent_turns: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        """A name for the trajectory that is the same on every machine."""
+        return f"{self.conversation.id}/{int(self.flip)}"
+
+    def affects(self) -> np.ndarray:
+        """(T,) the listener's affect at each agent turn, as indices into `FACES`."""
+        return np.array([self.conversation.turns[i].affect for i in self.agent_turns])
+
+    def happy_shares(self) -> np.ndarray:
+        """(T,) the share of the listener's frames that are happy at each agent turn."""
+        return np.array([self.conversation.turns[i].happy_share for i in self.agent_turns])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faces and turns
+
+
+def affect_of_turns(start, stop, n_words, seconds, probabilities) -> tuple[np.ndarray, np.ndarray]:
+    """The listener's affect during each turn (DESIGN.md section 3).
+
+    A frame's class is its most probable face; a turn's affect is the most frequent class of the frames with
+    start <= second <= stop, ties to the class of larger mean probability; neutral without frames or below six words.
+
+    Args:
+        start, stop: (n,) seconds. n_words: (n,) words of each turn.
+        seconds: (m,) times of the listener's frames, ascending. probabilities: (m, 8) in the order of `FACES`, no NaN.
+
+    Returns:
+        (n,) indices into `FACES`, and (n,) the share of frames that are happy (0 where neutral by rule).
+    """
+    first = np.searchsorted(seconds, start, side="left")
+    end = np.searchsorted(seconds, stop, side="right")
+    classes = probabilities.argmax(axis=1) if len(seconds) else np.zeros(0, dtype=int)
+    counts = _window_sums(np.eye(len(FACES))[classes], first, end)
+    means = _window_sums(probabilities, first, end)  # sums order a turn's classes as means do: one divisor for all
+    tied = counts == counts.max(axis=1, keepdims=True)
+    affect = np.where(tied, means, -1.0).argmax(axis=1)
+    frames = end - first
+    readable = (frames > 0) & (np.asarray(n_words) >= MIN_WORDS)
+    share = np.where(readable, counts[:, HAPPINESS] / np.maximum(frames, 1), 0.0)
+    return np.where(readable, affect, NEUTRAL), share
+
+
+def _window_sums(values: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """(n, k) sums of values[first:end] over each window, from one running sum."""
+    running = np.concatenate([np.zeros((1, len(FACES))), np.cumsum(values, axis=0)])
+    return running[end] - running[first]
+
+
+def affect_targets(affects, happy_shares, reaction_type: str = "class", negative_affect: str = "zero") -> np.ndarray:
+    """f_t of the LI loss: what the listener's face says an agent turn is worth.
+
+    Args:
+        affects: (n,) indices into `FACES`. happy_shares: (n,) in [0, 1].
+        reaction_type: `class`: happiness 1, all else 0; `mean`: the share of happy frames.
+        negative_affect: `negative` gives anger, contempt, disgust, fear and sadness -1; `zero` gives them 0.
+
+    Returns:
+        (n,) float32 targets in [-1, 1].
+    """
+    affects = np.asarray(affects)
+    if reaction_type == "mean":
+        targets = np.asarray(happy_shares, dtype=np.float32).copy()
+    else:
+        targets = (affects == HAPPINESS).astype(np.float32)
+    if negative_affect == "negative":
+        targets[np.isin(affects, NEGATIVE)] = -1.0
+    return targets
+
+
+def turn_text(conversation: Conversation, index: int, user: str, context_turns: int) -> tuple[str, str]:
+    """The state and the action of turn `index` as text: the last `context_turns` turns before it, each
+    ` User: ...` or ` AI: ...`, joined by spaces; and `AI: ` + the turn itself."""
+    before = conversation.turns[max(0, index - context_turns) : index]
+    context = " ".join(f" {'User' if turn.speaker == user else 'AI'}: {turn.utterance}" for turn in before)
+    return context, f"AI: {conversation.turns[index].utterance}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversation:
+    """Reads one conversation's folder.
+
+    Raises:
+        Dropped: with the reason, when something is missing, unreadable or contradicts itself.
+    """
+    table = _read_transcript(folder / "transcription" / f"transcript_{transcript}.csv")
+    turns, skipped = _sound_rows(table)
+    speakers = tuple(dict.fromkeys(turns["speaker"]))
+    if len(speakers) != 2:
+        raise Dropped(f"2 speakers are expected, {len(speakers)} found in the transcript")
+    faces = _read_faces(folder / FEATURES_FILE)
+    if not any(len(faces[speaker][0]) for speaker in speakers if speaker in faces):
+        raise Dropped(f"{FEATURES_FILE}: no frame with a face of either speaker")
+    answers, questions = _read_survey(folder / SURVEY_FILE)
+
+    affect, share = np.full(len(turns), NEUTRAL), np.zeros(len(turns))
+    no_frames = (np.zeros(0), np.zeros((0, len(FACES))))
+    for speaker, listener in (speakers, speakers[::-1]):
+        rows = np.flatnonzero(turns["speaker"] == speaker)
+        part = turns.iloc[rows]
+        seconds, probabilities = faces.get(listener, no_frames)
+        affect[rows], share[rows] = affect_of_turns(
+            part["start"].to_numpy(), part["stop"].to_numpy(), part["n_words"].to_numpy(), seconds, probabilities
+        )
+    columns = (turns[name] for name in ("turn_id", "speaker", "start", "stop", "utterance", "n_words"))
+    return Conversation(
+        id=folder.name,
+        speakers=speakers,
+        turns=tuple(Turn(*row) for row in zip(*columns, affect.tolist(), share.tolist(), strict=True)),
+        answers={user: answers[user] for user in speakers if user in answers},
+        questions=questions,
+        skipped_turns=skipped,
+    )
+
+
+def _read_csv(path: Path, required: Iterable[str], optional: Iterable[str] = (), **options):
+    """A CSV file's wanted columns as a table.
+
+    Raises:
+        Dropped: if the file or a required column is missing, or it is no CSV.
+    """
+    import pandas as pd
+
+    required, wanted = list(required), {*required, *optional}
+    try:
+        table = pd.read_csv(path, usecols=lambda name: name in wanted, encoding="utf-8-sig", **options)
+    except FileNotFoundError:
+        raise Dropped(f"{path.name}: no such file") from None
+    except (OSError, UnicodeError, pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
+        raise Dropped(f"{path.name}: not a readable CSV file ({str(error).splitlines()[0]})") from None
+    missing = [name for name in required if name not in table.columns]
+    if missing:
+        raise Dropped(f"{path.name}: no column {', '.join(missing)}")
+    return table
+
+
+def _read_transcript(path: Path):
+    # keep_default_na: "null" and "NA" are things that people say
+    text = dict(dtype=str, keep_default_na=False)
+    return _read_csv(path, ("turn_id", "speaker", "start", "stop", "utterance"), ("n_words",), **text)
+
+
+def _sound_rows(table):
+    """The transcript's rows that are turns, in the order of their ids, with numbers parsed; and what was skipped."""
+    import pandas as pd
+
+    words = table["n_words"] if "n_words" in table else pd.Series("", index=table.index)
+    table = table.assign(
+        speaker=table["speaker"].str.strip(),
+        utterance=table["utterance"].str.strip(),
+        start=pd.to_numeric(table["start"], errors="coerce"),
+        stop=pd.to_numeric(table["stop"], errors="coerce"),
+        n_words=pd.to_numeric(words, errors="coerce"),
+    )
+    times = np.isfinite(table["start"]) & np.isfinite(table["stop"])
+    reasons = {
+        "empty utterance": table["utterance"] == "",
+        "no speaker": table["speaker"] == "",
+        "start or stop is not a number": ~times,
+        "starts before 0 or stops before it starts": times & ((table["stop"] < table["start"]) | (table["start"] < 0)),
+    }
+    sound, skipped = np.ones(len(table), dtype=bool), Counter()
+    for reason, bad in reasons.items():
+        skipped[reason] = int((sound & bad).sum())
+        sound &= ~bad.to_numpy()
+    table = table[sound]
+    if not len(table):
+        raise Dropped("the transcript has no usable turn")
+    order = pd.to_numeric(table["turn_id"], errors="coerce")
+    if order.notna().all():
+        table = table.iloc[np.argsort(order.to_numpy(), kind="stable")]
+    counted = table["utterance"].str.split().str.len()
+    finite = np.isfinite(table["n_words"]) & (table["n_words"] >= 0)
+    return table.assign(n_words=table["n_words"].where(finite, counted).astype(int)), +skipped
+
+
+def _read_faces(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """User id -> (m,) seconds ascending and (m, 8) face probabilities, of the frames with no empty cell."""
+    import pandas as pd
+
+    names = [f"prob_face_{face}" for face in FACES]
+    table = _read_csv(path, ("user_id", "timedelta", *names), dtype={"user_id": str, "timedelta": str})
+    seconds = _seconds(table["timedelta"])
+    probabilities = table[names].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
+    whole = np.isfinite(seconds) & np.isfinite(probabilities).all(axis=1) & table["user_id"].notna().to_numpy()
+    faces = {}
+    for user, rows in table[whole].groupby("user_id").indices.items():
+        rows = np.flatnonzero(whole)[rows]
+        rows = rows[np.argsort(seconds[rows], kind="stable")]
+        faces[user.strip()] = (seconds[rows], probabilities[rows])
+    return faces
+
+
+def _seconds(column) -> np.ndarray:
+    """(m,) seconds of `0 days 00:01:07` or `67.0`; NaN where it is neither."""
+    import pandas as pd
+
+    seconds = pd.to_numeric(column, errors="coerce").to_numpy(dtype=float)
+    other = np.isnan(seconds)
+    if other.any():
+        seconds = seconds.copy()
+        seconds[other] = pd.to_timedelta(column[other], errors="coerce").dt.total_seconds()
+    return seconds
+
+
+def _read_survey(path: Path) -> tuple[dict[str, dict[str, float]], frozenset[str]]:
+    """User id -> question -> answer (answers that are no number, or outside the scale, left out), and the questions."""
+    import pandas as pd
+
+    table = _read_csv(path, ("user_id",), REWARD_CLASSES, dtype=str)
+    questions = frozenset(table.columns) & frozenset(REWARD_CLASSES)
+    table["user_id"] = table["user_id"].str.strip()
+    table = table[table["user_id"].notna()]
+    twice = sorted(set(table["user_id"][table["user_id"].duplicated()]))
+    if twice:
+        raise Dropped(f"{path.name}: more than one row of a user")
+    answers: dict[str, dict[str, float]] = {user: {} for user in table["user_id"]}
+    for question in sorted(questions):
+        low, high = ANSWER_LIMITS[REWARD_CLASSES[question]]
+        values = pd.to_numeric(table[question], errors="coerce")
+        for user, value in zip(table["user_id"], values, strict=True):
+            if low <= value <= high:
+                answers[user][question] = float(value)
+    return answers, questions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The corpus: what was read, what was dropped, and the splits
+
+
+@dataclass
+class Corpus:
+    """All usable conversations of a folder, and what was dropped.
+
+    Attributes:
+        conversations: in the order of the hash of their ids.
+        dropped: conversation id -> reason.
+        dropped_trajectories: `id/flip` -> reason.
+        trajectories: conversation id -> its usable trajectories for `reward_class`.
+    """
+
+    conversations: list[Conversation]
+    dropped: dict[str, str]
+    dropped_trajectories: dict[str, str]
+    trajectories: dict[str, list[Trajectory]]
+
+    def counts(self) -> dict:
+        """Counts for a run's JSON file and for wandb: numbers and reasons, no ids."""
+        skipped = sum((c.skipped_turns for c in self.conversations), Counter())
+        return {
+            "conversations": len(self.conversations),
+            "trajectories": sum(map(len, self.trajectories.values())),
+            "turns": sum(len(c.turns) for c in self.conversations),
+            "dropped_conversations": len(self.dropped),
+            "dropped_conversations_by_reason": _by_count(self.dropped.values()),
+            "dropped_trajectories": len(self.dropped_trajectories),
+            "dropped_trajectories_by_reason": _by_count(self.dropped_trajectories.values()),
+            "skipped_transcript_rows": dict(sorted(skipped.items())),
+        }
+
+    def describe(self) -> str:
+        """The summary that a run prints first: counts, and every dropped conversation with its reason."""
+        counts = self.counts()
+        lines = [
+            f"Read {counts['conversations']:,} conversations, {counts['trajectories']:,} trajectories, "
+            f"{counts['turns']:,} turns."
+        ]
+        if self.dropped:
+            lines.append(f"Dropped {len(self.dropped):,} of {len(self.dropped) + len(self.conversations):,} folders:")
+            lines += [f"  {name}: {reason}" for name, reason in sorted(self.dropped.items())]
+        for reason, number in counts["dropped_trajectories_by_reason"].items():
+            lines.append(f"Dropped {number:,} trajectories: {reason}.")
+        for reason, number in counts["skipped_transcript_rows"].items():
+            lines.append(f"Skipped {number:,} transcript rows: {reason}.")
+        return "\n".join(lines)
+
+
+def _by_count(reasons: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(reasons).items(), key=lambda item: (-item[1], item[0])))
+
+
+def read_corpus(data_dir: str | Path, reward_class: str, transcript: str = "cliffhanger") -> Corpus:
+    """Reads every conversation folder below `data_dir`, in an order that does not depend on the file system.
+
+    Raises:
+        UserError: if there is no folder, nothing usable in it, or nobody was asked `reward_class`.
+    """
+    from runs import progress_bar
+
+    data_dir = Path(data_dir)
+    folders = sorted((p for p in _list(data_dir) if p.is_dir()), key=lambda p: split_key(p.name))
+    conversations, dropped = [], {}
+    for folder in progress_bar(folders, desc="reading conversations", unit="conversation"):
+        try:
+            conversations.append(read_conversation(folder, transcript))
+        except Dropped as reason:
+            dropped[folder.name] = str(reason)
+    if not conversations:
+        raise UserError(_nothing_usable(data_dir, dropped, transcript))
+
+    asked = frozenset().union(*(c.questions for c in conversations))
+    if reward_class not in asked:
+        raise UserError(
+            f"--reward_class {reward_class}: no survey.csv under {data_dir} has that column; "
+            f"present: {', '.join(sorted(asked)) or 'none of the known questions'}"
+        )
+    trajectories, dropped_trajectories = {}, {}
+    for conversation in conversations:
+        trajectories[conversation.id] = []
+        for flip in (False, True):
+            try:
+                trajectories[conversation.id].append(make_trajectory(conversation, flip, reward_class))
+            except Dropped as reason:
+                dropped_trajectories[f"{conversation.id}/{int(flip)}"] = str(reason)
+    if not any(trajectories.values()):
+        raise UserError(f"--reward_class {reward_class}: no survey.csv under {data_dir} has an answer to it")
+    return Corpus(conversations, dropped, dropped_trajectories, trajectories)
+
+
+def _list(data_dir: Path) -> list[Path]:
+    try:
+        return [data_dir / name for name in os.listdir(data_dir) if not name.startswith(".")]
+    except OSError as error:
+        raise UserError(
+            f"--data_dir {data_dir}: {error.strerror.lower()}; expected a folder with one folder a conversation "
+            f"({_HOW_TO_GET_DATA})"
+        ) from None
+
+
+_HOW_TO_GET_DATA = (
+    "candor/README.md says how to get CANDOR; `python sample_candor.py OUT` or `casino_to_candor.py` makes data to try"
+)
+
+
+def _nothing_usable(data_dir: Path, dropped: dict[str, str], transcript: str) -> str:
+    if not dropped:
+        found = "found no folder in it"
+    else:
+        examples = "; ".join(f"{reason} ({n})" for reason, n in list(_by_count(dropped.values()).items())[:3])
+        found = f"found {len(dropped)} folders, none usable: {examples}"
+    return (
+        f"--data_dir {data_dir}: expected <conversation>/transcription/transcript_{transcript}.csv, {FEATURES_FILE} and "
+        f"{SURVEY_FILE}, {found}; {_HOW_TO_GET_DATA}"
+    )
+
+
+def make_trajectory(conversation: Conversation, flip: bool, reward_class: str) -> Trajectory:
+    """The trajectory in which the transcript's first speaker (flip: the other one) is the user, who rates.
+
+    Raises:
+        Dropped: if the user did not answer `reward_class`.
+    """
+    user, agent = conversation.speakers[::-1] if flip else conversation.speakers
+    answers = conversation.answers.get(user)
+    if answers is None:
+        raise Dropped("the user has no survey row")
+    if reward_class not in answers:
+        raise Dropped(f"no usable answer to {reward_class}")
+    answer = answers[reward_class]
+    turns = tuple(i for i, turn in enumerate(conversation.turns) if turn.speaker == agent)
+    return Trajectory(conversation, flip, user, agent, REWARD_CLASSES[reward_class] * answer, answer, turns)
+
+
+def split_key(conversation_id: str) -> str:
+    """The hash that orders conversations: the same on every machine, whatever the folder's order."""
+    return hashlib.sha256(conversation_id.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def split(corpus: Corpus, train_size: int) -> tuple[list[Trajectory], list[Trajectory]]:
+    """Training and validation trajectories.
+
+    Validation is the last 50 conversations in hash order (of fewer than 500, a tenth, at least one). Which these are
+    does not depend on the reward class, so an encoder trained for one class has not seen another's validation set.
+    Training is the first `train_size` of the others that have a trajectory.
+    """
+    ordered = corpus.conversations
+    held_out = 50 if len(ordered) >= 500 else max(1, len(ordered) // 10)
+    training = [c.id for c in ordered[:-held_out] if corpus.trajectories[c.id]][:train_size]
+    validation = [c.id for c in ordered[-held_out:]]
+    return (
+        [t for i in training for t in corpus.trajectories[i]],
+        [t for i in validation for t in corpus.trajectories[i]],
+    )
+
+
+@dataclass(frozen=True)
+class TurnSet:
+    """All agent turns of some trajectories, one after the other.
+
+    Attributes:
+        trajectories: n trajectories.
+        offsets: (n + 1,) turns of trajectory i are offsets[i]:offsets[i + 1].
+        texts: (N,) pairs (context, response).
+        affects: (N,) indices into `FACES`. targets: (N,) float32 f_t of the LI loss.
+        scores: (n,) R in points.
+    """
+
+    trajectories: list[Trajectory]
+    offsets: np.ndarray
+    texts: list[tuple[str, str]]
+    affects: np.ndarray
+    targets: np.ndarray
+    scores: np.ndarray
+
+    @classmethod
+    def of(cls, trajectories: list[Trajectory], context_turns: int, reaction_type: str, negative_affect: str):
+        """Collects the turns of `trajectories`; the options are those of the command line."""
+        lengths = [len(t.agent_turns) for t in trajectories]
+        affects = np.concatenate([t.affects() for t in trajectories] or [np.zeros(0, dtype=int)])
+        shares = np.concatenate([t.happy_shares() for t in trajectories] or [np.zeros(0)])
+        return cls(
+            trajectories=trajectories,
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(int),
+            texts=[turn_text(t.conversation, i, t.user, context_turns) for t in trajectories for i in t.agent_turns],
+            affects=affects,
+            targets=affect_targets(affects, shares, reaction_type, negative_affect),
+            scores=np.array([t.score for t in trajectories]),
+        )
+
+    def turns_of(self, i: int) -> slice:
+        """Where trajectory i's turns are in the arrays over turns."""
+        return slice(self.offsets[i], self.offsets[i + 1])
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def shuffled_batches(
+    lengths: np.ndarray, batch_size: int, rng: np.random.Generator, pool: int = 50
+) -> list[np.ndarray]:
+    """Indices in random batches of similar lengths: shuffled, cut into pools of `pool` batches, sorted by length within
+    a pool, cut into batches, and the batches shuffled. Every index is in exactly one batch."""
+    order = rng.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), batch_size * pool):
+        part = order[start : start + batch_size * pool]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def token_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    """Indices in batches of similar lengths, longest first, each of at most `tokens_per_batch` padded tokens (or one
+    item, if that one is longer)."""
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        size = max(1, tokens_per_batch // int(lengths[order[start]]))
+        batches.append(order[start : start + size])
+        start += size
+    return batches

@@ -1,0 +1,155 @@
+"""What stages 1 and 2 measure on the validation conversations, and the files that say so."""
+
+from pathlib import Path
+
+import numpy as np
+
+from cli import UserError
+from data_utils import AFFECT_GROUPS, FACES, HAPPINESS, Corpus, TurnSet, read_corpus, split
+from runs import atomic_path, versions, write_json
+
+
+def length_of(ep_len: int | str, n_turns: int) -> float:
+    """L of a trajectory of `n_turns` agent turns, by `--ep_len`."""
+    return float(n_turns if ep_len == "actual" else ep_len)
+
+
+def load_data(args) -> tuple[Corpus, TurnSet, TurnSet]:
+    """The corpus that the command line names, with its training and validation turns; prints what was dropped."""
+    corpus = read_corpus(args.data_dir, args.reward_class, args.transcript)
+    print(corpus.describe())
+    parts = split(corpus, args.train_size)
+    training, validation = (
+        TurnSet.of(part, args.context_turns, args.reaction_type, args.negative_affect) for part in parts
+    )
+    for name, part in (("training", training), ("validation", validation)):
+        conversations = len({t.conversation.id for t in part.trajectories})
+        print(f"{name}: {conversations:,} conversations, {len(part.trajectories):,} trajectories, {len(part):,} turns")
+        if not len(part) and (name == "training" or args.val):
+            raise UserError(
+                f"--data_dir {args.data_dir}: no {name} conversation is left of {len(corpus.conversations)} usable; "
+                f"at least 2 with an answer to {args.reward_class} are needed"
+            )
+    return corpus, training, validation
+
+
+def affect_means(rewards: np.ndarray, affects: np.ndarray, prefix: str) -> dict[str, float]:
+    """Mean reward of the turns of each affect group that is present: {prefix}_{neg,pos,neut,sup}_mean."""
+    masks = {name: np.isin(affects, group) for name, group in AFFECT_GROUPS.items()}
+    return {f"{prefix}_{name}_mean": float(rewards[mask].mean()) for name, mask in masks.items() if mask.any()}
+
+
+def evaluate(turns: TurnSet, rewards: np.ndarray, ep_len: int | str, chosen: np.ndarray | None = None) -> dict:
+    """Measures predicted rewards against the scores and against the listeners' affect.
+
+    Args:
+        turns: n trajectories with N turns. rewards: (N,) predicted. ep_len: `--ep_len`.
+        chosen: (N,) bool, to measure on a subset of each trajectory's turns.
+
+    Returns:
+        ge_loss (points squared) and li_loss, means over trajectories; roc_auc_happy: how well the reward tells happy
+        listeners; delta_li: mean reward with a happy listener minus the rest; return_correlation: Spearman's, of
+        predicted and true returns; and means by affect. None where undefined (one class only, constant).
+    """
+    from sklearn.metrics import roc_auc_score
+
+    chosen = np.ones(len(turns), dtype=bool) if chosen is None else chosen
+    rewards = np.asarray(rewards, dtype=np.float64)
+    returns, li = [], []
+    for i, trajectory in enumerate(turns.trajectories):
+        part = turns.turns_of(i)
+        mine = rewards[part][chosen[part]]
+        returns.append(length_of(ep_len, len(trajectory.agent_turns)) * mine.mean())
+        li.append(np.mean((mine - turns.targets[part][chosen[part]]) ** 2))
+    happy, rewards = turns.affects[chosen] == HAPPINESS, rewards[chosen]
+    mixed = happy.any() and not happy.all()
+    return {
+        "ge_loss": float(np.mean((turns.scores - returns) ** 2)),
+        "li_loss": float(np.mean(li)),
+        "roc_auc_happy": float(roc_auc_score(happy, rewards)) if mixed else None,
+        "delta_li": float(rewards[happy].mean() - rewards[~happy].mean()) if mixed else None,
+        "return_correlation": spearman(turns.scores, np.array(returns)),
+        **affect_means(rewards, turns.affects[chosen], "reward"),
+    }
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Spearman's rank correlation; None if either is constant."""
+    import pandas as pd
+
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    ranks = [pd.Series(x).rank().to_numpy() for x in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def choose_turns(turns: TurnSet, k: int, seed: int) -> np.ndarray:
+    """(N,) bool: K random turns of every trajectory, the same ones at every call."""
+    rng = np.random.default_rng([seed, k])
+    chosen = np.zeros(len(turns), dtype=bool)
+    for i in range(len(turns.trajectories)):
+        first, end = turns.offsets[i], turns.offsets[i + 1]
+        chosen[first + rng.permutation(end - first)[:k]] = True
+    return chosen
+
+
+def wandb_validation(metrics: dict) -> dict:
+    """Validation metrics under the published wandb keys; loss is GE and shaped loss is LI."""
+    logged = {"val/epoch_loss": metrics["ge_loss"], "val/epoch_shaped_loss": metrics["li_loss"]}
+    for name in AFFECT_GROUPS:
+        if f"reward_{name}_mean" in metrics:
+            logged[f"val_shape_epoch/epoch_running_{name}_mean"] = metrics[f"reward_{name}_mean"]
+    for name in ("roc_auc_happy", "delta_li", "return_correlation"):
+        if metrics[name] is not None:
+            logged[f"val/{name}"] = metrics[name]
+    return logged
+
+
+def turn_table(turns: TurnSet, rewards: np.ndarray):
+    """A row an agent turn, without text: the table that `val_turn_rewards_{run}.csv` holds."""
+    import pandas as pd
+
+    rows = []
+    for trajectory in turns.trajectories:
+        for i in trajectory.agent_turns:
+            turn = trajectory.conversation.turns[i]
+            rows.append(
+                (trajectory.conversation.id, trajectory.flip, trajectory.user, trajectory.agent)
+                + (turn.turn_id, turn.start, turn.stop, FACES[turn.affect])
+            )
+    columns = ["conversation_id", "flip", "user_id", "agent_id", "turn_id", "start", "stop", "affect"]
+    return pd.DataFrame(rows, columns=columns).assign(target=turns.targets, reward=rewards)
+
+
+def write_results(folder: Path, run: str, args, corpus: Corpus, parts: dict[str, TurnSet], metrics: dict, **more):
+    """Writes `reward1_{run}.json`: arguments, versions, seed, metrics, and what was read, dropped and split how."""
+    record = {
+        "run": run,
+        "arguments": vars(args),
+        "seed": args.seed,
+        "versions": versions(),
+        **more,
+        "metrics": metrics,
+        "data": corpus.counts(),
+        "dropped_conversations": dict(sorted(corpus.dropped.items())),
+        "dropped_trajectories": dict(sorted(corpus.dropped_trajectories.items())),
+        **{name: list(dict.fromkeys(t.conversation.id for t in part.trajectories)) for name, part in parts.items()},
+    }
+    write_json(folder / f"reward1_{run}.json", record)
+
+
+def write_validation(folder: Path, run: str, turns: TurnSet, rewards: np.ndarray, ep_len: int | str) -> list[Path]:
+    """Writes `val_turn_rewards_{run}.csv` and two pictures of it; returns their paths."""
+    import plots
+
+    paths = [folder / f"val_turn_rewards_{run}.csv"]
+    table = turn_table(turns, rewards)
+    with atomic_path(paths[0]) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6f", lineterminator="\n")
+    paths.append(plots.turn_rewards(table, folder / f"val_turn_rewards_{run}.png"))
+    returns = [
+        length_of(ep_len, len(t.agent_turns)) * rewards[turns.turns_of(i)].mean()
+        for i, t in enumerate(turns.trajectories)
+    ]
+    paths.append(plots.returns(turns.scores, np.array(returns), folder / f"val_returns_{run}.png"))
+    return paths

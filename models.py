@@ -1,0 +1,381 @@
+"""The text encoder, the reward heads, and the losses of reward training and of PPO.
+
+The losses are pure functions of tensors; the loops that call them are in the entry scripts and in `ppo.py`.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from cli import UserError
+from data_utils import token_batches
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses of reward training
+
+
+def predicted_return(rewards: torch.Tensor, length: float) -> torch.Tensor:
+    """R_GE of a trajectory from rewards of a subset I of its turns: (L/|I|) sum_{t in I} r_t (DESIGN.md section 1).
+
+    Args:
+        rewards: (k,) r_t of the turns in I. length: L, in turns.
+
+    Returns:
+        () in points.
+    """
+    return length * rewards.mean()
+
+
+def rrd_loss(rewards: torch.Tensor, score: float, length: float) -> torch.Tensor:
+    """Randomized return decomposition (Ren et al., ICLR 2022, eq. 6): the subset's estimate of the return against R.
+
+    Args:
+        rewards: (k,) r_t of a random subset of distinct turns. score: R in points. length: L in turns.
+
+    Returns:
+        () in points squared.
+    """
+    return (score - predicted_return(rewards, length)) ** 2
+
+
+def li_loss(rewards: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-modal distillation: mean squared error of r_t against the listener's affect f_t.
+
+    Args:
+        rewards: (n,). targets: (n,) in [-1, 1].
+    """
+    return ((rewards - targets) ** 2).mean()
+
+
+def geli_loss(ge: torch.Tensor, li: torch.Tensor, weight: float, ge_scale: float = 1.0, li_scale: float = 1.0):
+    """lambda * L_GE / ge_scale + (1 - lambda) * L_LI / li_scale; scales of 1 are the published loss."""
+    return weight * ge / ge_scale + (1 - weight) * li / li_scale
+
+
+class Decomposition(NamedTuple):
+    """A way to train turn rewards from one score.
+
+    Attributes:
+        loss: (rewards (k,), score, length) -> () loss to train on.
+        uses_subset: whether it is estimated on K random turns (else on all).
+    """
+
+    loss: Callable[[torch.Tensor, float, float], torch.Tensor]
+    uses_subset: bool
+
+
+DECOMPOSITIONS = {
+    "RRD": Decomposition(rrd_loss, uses_subset=True),
+}
+
+
+def draw_turns(n_turns: int, k: int, rng: np.random.Generator) -> np.ndarray:
+    """A random subset of min(K, T) distinct turns, ascending."""
+    return np.arange(n_turns) if k >= n_turns else np.sort(rng.choice(n_turns, size=k, replace=False))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reward heads: features of a turn (n, hidden) -> reward (n, 1)
+
+
+@dataclass(frozen=True)
+class RewardHeadConfig:
+    """What a saved head says of itself.
+
+    Attributes:
+        head: a key of `HEADS`. hidden: the encoder's width.
+        encoder: the encoder that it was trained on: a hub id, or a folder relative to the head's file.
+        encoder_is_folder: which of the two.
+        max_length, context_turns: how its input text was cut.
+        stage: 1 or 2. reward_class: the score. redist_type: the decomposition (stage 2). li: trained with LI.
+    """
+
+    head: str
+    hidden: int
+    encoder: str
+    encoder_is_folder: bool
+    max_length: int
+    context_turns: int
+    stage: int
+    reward_class: str
+    redist_type: str | None = None
+    li: bool = True
+
+
+def shrink_head(hidden: int) -> nn.Sequential:
+    """`--small_model_shrink`: h-128-1 with ReLU, dropout 0.2 after each linear layer, tanh at the end."""
+    return nn.Sequential(
+        nn.Linear(hidden, 128), nn.Dropout(0.2), nn.ReLU(), nn.Linear(128, 1), nn.Dropout(0.2), nn.Tanh()
+    )
+
+
+def default_head(hidden: int) -> nn.Sequential:
+    """h-768-128-32-1 with ReLU between the layers."""
+    return _relu_stack(hidden, 768, 128, 32, 1)
+
+
+def _relu_stack(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        layers += [nn.ReLU()] * (i > 0) + [nn.Linear(before, after)]
+    return nn.Sequential(*layers)
+
+
+HEADS = {"default": default_head, "small_model_shrink": shrink_head}
+
+
+class RewardHead(nn.Module):
+    """r_theta on top of the encoder: (n, hidden) -> (n, 1). `config` is a `RewardHeadConfig`."""
+
+    def __init__(self, config: RewardHeadConfig):
+        super().__init__()
+        self.config = config
+        self.layers = HEADS[config.head](config.hidden)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Rewards (n, 1) of turns with `features` (n, hidden)."""
+        return self.layers(features)
+
+
+_HEAD_FORMAT = "geli-reward-head-1"
+
+
+def save_reward_head(head: RewardHead, path: str | Path) -> None:
+    """Writes one safetensors file with the head's configuration in its metadata, atomically."""
+    from safetensors.torch import save_file
+
+    from runs import atomic_path
+
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata={"format": _HEAD_FORMAT, "config": json.dumps(asdict(head.config))})
+
+
+def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> RewardHead:
+    """Reads a saved head (`reward1_{run}`).
+
+    Returns:
+        An eval-mode module mapping features (n, hidden) to rewards (n, 1); its `config` says what it was trained on.
+
+    Raises:
+        UserError: if the file is missing or is no reward head.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a handle, not a dict)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such reward head") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path}: expected a reward head (a safetensors file), found something else ({error})"
+        ) from None
+    if metadata.get("format") != _HEAD_FORMAT:
+        raise UserError(f"{path}: a safetensors file, but not a reward head: its metadata has no format {_HEAD_FORMAT}")
+    try:
+        known = {field.name for field in fields(RewardHeadConfig)}
+        config = RewardHeadConfig(**{k: v for k, v in json.loads(metadata["config"]).items() if k in known})
+        head = RewardHead(config)
+        head.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: a reward head that does not fit its own configuration ({error})") from None
+    return head.eval().to(device)
+
+
+def encoder_of_head(head: RewardHead, path: str | Path) -> str:
+    """The hub id or folder of the encoder that the head at `path` was trained on."""
+    config = head.config
+    return os.path.normpath(Path(path).parent / config.encoder) if config.encoder_is_folder else config.encoder
+
+
+def encoder_reference(encoder: str | Path, head_folder: Path) -> dict:
+    """How a head in `head_folder` records its encoder: a folder relative to itself, or a hub id."""
+    if Path(encoder).is_dir():
+        return {"encoder": os.path.relpath(Path(encoder).resolve(), head_folder.resolve()), "encoder_is_folder": True}
+    return {"encoder": str(encoder), "encoder_is_folder": False}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The text encoder
+
+
+class TokenPair(NamedTuple):
+    """A tokenised (context, response): (n,) ids with all special tokens, and how many belong to the first segment."""
+
+    ids: np.ndarray
+    first_segment: int
+
+
+class TurnEncoder(nn.Module):
+    """Encodes (context, response) pairs; a turn's representation is the last hidden state at the last end token.
+
+    Args:
+        model: a Hugging Face model; of an encoder-decoder only the encoder is ever run.
+        tokenizer: its fast tokenizer, whose own pair form is used.
+        max_length: tokens a pair; lowered to the encoder's own limit. A longer pair loses the left end of its context,
+            and a response that is longer by itself loses its own left end.
+        name: where it came from (hub id or folder).
+    """
+
+    def __init__(self, model, tokenizer, max_length: int = 1024, name: str = ""):
+        super().__init__()
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.max_length = min(max_length, _own_limit(model.config, tokenizer))
+        self._prefix, self._between, self._suffix, self._between_first = _pair_form(tokenizer)
+        self._uses_segments = "token_type_ids" in tokenizer.model_input_names
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._suffix[-1]
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The part that is run."""
+        return self.model.get_encoder() if self.model.config.is_encoder_decoder else self.model
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the representation."""
+        return self.model.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def tokenize(self, pairs: Sequence[tuple[str, str]]) -> list[TokenPair]:
+        """Token ids of (context, response) pairs, cut to `max_length`; every pair ends in an end token."""
+        if not pairs:
+            return []
+        contexts, responses = (
+            self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+            for texts in zip(*pairs, strict=True)
+        )
+        room = self.max_length - len(self._prefix) - len(self._between) - len(self._suffix)
+        result = []
+        for context, response in zip(contexts, responses, strict=True):
+            response = response[-room:]
+            spare = room - len(response)
+            context = context[-spare:] if spare else []
+            ids = [*self._prefix, *context, *self._between, *response, *self._suffix]
+            result.append(
+                TokenPair(np.array(ids, dtype=np.int32), len(self._prefix) + len(context) + self._between_first)
+            )
+        return result
+
+    def collate(self, pairs: Sequence[TokenPair]) -> dict[str, torch.Tensor]:
+        """Right-padded model inputs (n, longest) on the encoder's device."""
+        longest = max(len(pair.ids) for pair in pairs)
+        ids = np.full((len(pairs), longest), self._pad, dtype=np.int64)
+        mask = np.zeros((len(pairs), longest), dtype=np.int64)
+        segments = np.zeros((len(pairs), longest), dtype=np.int64)
+        for row, pair in enumerate(pairs):
+            n = len(pair.ids)
+            ids[row, :n], mask[row, :n], segments[row, pair.first_segment : n] = pair.ids, 1, 1
+        arrays = {"input_ids": ids, "attention_mask": mask}
+        if self._uses_segments:
+            arrays["token_type_ids"] = segments
+        return {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
+
+    def forward(self, input_ids, attention_mask, **segments) -> torch.Tensor:
+        """(n, hidden) representations: the last hidden state at each row's last end token."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
+        last = attention_mask.sum(dim=1) - 1  # every pair ends in its end token
+        return hidden[torch.arange(len(last), device=hidden.device), last]
+
+    @torch.inference_mode()
+    def encode(self, pairs: Sequence[TokenPair], autocast=nullcontext, tokens_per_batch: int = 16384, progress=None):
+        """(n, hidden) float32 representations on the CPU, encoded in eval mode in batches of similar lengths.
+
+        Args:
+            pairs: n tokenised pairs. autocast: a context-manager factory. progress: description of a progress bar.
+        """
+        from runs import progress_bar
+
+        was_training = self.training
+        self.eval()
+        features = torch.empty(len(pairs), self.hidden_size)
+        lengths = np.array([len(pair.ids) for pair in pairs])
+        with progress_bar(total=len(pairs), desc=progress, unit="turn", disable=progress is None) as bar:
+            for batch in token_batches(lengths, tokens_per_batch):
+                with autocast():
+                    features[batch] = self(**self.collate([pairs[i] for i in batch])).float().cpu()
+                bar.update(len(batch))
+        self.train(was_training)
+        return features
+
+    def save(self, folder: str | Path) -> None:
+        """Writes model and tokenizer as Hugging Face does, atomically."""
+        from runs import atomic_folder
+
+        with atomic_folder(folder) as temporary:
+            self.model.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+
+
+def load_encoder(name: str, max_length: int = 1024, option: str = "--lang_model_path") -> TurnEncoder:
+    """Loads an encoder from a folder (nothing is looked up elsewhere then) or from the hub.
+
+    Raises:
+        UserError: if it cannot be loaded; `option` names what the user gave.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = load_pretrained(AutoTokenizer, name, option)
+    model = load_pretrained(AutoModel, name, option, dtype=torch.float32)
+    return TurnEncoder(model, tokenizer, max_length, name)
+
+
+def load_pretrained(auto_class, name: str, option: str, **arguments):
+    """`auto_class.from_pretrained(name)`, offline when `name` is a folder; no code of the model's own is run.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    local = Path(name).is_dir()
+    try:
+        return auto_class.from_pretrained(name, local_files_only=local, trust_remote_code=False, **arguments)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        what = "folder" if local else "hub id (and no folder of that name is here)"
+        raise UserError(f"{option} {name}: this {what} could not be loaded: {reason}") from None
+
+
+def _own_limit(config, tokenizer) -> int:
+    """Tokens that the encoder can take: its position table (less the padding offset of RoBERTa's kind), if it has one."""
+    limits = [1 << 20]
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions:
+        offset = config.pad_token_id + 1 if config.model_type in ("roberta", "longformer", "xlm-roberta") else 0
+        limits.append(positions - offset)
+    if tokenizer.model_max_length and tokenizer.model_max_length < 1 << 20:
+        limits.append(tokenizer.model_max_length)
+    return min(limits)
+
+
+def _pair_form(tokenizer) -> tuple[list[int], list[int], list[int], int]:
+    """The special tokens that a tokenizer puts before, between and behind a pair, and how many of those between belong
+    to the first segment. An end token is added where the tokenizer puts none."""
+    encoded = tokenizer("a", "b", return_token_type_ids=True)
+    ids, parts = encoded["input_ids"], encoded.sequence_ids(0)
+    segments = encoded.get("token_type_ids") or [0] * len(ids)
+    first = [i for i, part in enumerate(parts) if part == 0]
+    second = [i for i, part in enumerate(parts) if part == 1]
+    between = range(first[-1] + 1, second[0])
+    suffix = ids[second[-1] + 1 :]
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if not suffix and end is not None:
+        suffix = [end]
+    return ids[: first[0]], [ids[i] for i in between], suffix, sum(segments[i] == 0 for i in between)

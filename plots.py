@@ -1,0 +1,74 @@
+"""The pictures that runs draw: rewards along conversations, predicted against true returns, PPO by step."""
+
+from pathlib import Path
+
+import numpy as np
+
+from runs import atomic_path
+
+AFFECT_COLORS = {
+    "happiness": "#2e8b57", "neutral": "#b8b8b8", "surprise": "#e0a030", "sadness": "#4a78b5",
+    "anger": "#b33a3a", "contempt": "#8c564b", "disgust": "#7a6f1f", "fear": "#7d5ba6",
+}  # fmt: skip
+
+
+def _figure(rows: int, columns: int, width: float, height: float):
+    # the object interface: no global pyplot state, and no display is needed
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _save(figure, path: Path) -> Path:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, metadata={"Software": None})
+    return path
+
+
+def turn_rewards(table, path: Path, conversations: int = 2) -> Path:
+    """Predicted reward along the first `conversations` of a `val_turn_rewards` table, colored by listener's affect."""
+    from matplotlib.patches import Patch
+
+    chosen = list(dict.fromkeys(table["conversation_id"]))[:conversations]
+    figure, axes = _figure(len(chosen), 1, 9, 2.6 * len(chosen))
+    seen: dict[str, str] = {}
+    for axis, conversation in zip(axes[:, 0], chosen, strict=True):
+        rows = table[table["conversation_id"] == conversation].sort_values("start", kind="stable")
+        middle = (rows["start"] + rows["stop"]) / 2
+        width = np.maximum(rows["stop"] - rows["start"], 0.5)
+        axis.bar(middle, rows["reward"], width, color=rows["affect"].map(AFFECT_COLORS), edgecolor="white", lw=0.3)
+        axis.axhline(0, color="black", lw=0.6)
+        axis.set_title(f"conversation {conversation[:18]}", fontsize=9, loc="left")
+        axis.set_ylabel("predicted reward")
+        seen |= {affect: AFFECT_COLORS[affect] for affect in rows["affect"]}
+    axes[-1, 0].set_xlabel("seconds; one bar an agent turn (both people are the agent in turn)")
+    patches = [Patch(color=color, label=affect) for affect, color in sorted(seen.items())]
+    figure.legend(handles=patches, loc="outside upper right", ncols=len(patches), fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
+def returns(true: np.ndarray, predicted: np.ndarray, path: Path) -> Path:
+    """Predicted against true return of the validation trajectories."""
+    figure, axes = _figure(1, 1, 4.2, 4)
+    axis = axes[0, 0]
+    low, high = min(true.min(), predicted.min()), max(true.max(), predicted.max())
+    axis.plot([low, high], [low, high], color="#999999", lw=0.8)
+    axis.scatter(true, predicted, s=18, alpha=0.7, color="#4a78b5", edgecolor="none")
+    axis.set(xlabel="true score R (points)", ylabel="predicted return (points)", title="validation trajectories")
+    return _save(figure, path)
+
+
+def ppo(steps, path: Path) -> Path:
+    """Mean score (with the human answers' to the same prompts) and KL to the reference, by step."""
+    figure, axes = _figure(1, 2, 9, 3.2)
+    score, kl = axes[0]
+    score.plot(steps["step"], steps["score_mean"], label="policy", color="#2e8b57")
+    score.plot(steps["step"], steps["human_score_mean"], label="human answer", color="#999999", lw=0.9)
+    score.set(xlabel="step", ylabel="mean reward")
+    score.legend(frameon=False)
+    kl.plot(steps["step"], steps["kl"], color="#b33a3a")
+    kl.set(xlabel="step", ylabel="KL to the reference (nats a response)")
+    return _save(figure, path)

@@ -1,0 +1,211 @@
+"""What a run leaves behind: its name, its folders, files that are never half-written, wandb, and the closing table."""
+
+import json
+import os
+import platform
+import random
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+from cli import UserError
+
+_ADJECTIVES = (
+    "amber bold brisk calm clear crisp daring dawn deep eager early fair fleet fond frosty gentle golden grand happy "
+    "honest jolly keen kind light lively lucky mellow merry mild neat noble pale patient proud quiet rapid rosy sage "
+    "scarlet serene silver smooth solar still sunny swift tidy vivid warm wise young"
+).split()
+_NOUNS = (
+    "aspen bay bird breeze brook canyon cedar cliff cloud comet cove creek dawn dew dream dune ember fern field flower "
+    "forest frost garden glade grove harbor hill island lake leaf meadow mist moon morning moss mountain oak ocean "
+    "pebble pine plain pond prairie rain reef ridge river sea sky snow sound star stone storm stream sun surf thunder "
+    "tree valley violet water wave wind wood"
+).split()
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch. Code that draws for itself takes an explicit generator all the same."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def make_accelerator(device: str, dtype: str):
+    """The `accelerate.Accelerator` of a run.
+
+    Args:
+        device: auto (a GPU when there is one), cpu, cuda or mps.
+        dtype: of forward and backward passes (weights stay float32): bfloat16, float32, or auto, which is bfloat16
+            where the hardware computes in it.
+    """
+    import torch
+    from accelerate import Accelerator
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
+    if not available[device]:
+        raise UserError(f"--device {device}: this machine has none that torch can use; try --device auto")
+    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and _computes_in_bfloat16(device))
+    return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if bfloat16 else "no")
+
+
+def _computes_in_bfloat16(device: str) -> bool:
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 0)
+    try:
+        return device in ("auto", "cpu") and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path` to write to; renamed to `path` on success, removed on failure."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp{path.suffix}"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """As `atomic_path`, for a folder; a folder of that name is replaced."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        if path.exists():
+            old = temporary.with_suffix(".old")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Writes strict JSON (no NaN), atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result may depend on."""
+    packages = "torch transformers tokenizers peft accelerate safetensors numpy pandas scikit-learn wandb".split()
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def new_run_name(folder: Path) -> str:
+    """A name of wandb's kind (adjective-noun-number) that no run in `folder` has."""
+    taken = len(list(folder.glob("reward1_*.json"))) if folder.is_dir() else 0
+    while True:
+        name = f"{secrets.choice(_ADJECTIVES)}-{secrets.choice(_NOUNS)}-{taken + 1}"
+        if not (folder / f"reward1_{name}.json").exists():
+            return name
+
+
+class Tracker:
+    """A wandb run: online when logged in (or `WANDB_MODE=online`), else offline; it never asks and sends no console.
+
+    Args:
+        project: wandb's project.
+        folder: where outputs go; `wandb/` lies beside it.
+        config: what describes the run; no text or id of a conversation.
+        run_name: a name to use, or None for wandb's own (offline: one like it, new in `folder`).
+
+    Attributes:
+        name: the run's name.
+    """
+
+    def __init__(self, project: str, folder: Path, config: dict, run_name: str | None):
+        import wandb
+
+        folder.mkdir(parents=True, exist_ok=True)
+        mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
+        if run_name is None and mode != "online":
+            run_name = new_run_name(folder)
+        settings = wandb.Settings(
+            console="off",  # responses are printed, and conversations do not leave the machine
+            disable_git=True,
+            save_code=False,
+            x_save_requirements=False,
+            silent=True,
+        )
+        arguments = dict(project=project, name=run_name, dir=str(folder.parent), config=config, settings=settings)
+        try:
+            self._run = wandb.init(mode=mode, **arguments)
+        except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+            print(f"wandb: no connection ({str(error).splitlines()[0]}); this run is logged offline")
+            arguments["name"] = run_name or new_run_name(folder)
+            self._run = wandb.init(mode="offline", **arguments)
+        self.name = run_name or self._run.name or new_run_name(folder)
+
+    def log(self, values: dict, step: int) -> None:
+        """Logs `values` (scalars or wandb objects) at `step`."""
+        self._run.log(values, step=step)
+
+    def summary(self, values: dict) -> None:
+        """Sets the run's summary values."""
+        self._run.summary.update(values)
+
+    def finish(self) -> None:
+        """Flushes and closes the run."""
+        self._run.finish()
+
+
+def _wandb_key() -> bool:
+    """Whether this user is logged in to wandb, found without asking the network or the user."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def format_table(rows: list[dict], title: str = "") -> str:
+    """Rows of equal keys as a text table; numbers with four significant digits."""
+    import pandas as pd
+
+    def show(value):
+        if value is None:
+            return "-"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    frame = pd.DataFrame(rows).map(show)
+    return f"{title}\n{frame.to_string(index=False)}" if title else frame.to_string(index=False)
+
+
+def progress_bar(*args, **kwargs):
+    """tqdm on stderr; where nobody watches (a file, a pipe) a line now and then instead of ten a second."""
+    import sys
+
+    from tqdm import tqdm
+
+    watched = sys.stderr.isatty()
+    return tqdm(*args, dynamic_ncols=watched, mininterval=0.1 if watched else 30, **{"leave": False, **kwargs})

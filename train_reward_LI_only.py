@@ -1,0 +1,163 @@
+"""Stage 1 (LI): a reward for every turn from the listener's face alone, by distilling the face into the text.
+
+    python train_reward_LI_only.py --reward_class overall_affect --model convo --batch_size 32 --K 32 \\
+        --train_size 500 --val --small_model_shrink
+
+Trains the encoder and a reward head on every agent turn of both trajectories, and writes `reward1_{run}` and
+`lang_model_{run}/`, which stages 2 and 3 start from.
+"""
+
+from pathlib import Path
+
+from cli import ENCODERS, add_common_options, add_reward_options, head_name, new_parser, positive_int, run
+
+VALIDATE_EVERY = 500  # steps
+
+
+def parse():
+    """The command line."""
+    parser = new_parser("Stage 1: learn turn rewards from the listener's face (LI), encoder and head.")
+    add_reward_options(parser, epochs=8)
+    parser.add_argument("--batch_size", type=positive_int, default=32, help="turns a step")
+    parser.add_argument("--K", type=positive_int, default=32, help="turns of each trajectory validated on in training")
+    add_common_options(parser, learning_rate=5e-6, context_turns=20)
+    return parser.parse_args()
+
+
+def project_name(args) -> str:
+    """wandb's project, which is also the folder's name."""
+    return (
+        f"SINGLE_INDEX_reward_function_{Path(args.model).name}_{args.reward_class}"
+        f"_contra_False_shrink_False_curriculum_False_curriculum_exposureFalse"
+    )
+
+
+def main() -> None:
+    """Parse, build, train, evaluate, write."""
+    args = parse()
+
+    from evaluation import evaluate, load_data, write_results, write_validation
+    from models import RewardHead, RewardHeadConfig, load_encoder, load_reward_head
+    from runs import Tracker, format_table, make_accelerator, seed_everything
+
+    seed_everything(args.seed)
+    accelerator = make_accelerator(args.device, args.dtype)
+    corpus, training, validation = load_data(args)
+    encoder_name = args.lang_model_path or ENCODERS.get(args.model, args.model)
+    option = "--lang_model_path" if args.lang_model_path else "--model"
+    encoder = load_encoder(encoder_name, args.max_length, option)
+    folder = Path(args.output_dir) / project_name(args)
+    counts = {name: value for name, value in corpus.counts().items() if isinstance(value, int)}
+    tracker = Tracker(folder.name, folder, {**vars(args), "data": counts}, args.run_name)
+    head = RewardHead(
+        RewardHeadConfig(
+            head=head_name(args),
+            hidden=encoder.hidden_size,
+            encoder=f"lang_model_{tracker.name}",
+            encoder_is_folder=True,
+            max_length=encoder.max_length,
+            context_turns=args.context_turns,
+            stage=1,
+            reward_class=args.reward_class,
+        )
+    )
+    head_path, encoder_path = folder / f"reward1_{tracker.name}", folder / f"lang_model_{tracker.name}"
+
+    metrics = train(args, accelerator, encoder, head, training, validation, tracker, head_path, encoder_path)
+    paths = [head_path, encoder_path]
+    if args.val:  # of what was written, not of what is in memory
+        head = load_reward_head(head_path, accelerator.device)
+        encoder = load_encoder(str(encoder_path), args.max_length).to(accelerator.device)
+        rewards = predict(accelerator, encoder, head, encoder.tokenize(validation.texts), "validation")
+        metrics |= {"validation": evaluate(validation, rewards, args.ep_len)}
+        paths += write_validation(folder, tracker.name, validation, rewards, args.ep_len)
+        tracker.summary({f"final/{key}": value for key, value in metrics["validation"].items()})
+    parts = {"training_conversations": training, "validation_conversations": validation}
+    write_results(folder, tracker.name, args, corpus, parts, metrics, stage=1, encoder=encoder_name)
+    tracker.finish()
+    rows = [{"measured on validation": key, "value": value} for key, value in metrics.get("validation", {}).items()]
+    print(format_table(rows or [{"measured": "nothing (no --val)"}], f"\nStage 1 (LI), run {tracker.name}"))
+    print("\n".join(["Written:", *(f"  {path}" for path in [*paths, folder / f"reward1_{tracker.name}.json"])]))
+
+
+def predict(accelerator, encoder, head, pairs, progress=None):
+    """(N,) float32 rewards of tokenised turns, in eval mode."""
+    import torch
+
+    features = encoder.encode(pairs, accelerator.autocast, progress=progress)
+    was_training = head.training
+    head.eval()
+    with torch.inference_mode():
+        rewards = head(features.to(accelerator.device)).squeeze(1).float().cpu().numpy()
+    head.train(was_training)
+    return rewards
+
+
+def train(args, accelerator, encoder, head, training, validation, tracker, head_path, encoder_path) -> dict:
+    """Trains encoder and head on the LI loss with linear decay to 0, and keeps the best on validation.
+
+    Returns:
+        {"best_step": int, "steps": int, "best_li_loss": float or None}.
+    """
+    import numpy as np
+    import torch
+
+    from data_utils import shuffled_batches
+    from evaluation import affect_means, choose_turns, evaluate, length_of, wandb_validation
+    from models import li_loss, save_reward_head
+    from runs import progress_bar
+
+    pairs = encoder.tokenize(training.texts)
+    lengths = np.array([len(pair.ids) for pair in pairs])
+    rng = np.random.default_rng(args.seed)
+    batches = [batch for _ in range(args.epochs) for batch in shuffled_batches(lengths, args.batch_size, rng)]
+    per_turn = {  # each turn's R and L, for the GE loss that is logged
+        "score": np.repeat(training.scores, np.diff(training.offsets)),
+        "length": np.repeat([length_of(args.ep_len, n) for n in np.diff(training.offsets)], np.diff(training.offsets)),
+    }
+    if args.val:
+        chosen = choose_turns(validation, args.K, args.seed)
+        chosen_pairs = encoder.tokenize([validation.texts[i] for i in np.flatnonzero(chosen)])
+
+    parameters = [*encoder.encoder.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
+    encoder, head, optimizer = accelerator.prepare(encoder, head, optimizer)
+    encoder.train()
+    head.train()
+    best = {"best_step": 0, "best_li_loss": None, "steps": len(batches)}
+    for step, batch in enumerate(progress_bar(batches, desc="stage 1", unit="step"), start=1):
+        with accelerator.autocast():
+            rewards = head(encoder(**encoder.collate([pairs[i] for i in batch]))).squeeze(1).float()
+        loss = li_loss(rewards, torch.from_numpy(training.targets[batch]).to(rewards.device))
+        accelerator.backward(loss)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+        predicted = rewards.detach().cpu().numpy()
+        ge = np.mean((per_turn["score"][batch] - per_turn["length"][batch] * predicted) ** 2)  # RRD's, with |I| = 1
+        logged = {
+            "train/loss": float(ge),
+            "train/shaped_loss": loss.item(),
+            "train/learning_rate": schedule.get_last_lr()[0],
+        }
+        logged |= affect_means(predicted, training.affects[batch], "train_shape/train")
+        last = step == len(batches)
+        if args.val and (step % VALIDATE_EVERY == 0 or last):
+            rewards = np.zeros(len(validation), dtype=np.float32)
+            rewards[chosen] = predict(accelerator, encoder, head, chosen_pairs)
+            metrics = evaluate(validation, rewards, args.ep_len, chosen)
+            logged |= wandb_validation(metrics)
+            if best["best_li_loss"] is None or metrics["li_loss"] < best["best_li_loss"]:
+                best |= {"best_step": step, "best_li_loss": metrics["li_loss"]}
+        if best["best_step"] == step or (last and not args.val):
+            best["best_step"] = step
+            encoder.save(encoder_path)
+            save_reward_head(head, head_path)
+        tracker.log(logged, step)
+    return best
+
+
+if __name__ == "__main__":
+    run(main)
