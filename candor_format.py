@@ -3,12 +3,13 @@
 import csv
 from pathlib import Path
 
-from cli import REWARD_CLASSES
+from cli import REWARD_CLASSES, TRANSCRIPTS
 from data_utils import FACES
 
 TRANSCRIPT_COLUMNS = (
     "turn_id speaker start stop utterance interval delta questions end_question overlap n_words".split()
 )
+BACKCHANNEL_COLUMNS = "backchannel backchannel_count backchannel_speaker backchannel_start backchannel_stop".split()
 FACE_SHARE = 0.72  # probability that a frame gives its class; the rest is spread over the other seven
 
 
@@ -19,7 +20,7 @@ def write_conversation(
     answers: dict[str, dict[str, float]],
     lost: set[tuple[str, int]] = frozenset(),
 ) -> None:
-    """Writes transcript, faces and survey of one conversation.
+    """Writes transcripts, faces and survey of one conversation.
 
     Args:
         folder: the conversation's folder; its name is the conversation's id.
@@ -29,7 +30,11 @@ def write_conversation(
         lost: (user id, second) of frames whose face was lost: empty cells.
     """
     (folder / "transcription").mkdir(parents=True, exist_ok=True)
-    _write(folder / "transcription" / "transcript_cliffhanger.csv", TRANSCRIPT_COLUMNS, _transcript_rows(turns))
+    rows = list(_transcript_rows(turns))
+    for name in TRANSCRIPTS:  # the three differ in how they cut speech into turns, which is given here
+        more = BACKCHANNEL_COLUMNS if name == "backbiter" else []
+        padded = [row + [""] * len(more) for row in rows]
+        _write(folder / "transcription" / f"transcript_{name}.csv", TRANSCRIPT_COLUMNS + more, padded)
 
     columns = ["user_id", "timedelta", *(f"prob_face_{face}" for face in FACES)]
     rows = []

@@ -111,7 +111,7 @@ def add_common_options(parser: argparse.ArgumentParser, learning_rate: float, co
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of forward and backward passes; auto is bfloat16 where the hardware computes in it (weights stay float32)",
+        help="of forward and backward passes; auto is bfloat16 where the hardware has it (weights stay float32)",
     )
     add("--log_text", action="store_true", help="let text and ids of conversations go to wandb (never otherwise)")
 

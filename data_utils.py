@@ -1,8 +1,8 @@
 """CANDOR on disk -> conversations -> trajectories: reading, aligning faces with turns, splits, and the encoder's text.
 
 A *conversation* is a video call of two people. It gives two *trajectories*: in each one person is the user, who rates,
-and the other is the agent, whose turns are the actions. Every turn is therefore an agent turn in exactly one of the two,
-and its listener is the speaker of the other turns; that is why a turn's affect is found once, when it is read.
+and the other is the agent, whose turns are the actions. Every turn is therefore an agent turn in exactly one of the
+two, and its listener is the speaker of the other turns; that is why a turn's affect is found once, when it is read.
 """
 
 import hashlib
@@ -167,6 +167,17 @@ def turn_text(conversation: Conversation, index: int, user: str, context_turns: 
     before = conversation.turns[max(0, index - context_turns) : index]
     context = " ".join(f" {'User' if turn.speaker == user else 'AI'}: {turn.utterance}" for turn in before)
     return context, f"AI: {conversation.turns[index].utterance}"
+
+
+INSTRUCTION = (
+    "You are AI, in a casual social conversation with a User. Be polite, kind and honest, do not swear, and answer in "
+    "under 100 words."
+)
+
+
+def prompt_text(context: str) -> str:
+    """What the policy sees in stage 3: the instruction, the last turns, and ` AI:` for it to go on from."""
+    return f"{INSTRUCTION}{context} AI:"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -435,8 +446,8 @@ def _nothing_usable(data_dir: Path, dropped: dict[str, str], transcript: str) ->
         examples = "; ".join(f"{reason} ({n})" for reason, n in list(_by_count(dropped.values()).items())[:3])
         found = f"found {len(dropped)} folders, none usable: {examples}"
     return (
-        f"--data_dir {data_dir}: expected <conversation>/transcription/transcript_{transcript}.csv, {FEATURES_FILE} and "
-        f"{SURVEY_FILE}, {found}; {_HOW_TO_GET_DATA}"
+        f"--data_dir {data_dir}: expected <conversation>/transcription/transcript_{transcript}.csv, {FEATURES_FILE} "
+        f"and {SURVEY_FILE}, {found}; {_HOW_TO_GET_DATA}"
     )
 
 

@@ -111,12 +111,10 @@ def turn_table(turns: TurnSet, rewards: np.ndarray):
 
     rows = []
     for trajectory in turns.trajectories:
+        whose = (trajectory.conversation.id, trajectory.flip, trajectory.user, trajectory.agent)
         for i in trajectory.agent_turns:
             turn = trajectory.conversation.turns[i]
-            rows.append(
-                (trajectory.conversation.id, trajectory.flip, trajectory.user, trajectory.agent)
-                + (turn.turn_id, turn.start, turn.stop, FACES[turn.affect])
-            )
+            rows.append((*whose, turn.turn_id, turn.start, turn.stop, FACES[turn.affect]))
     columns = ["conversation_id", "flip", "user_id", "agent_id", "turn_id", "start", "stop", "affect"]
     return pd.DataFrame(rows, columns=columns).assign(target=turns.targets, reward=rewards)
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,7 +125,7 @@ def default_head(hidden: int) -> nn.Sequential:
 
 def _relu_stack(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (before, after) in enumerate(pairwise(widths)):
         layers += [nn.ReLU()] * (i > 0) + [nn.Linear(before, after)]
     return nn.Sequential(*layers)
 
@@ -354,7 +355,7 @@ def load_pretrained(auto_class, name: str, option: str, **arguments):
 
 
 def _own_limit(config, tokenizer) -> int:
-    """Tokens that the encoder can take: its position table (less the padding offset of RoBERTa's kind), if it has one."""
+    """Tokens that the encoder can take: its position table (less RoBERTa's padding offset), where it has one."""
     limits = [1 << 20]
     positions = getattr(config, "max_position_embeddings", None)
     if positions:
@@ -379,3 +380,283 @@ def _pair_form(tokenizer) -> tuple[list[int], list[int], list[int], int]:
     if not suffix and end is not None:
         suffix = [end]
     return ids[: first[0]], [ids[i] for i in between], suffix, sum(segments[i] == 0 for i in between)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PPO: pure functions. Shapes: n responses, R token positions; `mask` (n, R) is 1 where a token is kept, 0 on padding
+# and behind the cut, and such places must not matter.
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of `values` where `mask` is 1."""
+    return (values * mask).sum() / mask.sum()
+
+
+def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`values` shifted and scaled to mean 0 and variance 1 over the kept places; 0 elsewhere."""
+    mean = masked_mean(values, mask)
+    variance = masked_mean((values - mean) ** 2, mask)
+    return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def token_rewards(score: torch.Tensor, logprobs, ref_logprobs, mask, beta: float) -> torch.Tensor:
+    """Reward of every token: -beta (log pi - log pi_ref), an unbiased estimate of the KL penalty under pi's own
+    samples, and the response's score on its last kept token.
+
+    Args:
+        score: (n,). logprobs, ref_logprobs, mask: (n, R). beta: weight of the KL.
+
+    Returns:
+        (n, R), 0 where not kept.
+    """
+    rewards = -beta * (logprobs - ref_logprobs) * mask
+    last = mask.sum(dim=1).long() - 1
+    rewards[torch.arange(len(score)), last] += score
+    return rewards
+
+
+def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float):
+    """Generalized advantage estimation (Schulman et al., 2016, eq. 16): A_t = sum_l (gamma lam)^l delta_{t+l} with
+    delta_t = r_t + gamma V_{t+1} - V_t, and V = 0 behind the last kept token.
+
+    Args:
+        rewards, values, mask: (n, R), kept places first.
+
+    Returns:
+        Advantages and returns (advantages + values), (n, R) each, 0 where not kept.
+    """
+    values, rewards = values * mask, rewards * mask
+    advantages, running = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        following = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(running)
+        running = (rewards[:, t] + gamma * following - values[:, t] + gamma * lam * running) * mask[:, t]
+        advantages[:, t] = running
+    return advantages, (advantages + values) * mask
+
+
+def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, mask, clip, value_clip, tokens=None):
+    """Clipped policy and value losses (Schulman et al., 2017, eq. 7 and 9).
+
+    Args:
+        logprobs, values: (n, R) of the policy that is updated; the `old_` ones are the rollout's.
+        advantages, returns, mask: (n, R).
+        clip: of the ratio around 1. value_clip: of the value around the old one.
+        tokens: what sums are divided by (the kept tokens of the whole optimizer step, so that accumulated gradients
+            equal one large batch's); by default the kept tokens here.
+
+    Returns:
+        policy loss (), value loss (), and a dict of detached sums over kept tokens: approx_kl, policy_clipped,
+        value_clipped, ratio.
+    """
+    tokens = mask.sum() if tokens is None else tokens
+    log_ratio = (logprobs - old_logprobs) * mask
+    ratio = log_ratio.exp()
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    policy = (torch.maximum(unclipped, clipped) * mask).sum() / tokens
+    bounded = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    errors, bounded_errors = (values - returns) ** 2, (bounded - returns) ** 2
+    value = 0.5 * (torch.maximum(errors, bounded_errors) * mask).sum() / tokens
+    with torch.no_grad():
+        sums = {
+            "approx_kl": (0.5 * log_ratio**2).sum(),
+            "policy_clipped": ((clipped > unclipped) * mask).sum(),
+            "value_clipped": ((bounded_errors > errors) * mask).sum(),
+            "ratio": (ratio * mask).sum(),
+        }
+    return policy, value, sums
+
+
+class AdaptiveKL:
+    """beta of the KL penalty, moved towards `target` (Ziegler et al., 2019, section 2.2).
+
+    Args:
+        beta: start. target: nats a response. horizon: responses over which a full error multiplies beta by e^0.2.
+    """
+
+    def __init__(self, beta: float, target: float, horizon: float):
+        self.beta, self.target, self.horizon = beta, target, horizon
+
+    def update(self, kl: float, n: int) -> None:
+        """After a batch of `n` responses of mean KL `kl`."""
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.beta *= 1 + error * n / self.horizon
+
+
+class RunningMoments:
+    """Mean and standard deviation of everything seen so far (Chan et al.'s parallel update)."""
+
+    def __init__(self):
+        self.count, self.mean, self._squares = 0, 0.0, 0.0
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation; 1 before there are two different values."""
+        return (self._squares / self.count) ** 0.5 if self._squares > 0 else 1.0
+
+    def normalize(self, values: torch.Tensor) -> torch.Tensor:
+        """Takes `values` (n,) in, and returns them normalised by the moments that include them."""
+        n, mean = len(values), values.double().mean().item()
+        squares = ((values.double() - mean) ** 2).sum().item()
+        total, shift = self.count + n, mean - self.mean
+        self._squares += squares + shift**2 * self.count * n / total
+        self.mean += shift * n / total
+        self.count = total
+        return (values - self.mean) / (self.std + 1e-8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The policy
+
+
+class Policy(nn.Module):
+    """A LoRA-adapted causal language model with a value head; the reference policy is the same network, adapter off.
+
+    Args:
+        model: a `peft.PeftModel` around a causal language model. tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model, tokenizer):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        # starts at 0: the value of nothing learned yet
+        self.value_head = nn.Linear(model.config.hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.eval()  # and so it stays: dropout would make the rollout's and the update's probabilities differ
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.value_head.weight.device
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """What the position table leaves for a prompt, with room for the longest response."""
+        return getattr(self.model.config, "max_position_embeddings", 1 << 20) - 128
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The adapter's and the value head's parameters."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def reference(self):
+        """Context manager: the adapter is off."""
+        return self.model.disable_adapter()
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left-padded ids and mask (n, Q)."""
+        encoded = self.tokenizer(list(prompts))["input_ids"]
+        longest = max(map(len, encoded))
+        ids = torch.full((len(encoded), longest), self.pad)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(encoded):
+            ids[row, longest - len(tokens) :] = torch.tensor(tokens)
+            mask[row, longest - len(tokens) :] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    @property
+    def end(self) -> int:
+        """The end token."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def pad(self) -> int:
+        """The padding token; what it is does not matter, because masks say where it is."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end
+
+    @torch.no_grad()
+    def generate(self, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        """Samples responses at temperature 1 from the whole distribution: (n, R) ids, padded behind the end token."""
+        from transformers import GenerationConfig
+
+        config = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.end,
+            pad_token_id=self.pad,
+        )
+        # in full, because whatever is left out would come from the model's own generation_config
+        output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        return output[:, ids.shape[1] :]
+
+    def forward(self, query, query_mask, response, response_mask):
+        """Log-probability of every response token, the value of the state before it, and the entropy there.
+
+        Only the kept response positions get logits.
+
+        Args:
+            query, query_mask: (n, Q) left-padded. response, response_mask: (n, R) right-padded.
+
+        Returns:
+            logprobs, values, entropies: (n, R) float32, 0 where not kept.
+        """
+        ids = torch.cat([query, response], dim=1)
+        mask = torch.cat([query_mask, response_mask.to(query_mask.dtype)], dim=1)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        base = self.model.get_base_model()
+        body = getattr(base, base.base_model_prefix)
+        hidden = body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        hidden = hidden[:, query.shape[1] - 1 : -1]  # the state before each response token
+        kept = response_mask.bool()
+        states, tokens = hidden[kept], response[kept]
+        logprobs, entropies = _token_logprobs(base.get_output_embeddings(), states, tokens)
+        values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(1)
+        blank = torch.zeros(response.shape, device=response.device)
+        return tuple(blank.masked_scatter(kept, x.float()) for x in (logprobs, values, entropies))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a PEFT adapter with its tokenizer and `value_head.safetensors`, atomically."""
+        from safetensors.torch import save_file
+
+        from runs import atomic_folder
+
+        with atomic_folder(folder) as temporary:
+            self.model.save_pretrained(temporary, save_embedding_layers=False)
+            self.tokenizer.save_pretrained(temporary)
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in self.value_head.state_dict().items()},
+                temporary / "value_head.safetensors",
+            )
+
+    def load(self, folder: str | Path) -> None:
+        """Reads the adapter and the value head that `save` wrote into this policy."""
+        from peft import load_peft_weights, set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device=str(self.device)))
+        self.value_head.load_state_dict(load_file(Path(folder) / "value_head.safetensors"))
+
+
+LOGITS_PER_CHUNK = 1 << 25  # 128 MiB of float32
+
+
+def _token_logprobs(head: nn.Module, states: torch.Tensor, tokens: torch.Tensor):
+    """(m,) log-probabilities of `tokens` (m,) and (m,) entropies, from (m, hidden) states, a chunk at a time."""
+
+    def chunk(part, chosen):
+        log_p = head(part).float().log_softmax(dim=-1)
+        return log_p.gather(1, chosen[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=1)
+
+    size = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
+    parts = [chunk(states[i : i + size], tokens[i : i + size]) for i in range(0, len(states), size)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def load_policy(name: str, rank: int, alpha: int, dtype: torch.dtype) -> Policy:
+    """A policy around the model `name` (hub id or folder) with a fresh adapter, which changes nothing yet.
+
+    Args:
+        rank, alpha: of LoRA (Hu et al., 2022). dtype: of the frozen weights; the adapter is float32.
+
+    Raises:
+        UserError: if the model cannot be loaded.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = load_pretrained(AutoTokenizer, name, "--model_name")
+    model = load_pretrained(AutoModelForCausalLM, name, "--model_name", dtype=dtype)
+    adapter = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.05, task_type="CAUSAL_LM")
+    return Policy(get_peft_model(model, adapter), tokenizer)

@@ -166,6 +166,13 @@ class Tracker:
         """Logs `values` (scalars or wandb objects) at `step`."""
         self._run.log(values, step=step)
 
+    def log_texts(self, key: str, prompts: list[str], responses: list[str], step: int) -> None:
+        """Logs a table of texts; only ever called with `--log_text`."""
+        import wandb
+
+        rows = list(zip(prompts, responses, strict=True))
+        self._run.log({key: wandb.Table(columns=["prompt", "response"], data=rows)}, step=step)
+
     def summary(self, values: dict) -> None:
         """Sets the run's summary values."""
         self._run.summary.update(values)

@@ -1,0 +1,319 @@
+"""Stage 3's loop: PPO on rewards from a reward head, with a KL penalty to the reference policy.
+
+One step, in order: 1 prompts, 2 generate, 3 cut, 4 log-probabilities and values, 5 score, 6 rewards and advantages,
+7 update, 8 adapt beta. `PPO.step` is that list; each entry is a method.
+"""
+
+import re
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from models import (
+    AdaptiveKL,
+    Policy,
+    RunningMoments,
+    TurnEncoder,
+    gae,
+    masked_mean,
+    ppo_loss,
+    token_rewards,
+    whiten,
+)
+
+MARKERS = re.compile("User:|AI:")  # where a response stops being one turn
+
+
+class Prompt(NamedTuple):
+    """A state: the policy's input text, the context that the reward's encoder sees, and what the human answered."""
+
+    text: str
+    context: str
+    human: str
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """PPO's settings; defaults are the published ones (DESIGN.md section 4)."""
+
+    learning_rate: float = 1.4e-5
+    batch_size: int = 24
+    mini_batch_size: int = 4
+    accumulation_steps: int = 2
+    ppo_epochs: int = 1
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    value_clip: float = 0.2
+    value_coefficient: float = 0.1
+    beta: float = 0.15
+    target_kl_response: float = 6.0
+    horizon: float = 10_000
+    target_kl: float = 1.0
+    min_new_tokens: int = 32
+    max_new_tokens: int = 128
+
+
+class Rollout(NamedTuple):
+    """Responses to a batch of prompts: (n, Q) left-padded queries, (n, R) responses, `mask` 1 on kept tokens."""
+
+    query: torch.Tensor
+    query_mask: torch.Tensor
+    response: torch.Tensor
+    mask: torch.Tensor
+    texts: list[str]
+
+    def rows(self, chosen) -> tuple[torch.Tensor, ...]:
+        """The model's inputs for some of the responses."""
+        return self.query[chosen], self.query_mask[chosen], self.response[chosen], self.mask[chosen]
+
+
+class RewardScorer:
+    """Scores responses by a reward head on its own encoder: (contexts, responses) -> (n,) float32."""
+
+    def __init__(self, encoder: TurnEncoder, head, autocast):
+        self.encoder, self.head, self.autocast = encoder, head, autocast
+
+    def __call__(self, contexts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+        """Rewards of `responses` (without `AI:`) after `contexts`."""
+        pairs = [(context, f"AI: {response}") for context, response in zip(contexts, responses, strict=True)]
+        features = self.encoder.encode(self.encoder.tokenize(pairs), self.autocast)
+        with torch.inference_mode():
+            return self.head(features.to(self.encoder.device)).squeeze(1).float().cpu()
+
+
+def cut_response(tokens: list[int], text_of: Callable[[list[int]], str], end: int) -> tuple[int, str]:
+    """How many tokens of a response are kept, and its text.
+
+    It ends with the first end token, which is kept (ending was the policy's choice) but is not text, or before the
+    first `User:` or `AI:`. At least one token is kept: a response that is empty after cutting carries its score on its first
+    token, and is scored as empty text.
+    """
+    if end in tokens:
+        tokens = tokens[: tokens.index(end) + 1]
+    text = text_of(tokens)
+    marker = MARKERS.search(text)
+    if not marker:
+        return len(tokens), text.strip()
+    low, high = 0, len(tokens)  # the most tokens whose text stays before the marker
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if len(text_of(tokens[:middle])) <= marker.start() else (low, middle - 1)
+    return max(low, 1), text[: marker.start()].strip()
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """distinct-n (Li et al., 2016): different n-grams of words over all of them; 0 when there are none."""
+    grams = Counter()
+    for text in texts:
+        words = text.split()
+        grams.update(zip(*(words[i:] for i in range(n)), strict=False))
+    return len(grams) / max(sum(grams.values()), 1)
+
+
+class PPO:
+    """The loop's state: policy, optimizer, KL controller, running moments of the score, and the random state.
+
+    Args:
+        policy: what is trained. score: (contexts, responses) -> (n,) rewards. config: settings.
+        accelerator: `accelerate.Accelerator`. seed: of lengths, minibatches and sampling.
+    """
+
+    def __init__(self, policy: Policy, score: Callable, config: PPOConfig, accelerator, seed: int):
+        from transformers.optimization import Adafactor
+
+        self.policy, self.score, self.config, self.accelerator = policy, score, config, accelerator
+        optimizer = Adafactor(
+            policy.trainable(),
+            lr=config.learning_rate,
+            scale_parameter=False,
+            relative_step=False,
+            warmup_init=False,
+        )
+        self.optimizer = accelerator.prepare(optimizer)
+        self.kl = AdaptiveKL(config.beta, config.target_kl_response, config.horizon)
+        self.moments = RunningMoments()
+        self.rng = np.random.default_rng(seed)
+        self._seconds: dict[str, float] = {}
+
+    def step(self, prompts: Sequence[Prompt], update: bool = True) -> tuple[dict[str, float], list[str]]:
+        """One PPO step on a batch of prompts; returns what is logged, and the responses.
+
+        Args:
+            prompts: n prompts. update: False rolls out and scores only.
+        """
+        self._seconds = {}
+        with self._timed("generate"):
+            rollout = self.rollout(prompts, self.draw_length())
+        with self._timed("forward"):
+            old = self.look(rollout)
+        with self._timed("score"):
+            contexts = [prompt.context for prompt in prompts]
+            scores = self.score(contexts, rollout.texts)
+            human = self.score(contexts, [prompt.human for prompt in prompts])
+            normalized = self.moments.normalize(scores)
+        rewards = token_rewards(
+            normalized.to(rollout.mask.device), old["logprobs"], old["ref_logprobs"], rollout.mask, self.kl.beta
+        )
+        advantages, returns = gae(rewards, old["values"], rollout.mask, self.config.gamma, self.config.lam)
+        kl = ((old["logprobs"] - old["ref_logprobs"]) * rollout.mask).sum(dim=1).mean().item()
+        lengths = rollout.mask.sum(dim=1)
+        logged = {
+            "score_mean": scores.mean().item(),
+            "score_std": scores.std(unbiased=False).item(),
+            "human_score_mean": human.mean().item(),
+            "kl": kl,
+            "beta": self.kl.beta,
+            "entropy": masked_mean(old["entropies"], rollout.mask).item(),
+            "value_mean": masked_mean(old["values"], rollout.mask).item(),
+            "explained_variance": _explained_variance(old["values"], returns, rollout.mask),
+            "response_length_mean": lengths.mean().item(),
+            "ended_share": (_ended(rollout, self.policy.end)).float().mean().item(),
+            "empty_share": np.mean([not text for text in rollout.texts]),
+            "distinct_1": distinct(rollout.texts, 1),
+            "distinct_2": distinct(rollout.texts, 2),
+        }
+        if update:
+            with self._timed("update"):
+                logged |= self.update(rollout, old, whiten(advantages, rollout.mask), returns)
+            self.kl.update(kl, len(prompts))
+        return {**logged, **{f"seconds_{name}": value for name, value in self._seconds.items()}}, rollout.texts
+
+    def draw_length(self) -> int:
+        """The batch's limit of new tokens."""
+        return int(self.rng.integers(self.config.min_new_tokens, self.config.max_new_tokens + 1))
+
+    def rollout(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Rollout:
+        """Samples a response to every prompt and cuts it."""
+        query, query_mask = self.policy.tokenize([prompt.text for prompt in prompts])
+        response = self.policy.generate(query, query_mask, max_new_tokens)
+        mask = torch.zeros(response.shape, device=response.device)
+        texts = []
+        for row, tokens in enumerate(response.tolist()):
+            kept, text = cut_response(tokens, self._text, self.policy.end)
+            mask[row, :kept] = 1
+            texts.append(text)
+        width = int(mask.sum(dim=1).max())
+        return Rollout(query, query_mask, response[:, :width], mask[:, :width], texts)
+
+    def _text(self, tokens: list[int]) -> str:
+        return self.policy.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def look(self, rollout: Rollout) -> dict[str, torch.Tensor]:
+        """Log-probabilities, values and entropies under the policy as it is, and the reference's log-probabilities."""
+        columns = defaultdict(list)
+        size = self.config.mini_batch_size
+        for first in range(0, len(rollout.texts), size):
+            inputs = rollout.rows(slice(first, first + size))
+            for name, value in zip(("logprobs", "values", "entropies"), self.policy(*inputs), strict=True):
+                columns[name].append(value)
+            with self.policy.reference():
+                columns["ref_logprobs"].append(self.policy(*inputs)[0])
+        return {name: torch.cat(parts) for name, parts in columns.items()}
+
+    def update(self, rollout: Rollout, old: dict, advantages: torch.Tensor, returns: torch.Tensor) -> dict[str, float]:
+        """PPO epochs over the batch in minibatches; stops early when the policy has moved too far."""
+        config, n = self.config, len(rollout.texts)
+        totals: Counter = Counter()
+        group_size = config.mini_batch_size * config.accumulation_steps
+        stopped = False
+        for _ in range(config.ppo_epochs):
+            order = self.rng.permutation(n)
+            for first in range(0, n, group_size):
+                group = order[first : first + group_size]
+                sums = self._optimizer_step(rollout, old, advantages, returns, group)
+                totals.update(sums)
+                totals["optimizer_steps"] += 1
+                stopped = sums["approx_kl"] / sums["tokens"] > 1.5 * config.target_kl
+                if stopped:
+                    break
+            if stopped:
+                break
+        per_token = {name: totals[name] / totals["tokens"] for name in ("approx_kl", "policy_clipped", "value_clipped")}
+        steps = totals["optimizer_steps"]
+        return {
+            "approx_kl": per_token["approx_kl"],
+            "policy_clip_fraction": per_token["policy_clipped"],
+            "value_clip_fraction": per_token["value_clipped"],
+            "ratio_mean": totals["ratio"] / totals["tokens"],
+            "policy_loss": totals["policy_loss"] / steps,
+            "value_loss": totals["value_loss"] / steps,
+            "gradient_norm": totals["gradient_norm"] / steps,
+            "optimizer_steps": float(steps),
+            "stopped_early": float(stopped),
+        }
+
+    def _optimizer_step(self, rollout, old, advantages, returns, group) -> dict[str, float]:
+        """One optimizer step over the responses `group`, a minibatch of gradients at a time."""
+        config = self.config
+        tokens = rollout.mask[group].sum()
+        totals: Counter = Counter()
+        for first in range(0, len(group), config.mini_batch_size):
+            part = group[first : first + config.mini_batch_size]
+            logprobs, values, _ = self.policy(*rollout.rows(part))
+            policy_loss, value_loss, sums = ppo_loss(
+                logprobs, values, old["logprobs"][part], old["values"][part], advantages[part], returns[part],
+                rollout.mask[part], config.clip, config.value_clip, tokens,
+            )  # fmt: skip
+            self.accelerator.backward(policy_loss + config.value_coefficient * value_loss)
+            totals.update({name: value.item() for name, value in sums.items()})
+            totals.update({"policy_loss": policy_loss.item(), "value_loss": value_loss.item()})
+        squares = sum((p.grad.float() ** 2).sum() for p in self.policy.trainable() if p.grad is not None)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {**totals, "tokens": tokens.item(), "gradient_norm": squares.sqrt().item()}
+
+    @contextmanager
+    def _timed(self, phase: str):
+        start = time.perf_counter()
+        yield
+        self._seconds[phase] = time.perf_counter() - start
+
+    @torch.no_grad()
+    def evaluate(self, prompts: Sequence[Prompt], seed: int) -> tuple[dict[str, float], list[str]]:
+        """Mean reward and KL on held-out prompts, sampled with random numbers of its own, so that two policies are
+        compared on the same prompts, lengths and draws, and training goes on as if it had not happened."""
+        texts, kls, empty = [], [], 0
+        rng = np.random.default_rng(seed)
+        size = self.config.batch_size
+        devices = [self.policy.device] if self.policy.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            for first in range(0, len(prompts), size):
+                limit = int(rng.integers(self.config.min_new_tokens, self.config.max_new_tokens + 1))
+                rollout = self.rollout(prompts[first : first + size], limit)
+                seen = self.look(rollout)
+                kls.append(((seen["logprobs"] - seen["ref_logprobs"]) * rollout.mask).sum(dim=1).cpu())
+                texts += rollout.texts
+        scores = self.score([prompt.context for prompt in prompts], texts)
+        empty = sum(not text for text in texts)
+        metrics = {
+            "reward": scores.mean().item(),
+            "reward_standard_error": scores.std().item() / len(scores) ** 0.5,
+            "kl": torch.cat(kls).mean().item(),
+            "response_words": float(np.mean([len(text.split()) for text in texts])),
+            "empty_share": empty / len(texts),
+            "distinct_1": distinct(texts, 1),
+            "distinct_2": distinct(texts, 2),
+        }
+        return metrics, texts
+
+
+def _explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over kept tokens; 0 when the returns do not vary."""
+    kept = mask.bool()
+    variance = returns[kept].var(unbiased=False)
+    return (1 - (returns - values)[kept].var(unbiased=False) / variance).item() if variance > 0 else 0.0
+
+
+def _ended(rollout: Rollout, end: int) -> torch.Tensor:
+    """(n,) whether each response ended by itself: its last kept token is the end token."""
+    last = rollout.mask.sum(dim=1).long() - 1
+    return rollout.response[torch.arange(len(last)), last] == end

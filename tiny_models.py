@@ -1,0 +1,173 @@
+"""Trains a small BART and a small Llama from scratch on a corpus' training conversations, with their tokenizers.
+
+    python tiny_models.py DATA_DIR OUT [--only bart|llama]
+
+They stand in for the published models where there is no network or no GPU: `OUT/bart` for `--lang_model_path`,
+`OUT/llama` for `--model_name`. They never see the validation conversations.
+"""
+
+from pathlib import Path
+
+from cli import new_parser, positive_int, run
+
+BUILT = ("bart", "llama")
+VOCABULARY = {"bart": 2000, "llama": 4000}  # at most: a small corpus has fewer pieces
+MAX_TOKENS = 512
+
+
+def build(data_dir: Path, out: Path, which: tuple[str, ...], seed: int, steps: int = 400) -> None:
+    """Reads `data_dir` and writes `out/bart` and/or `out/llama`, each trained for `steps` steps."""
+    from data_utils import read_corpus, split
+    from runs import seed_everything
+
+    corpus = read_corpus(data_dir, "overall_affect")
+    training, _ = split(corpus, len(corpus.conversations))
+    makers = {"bart": _train_bart, "llama": _train_llama}
+    for name in which:
+        seed_everything(seed)
+        loss = makers[name](training, out / name, seed, steps)
+        print(f"Wrote {out / name} (cross-entropy of its last 20 steps: {loss:.2f} nats a token)")
+
+
+def _train_bart(training, folder: Path, seed: int, steps: int) -> float:
+    """A denoising BART: the input's tokens are masked at 30%, the output is the response."""
+    import numpy as np
+    import torch
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    from data_utils import turn_text
+
+    rng = np.random.default_rng(seed)
+    texts = [turn_text(t.conversation, i, t.user, 4) for t in training for i in t.agent_turns]
+    tokenizer = _tokenizer(texts, VOCABULARY["bart"], pair=True)
+    config = BartConfig(
+        vocab_size=len(tokenizer), d_model=128, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=256,
+        decoder_ffn_dim=256, encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=tokenizer.eos_token_id, forced_eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config)
+
+    def batch_loss():
+        chosen = [texts[i] for i in rng.integers(len(texts), size=32)]
+        inputs = tokenizer(
+            *map(list, zip(*chosen, strict=True)),
+            padding=True,
+            truncation=True,
+            max_length=MAX_TOKENS,
+            return_tensors="pt",
+        )
+        labels = tokenizer([response for _, response in chosen], padding=True, return_tensors="pt").input_ids
+        masked = torch.from_numpy(rng.random(inputs.input_ids.shape) < 0.3) & (
+            inputs.input_ids > tokenizer.mask_token_id
+        )
+        inputs["input_ids"] = inputs.input_ids.masked_fill(masked, tokenizer.mask_token_id)
+        labels = labels.masked_fill(labels == tokenizer.pad_token_id, -100)
+        return model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, labels=labels).loss
+
+    return _fit(model, tokenizer, batch_loss, folder, steps, 1e-3)
+
+
+def _train_llama(training, folder: Path, seed: int, steps: int) -> float:
+    """A Llama on stage 3's own prompts and the human answers to them."""
+    import numpy as np
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from data_utils import prompt_text, turn_text
+
+    rng = np.random.default_rng(seed)
+    places = [(t, i) for t in training for i in t.agent_turns]
+
+    def document(place) -> str:
+        trajectory, index = places[place]
+        context, response = turn_text(trajectory.conversation, index, trajectory.user, int(rng.integers(1, 11)))
+        return prompt_text(context) + response.removeprefix("AI:") + "</s>"
+
+    tokenizer = _tokenizer([document(i) for i in range(len(places))], VOCABULARY["llama"], pair=False)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+
+    def batch_loss():
+        texts = [document(i) for i in rng.integers(len(places), size=16)]
+        inputs = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        labels = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
+        return model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, labels=labels).loss
+
+    return _fit(model, tokenizer, batch_loss, folder, steps, 2e-3)
+
+
+def _tokenizer(texts, vocabulary: int, pair: bool):
+    """A byte-level BPE trained on `texts`; with `pair` in BART's form `<s> a </s></s> b </s>`, else `<s> a`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    flat = (part for text in texts for part in ([text] if isinstance(text, str) else text))
+    tokenizer.train_from_iterator(flat, trainer)
+    forms = ("<s> $A </s>", "<s> $A </s> </s> $B </s>") if pair else ("<s> $A", "<s> $A <s> $B")
+    tokenizer.post_processor = processors.TemplateProcessing(*forms, [("<s>", 0), ("</s>", 2)])
+    names = dict(bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    if pair:
+        names |= dict(cls_token="<s>", sep_token="</s>", mask_token="<mask>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=MAX_TOKENS,
+        model_input_names=["input_ids", "attention_mask"],
+        **names,
+    )
+
+
+def _fit(model, tokenizer, batch_loss, folder: Path, steps: int, learning_rate: float) -> float:
+    """AdamW with warm-up and linear decay; writes the model and returns the mean loss of the last 20 steps."""
+    import torch
+
+    from runs import atomic_folder, progress_bar
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    warm_up = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
+    )
+    model.train()
+    losses = []
+    for _ in progress_bar(range(steps), desc=f"training {folder.name}", unit="step"):
+        loss = batch_loss()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    with atomic_folder(folder) as temporary:
+        model.eval().save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return sum(losses[-20:]) / len(losses[-20:])
+
+
+def main() -> None:
+    """Command line."""
+    parser = new_parser("Train a small BART and a small Llama from scratch on a corpus' training conversations.")
+    parser.add_argument("data_dir", help="folder with one folder a conversation, in CANDOR's layout")
+    parser.add_argument("out", help="folder to write bart/ and llama/ to")
+    parser.add_argument("--only", choices=BUILT, help="train one of the two (default: both)")
+    parser.add_argument("--steps", type=positive_int, default=400, help="training steps of each")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every random choice")
+    args = parser.parse_args()
+    build(Path(args.data_dir), Path(args.out), (args.only,) if args.only else BUILT, args.seed, args.steps)
+
+
+if __name__ == "__main__":
+    run(main)

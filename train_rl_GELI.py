@@ -1,0 +1,277 @@
+"""Stage 3: aligns a LoRA-adapted language model with a reward head by PPO.
+
+    python train_rl_GELI.py --model_name llama --exp_name GELI --reward redistributed_reward --rf_model GELI \\
+        --train --val --batch_size 24
+
+Writes `rlmf_weights/{exp_name}_{model_name}_{step}/` every 10 steps: a PEFT adapter with tokenizer and value head.
+"""
+
+from pathlib import Path
+
+from cli import UserError, add_common_options, file_name, new_parser, positive_int, run
+
+POLICIES = {"llama2": "meta-llama/Llama-2-7b-chat-hf", "llama": "huggyllama/llama-7b"}
+LOCAL_LLAMA = "./llama_hf"  # what `llama` means where it exists
+
+# --rf_model -> (pattern of the folder whose newest head is taken, how to make one)
+RF_MODELS = {
+    "GELI": ("visual_feedback_baselines_*", "train_reward_GELI.py --train --affect_path RUN"),
+    "GE": ("baselines_*", "train_reward_GELI.py --train"),
+    "LI": ("SINGLE_INDEX_reward_function_*", "train_reward_LI_only.py"),
+}
+SAVE_EVERY = 10  # steps
+SAMPLES_SHOWN = 3
+
+
+def parse():
+    """The command line."""
+    parser = new_parser("Stage 3: align a language model with a reward head by PPO.")
+    add = parser.add_argument
+    add("--model_name", default="llama", help=f"the policy: {', '.join(POLICIES)}, or any hub id or folder")
+    add("--exp_name", type=file_name, default="GELI", help="names the output: rlmf_weights/EXP_MODEL_STEP")
+    add(
+        "--reward",
+        choices=("redistributed_reward", "random"),
+        default="redistributed_reward",
+        help="the turn reward of --rf_model, or a random number (a control: nothing should be learned)",
+    )
+    add("--rf_model", choices=RF_MODELS, default="GELI", help="which newest reward head under --output_dir is used")
+    add("--reward_path", metavar="HEAD", help="one reward head instead: a run name or the path of a reward1_ file")
+    add(
+        "--lang_model_path",
+        help="hub id or folder of the head's encoder, where the head's own record is not to be used",
+    )
+    add("--train", action="store_true", help="train")
+    add("--val", action="store_true", help="measure the mean reward on held-out prompts, before and after")
+    add("--val_prompts", type=positive_int, default=96, help="how many held-out prompts")
+    add("--batch_size", type=positive_int, default=24, help="prompts a step")
+    add("--steps", type=positive_int, default=200, help="PPO steps")
+    add("--train_size", type=positive_int, default=1 << 30, help="training conversations (default: all there are)")
+    add(
+        "--reward_class",
+        default="overall_affect",
+        help="a survey question that --data_dir has; nothing else depends on it",
+    )
+    add("--peft", action="store_true", help="accepted for the published commands; LoRA is always on")
+    add("--no_accel", action="store_true", help="one device, with LoRA r=24 alpha=48 instead of r=16 alpha=32")
+    add("--run_name", type=file_name, help="name of the wandb run (default: wandb's, or one like it)")
+    add_common_options(parser, learning_rate=1.4e-5, context_turns=10)
+    args = parser.parse_args()
+    if not args.train and not args.val:
+        parser.error("nothing to do: give --train, --val or both")
+    return args
+
+
+def main() -> None:
+    """Parse, build, train, evaluate, write."""
+    args = parse()
+
+    from runs import Tracker, make_accelerator, seed_everything
+
+    seed_everything(args.seed)
+    accelerator = make_accelerator(args.device, "float32")
+    head_path = find_reward(args)
+    prompts, held_out, counts = load_prompts(args)
+    policy = build_policy(args, accelerator)
+    ppo = build_ppo(args, accelerator, policy, head_path)
+    folder = Path(args.output_dir) / "rlmf_weights"
+    stem = f"{args.exp_name}_{Path(args.model_name).name}"
+    if args.train:
+        set_aside(folder, stem)
+    else:
+        policy.load(newest_checkpoint(folder, stem))
+    tracker = Tracker("rlmf", folder, {**vars(args), "data": counts, "reward_head": head_path.name}, args.run_name)
+
+    metrics, texts = {}, {}
+    if args.val:
+        with policy.reference():
+            metrics["before"], texts["before"] = ppo.evaluate(held_out, args.seed)
+        metrics["human"] = {
+            "reward": ppo.score([p.context for p in held_out], [p.human for p in held_out]).mean().item()
+        }
+    paths = train(args, ppo, prompts, tracker, folder, stem) if args.train else []
+    if args.val:
+        metrics["after"], texts["after"] = ppo.evaluate(held_out, args.seed)
+    paths += report(args, tracker, folder, stem, head_path, counts, metrics, texts, held_out)
+    tracker.finish()
+    print("\n".join(["Written:", *(f"  {path}" for path in paths)]))
+
+
+def find_reward(args) -> Path:
+    """The reward head's file: `--reward_path`, or the newest of `--rf_model`'s kind; says which it took."""
+    from train_reward_GELI import find_head
+
+    if args.reward_path:
+        path = find_head(args.reward_path, args.output_dir)
+    else:
+        pattern, command = RF_MODELS[args.rf_model]
+        found = [p for p in Path(args.output_dir).glob(f"{pattern}/reward1_*") if not p.suffix]
+        if not found:
+            raise UserError(
+                f"--rf_model {args.rf_model}: expected a reward head {pattern}/reward1_RUN under {args.output_dir}, "
+                f"found none; train one with {command}, or name one with --reward_path"
+            )
+        path = max(found, key=lambda p: (p.stat().st_mtime_ns, p.name))
+    print(f"Reward head: {path}")
+    return path
+
+
+def load_prompts(args):
+    """Training prompts, held-out prompts (a seeded choice), and the counts of what was read."""
+    import numpy as np
+
+    from data_utils import prompt_text, read_corpus, split, turn_text
+    from ppo import Prompt
+
+    corpus = read_corpus(args.data_dir, args.reward_class, args.transcript)
+    print(corpus.describe())
+
+    def prompts_of(trajectories):
+        for trajectory in trajectories:
+            for i in trajectory.agent_turns:
+                context, response = turn_text(trajectory.conversation, i, trajectory.user, args.context_turns)
+                yield Prompt(prompt_text(context), context, response.removeprefix("AI: "))
+
+    training, validation = (list(prompts_of(part)) for part in split(corpus, args.train_size))
+    chosen = np.random.default_rng(args.seed).permutation(len(validation))[: args.val_prompts]
+    held_out = [validation[i] for i in chosen]
+    print(f"prompts: {len(training):,} for training, {len(held_out):,} of {len(validation):,} held out for validation")
+    for name, part, needed in (("training", training, args.train), ("held-out", held_out, args.val)):
+        if needed and not part:
+            raise UserError(
+                f"--data_dir {args.data_dir}: no {name} prompt in {len(corpus.conversations)} conversations"
+            )
+    return training, held_out, {k: v for k, v in corpus.counts().items() if isinstance(v, int)}
+
+
+def build_policy(args, accelerator):
+    """The policy with a fresh adapter, on its device; frozen weights in bfloat16 on a GPU, in float32 elsewhere."""
+    import torch
+
+    from models import load_policy
+
+    name = args.model_name
+    if name == "llama" and Path(LOCAL_LLAMA).is_dir():
+        name = LOCAL_LLAMA
+    name = POLICIES.get(name, name)
+    rank, alpha = (24, 48) if args.no_accel else (16, 32)
+    half = accelerator.device.type == "cuda" and args.dtype != "float32"
+    return load_policy(name, rank, alpha, torch.bfloat16 if half else torch.float32).to(accelerator.device)
+
+
+def build_ppo(args, accelerator, policy, head_path: Path):
+    """The loop with its scorer."""
+    import torch
+
+    from models import encoder_of_head, load_encoder, load_reward_head
+    from ppo import PPO, PPOConfig, RewardScorer
+
+    config = PPOConfig(learning_rate=args.learning_rate, batch_size=args.batch_size)
+    if args.reward == "random":
+        generator = torch.Generator().manual_seed(args.seed)
+
+        def score(contexts, responses):
+            return torch.rand(len(responses), generator=generator) * 2 - 1
+    else:
+        head = load_reward_head(head_path, accelerator.device)
+        name = args.lang_model_path or encoder_of_head(head, head_path)
+        option = "--lang_model_path" if args.lang_model_path else f"the encoder that {head_path} was trained on,"
+        encoder = load_encoder(name, min(args.max_length, head.config.max_length), option).to(accelerator.device)
+        if encoder.hidden_size != head.config.hidden:
+            raise UserError(
+                f"{option} {name}: gives {encoder.hidden_size} features, the head takes {head.config.hidden}"
+            )
+        score = RewardScorer(encoder, head, accelerator.autocast)
+    return PPO(policy, score, config, accelerator, args.seed)
+
+
+def set_aside(folder: Path, stem: str) -> None:
+    """Moves an earlier run's outputs of the same names into `rlmf_weights/{stem}.earlier-{k}/`, so nothing is lost."""
+    import re
+
+    mine = re.compile(re.escape(stem) + r"(_\d+|\.json|_steps\.csv|_ppo\.png|_responses\.csv)$")
+    earlier = sorted(p for p in folder.glob("*") if mine.fullmatch(p.name))
+    if not earlier:
+        return
+    k = 1
+    while (aside := folder / f"{stem}.earlier-{k}").exists():
+        k += 1
+    aside.mkdir()
+    for path in earlier:
+        path.rename(aside / path.name)
+    print(f"An earlier run's {len(earlier)} outputs of these names are now in {aside}")
+
+
+def newest_checkpoint(folder: Path, stem: str) -> Path:
+    """The checkpoint of the most steps."""
+    steps = [p.name.removeprefix(f"{stem}_") for p in folder.glob(f"{stem}_*")]
+    steps = [int(step) for step in steps if step.isdigit()]
+    if not steps:
+        raise UserError(f"--val without --train: expected a checkpoint {folder}/{stem}_STEP, found none; add --train")
+    return folder / f"{stem}_{max(steps)}"
+
+
+def train(args, ppo, prompts, tracker, folder: Path, stem: str) -> list[Path]:
+    """PPO steps over shuffled prompts, a checkpoint every 10; returns the paths of what was written."""
+    import numpy as np
+    import pandas as pd
+
+    import plots
+    from runs import atomic_path, progress_bar
+
+    rng = np.random.default_rng(args.seed)
+    order: list[int] = []
+    rows, checkpoint = [], None
+    bar = progress_bar(range(1, args.steps + 1), desc="stage 3 (PPO)", unit="step")
+    for step in bar:
+        while len(order) < args.batch_size:
+            order += rng.permutation(len(prompts)).tolist()
+        batch, order = [prompts[i] for i in order[: args.batch_size]], order[args.batch_size :]
+        logged, texts = ppo.step(batch)
+        rows.append({"step": step, **logged})
+        bar.set_postfix(reward=f"{logged['score_mean']:.3f}", kl=f"{logged['kl']:.2f}")
+        tracker.log({f"ppo/{key}": value for key, value in logged.items()}, step)
+        if args.log_text:
+            tracker.log_texts("ppo/responses", [p.text for p in batch], texts, step)
+        if step % SAVE_EVERY == 0 or step == args.steps:
+            checkpoint = folder / f"{stem}_{step}"
+            ppo.policy.save(checkpoint)
+            with atomic_path(folder / f"{stem}_steps.csv") as temporary:
+                pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.6g")
+    picture = plots.ppo(pd.DataFrame(rows), folder / f"{stem}_ppo.png")
+    return [checkpoint, folder / f"{stem}_steps.csv", picture]
+
+
+def report(args, tracker, folder: Path, stem: str, head_path: Path, counts, metrics, texts, held_out) -> list[Path]:
+    """Prints the table and a few responses, and writes the run's record; returns the paths of what was written."""
+    import pandas as pd
+
+    from runs import atomic_path, format_table, versions, write_json
+
+    record = {"run": tracker.name, "stage": 3, "arguments": vars(args), "seed": args.seed, "versions": versions()}
+    record |= {"reward_head": str(head_path), "metrics": metrics, "data": counts}
+    paths = [folder / f"{stem}.json"]
+    write_json(paths[0], record)
+    if not args.val:
+        return paths
+    tracker.summary({f"val/{when}_{key}": value for when, found in metrics.items() for key, value in found.items()})
+    measured = metrics["before"]
+    rows = [{"on held-out prompts": k, "before": measured[k], "after": metrics["after"][k]} for k in measured]
+    rows.append(
+        {"on held-out prompts": "reward of the human answers", "before": metrics["human"]["reward"], "after": None}
+    )
+    table = pd.DataFrame({"prompt": [p.text for p in held_out], "human": [p.human for p in held_out], **texts})
+    responses = folder / f"{stem}_responses.csv"
+    with atomic_path(responses) as temporary:
+        temporary.touch(mode=0o600)  # conversations: for their owner only
+        table.to_csv(temporary, index=False)
+    for row in table.head(SAMPLES_SHOWN).to_dict("records"):
+        print(
+            f"\n…{row['prompt'][-160:]}\n  human:  {row['human']}\n  before: {row['before']}\n  after:  {row['after']}"
+        )
+    print(format_table(rows, f"\nStage 3 (PPO), {stem}, reward {args.reward} of {head_path.name}"))
+    return [*paths, responses]
+
+
+if __name__ == "__main__":
+    run(main)
