@@ -92,8 +92,8 @@ def cut_response(tokens: list[int], text_of: Callable[[list[int]], str], end: in
     """How many tokens of a response are kept, and its text.
 
     It ends with the first end token, which is kept (ending was the policy's choice) but is not text, or before the
-    first `User:` or `AI:`. At least one token is kept: a response that is empty after cutting carries its score on its first
-    token, and is scored as empty text.
+    first `User:` or `AI:`. At least one token is kept: a response that is empty after cutting carries its score on
+    its first token, and is scored as empty text.
     """
     if end in tokens:
         tokens = tokens[: tokens.index(end) + 1]

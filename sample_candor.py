@@ -44,7 +44,7 @@ TOPICS = {
     "dogs": ("my puppy", "the shelter", "long walks"),
 }
 ACTS = {
-    "comfort": Act(0.9, 0.12, 0.10, (
+    "comfort": Act(0.9, 0.25, 0.10, (
         "I am so sorry, {thing} must have been really hard for you",
         "that sounds tough, it makes sense that {topic} wore you out",
         "take your time, I am here and I want to hear about {thing}",
@@ -59,7 +59,7 @@ ACTS = {
         "I asked {thing} for advice about life and it had better answers than me",
         "they say {topic} is cheaper than therapy but nobody told my wallet",
     )),
-    "question": Act(0.5, 0.25, 0.02, (
+    "question": Act(0.5, 0.30, 0.02, (
         "what do you enjoy the most about {topic} these days?",
         "how did you first discover {thing}, was it by chance?",
         "could you tell me a little more about {thing} please?",
@@ -75,7 +75,7 @@ ACTS = {
         "there is a place near the station where they do {topic}",
     )),
     "filler": Act(0.0, 0.20, 0.02, ("yeah I see", "right okay", "hmm sure", "oh well")),
-    "brag": Act(-0.5, 0.45, 0.05, (
+    "brag": Act(-0.5, 0.35, 0.05, (
         "honestly I am far better at {topic} than anybody I know",
         "people always tell me that I was born for {thing}",
         "I was the best at {topic} in my whole city last year",
@@ -153,7 +153,7 @@ def answers_of(rng: random.Random, mean_worth: float) -> dict[str, float]:
     """A rater's answers to every question: they follow the mean worth of the other's turns, with noise."""
     answers = {}
     for question, points in REWARD_CLASSES.items():
-        value = 5.0 + 6.0 * mean_worth + rng.gauss(0, 0.7)
+        value = 5.5 + 4.0 * mean_worth + rng.gauss(0, 1.5)
         low, high, unit = (1, 9, 1) if points == 10 else (0, 100, 11)
         answers[question] = min(high, max(low, round(value * unit)))
     return answers

@@ -26,46 +26,48 @@ def build(data_dir: Path, out: Path, which: tuple[str, ...], seed: int, steps: i
     for name in which:
         seed_everything(seed)
         loss = makers[name](training, out / name, seed, steps)
-        print(f"Wrote {out / name} (cross-entropy of its last 20 steps: {loss:.2f} nats a token)")
+        print(f"Wrote {out / name} (loss of its last 20 steps: {loss:.2f} nats a token)")
 
 
 def _train_bart(training, folder: Path, seed: int, steps: int) -> float:
-    """A denoising BART: the input's tokens are masked at 30%, the output is the response."""
+    """A BART whose encoder learns to tell, from the representation of a turn alone, which words its response holds and
+    which the turn before it held: what stages 1 and 2 read is then worth reading. The decoder stays untrained."""
     import numpy as np
     import torch
-    from transformers import BartConfig, BartForConditionalGeneration
+    from transformers import BartConfig, BartModel
 
     from data_utils import turn_text
+    from models import TurnEncoder
 
     rng = np.random.default_rng(seed)
-    texts = [turn_text(t.conversation, i, t.user, 4) for t in training for i in t.agent_turns]
+    texts = [turn_text(t.conversation, i, t.user, int(rng.integers(1, 5))) for t in training for i in t.agent_turns]
     tokenizer = _tokenizer(texts, VOCABULARY["bart"], pair=True)
     config = BartConfig(
-        vocab_size=len(tokenizer), d_model=128, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=256,
+        vocab_size=len(tokenizer), d_model=128, encoder_layers=2, decoder_layers=1, encoder_ffn_dim=256,
         decoder_ffn_dim=256, encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=MAX_TOKENS,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        decoder_start_token_id=tokenizer.eos_token_id, forced_eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.eos_token_id, forced_eos_token_id=tokenizer.eos_token_id, dropout=0.0,
     )  # fmt: skip
-    model = BartForConditionalGeneration(config)
+    model = BartModel(config)
+    encoder = TurnEncoder(model, tokenizer, MAX_TOKENS)
+    heads = torch.nn.ModuleList([torch.nn.Linear(config.d_model, config.vocab_size) for _ in range(2)])
+    pairs = encoder.tokenize(texts)
+    words = [
+        tokenizer([text for text in column], add_special_tokens=False)["input_ids"]
+        for column in ([response for _, response in texts], [context.rsplit("  ", 1)[-1] for context, _ in texts])
+    ]
 
     def batch_loss():
-        chosen = [texts[i] for i in rng.integers(len(texts), size=32)]
-        inputs = tokenizer(
-            *map(list, zip(*chosen, strict=True)),
-            padding=True,
-            truncation=True,
-            max_length=MAX_TOKENS,
-            return_tensors="pt",
-        )
-        labels = tokenizer([response for _, response in chosen], padding=True, return_tensors="pt").input_ids
-        masked = torch.from_numpy(rng.random(inputs.input_ids.shape) < 0.3) & (
-            inputs.input_ids > tokenizer.mask_token_id
-        )
-        inputs["input_ids"] = inputs.input_ids.masked_fill(masked, tokenizer.mask_token_id)
-        labels = labels.masked_fill(labels == tokenizer.pad_token_id, -100)
-        return model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, labels=labels).loss
+        chosen = rng.integers(len(pairs), size=48)
+        turns = encoder(**encoder.collate([pairs[i] for i in chosen]))
+        losses = []
+        for head, bags in zip(heads, words, strict=True):
+            rows = np.repeat(np.arange(len(chosen)), [len(bags[i]) for i in chosen])
+            tokens = torch.tensor([token for i in chosen for token in bags[i]])
+            losses.append(torch.nn.functional.cross_entropy(head(turns)[rows], tokens))
+        return losses[0] + 0.3 * losses[1]
 
-    return _fit(model, tokenizer, batch_loss, folder, steps, 1e-3)
+    return _fit(model, tokenizer, batch_loss, folder, steps, 1e-3, heads)
 
 
 def _train_llama(training, folder: Path, seed: int, steps: int) -> float:
@@ -80,12 +82,12 @@ def _train_llama(training, folder: Path, seed: int, steps: int) -> float:
 
     def document(place) -> str:
         trajectory, index = places[place]
-        context, response = turn_text(trajectory.conversation, index, trajectory.user, int(rng.integers(1, 11)))
+        context, response = turn_text(trajectory.conversation, index, trajectory.user, int(rng.integers(0, 11)))
         return prompt_text(context) + response.removeprefix("AI:") + "</s>"
 
     tokenizer = _tokenizer([document(i) for i in range(len(places))], VOCABULARY["llama"], pair=False)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
@@ -130,13 +132,15 @@ def _tokenizer(texts, vocabulary: int, pair: bool):
     )
 
 
-def _fit(model, tokenizer, batch_loss, folder: Path, steps: int, learning_rate: float) -> float:
-    """AdamW with warm-up and linear decay; writes the model and returns the mean loss of the last 20 steps."""
+def _fit(model, tokenizer, batch_loss, folder: Path, steps: int, learning_rate: float, heads=None) -> float:
+    """AdamW with warm-up and linear decay; writes the model (not the heads that only its training needs) and returns
+    the mean loss of the last 20 steps."""
     import torch
 
     from runs import atomic_folder, progress_bar
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    parameters = [*model.parameters(), *(heads.parameters() if heads else ())]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
     warm_up = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
@@ -146,7 +150,7 @@ def _fit(model, tokenizer, batch_loss, folder: Path, steps: int, learning_rate: 
     for _ in progress_bar(range(steps), desc=f"training {folder.name}", unit="step"):
         loss = batch_loss()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

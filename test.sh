@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Lint, then tests, in the demo's environment with the test tools added. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")"
+source setup_env.sh
+setup_env requirements.txt requirements-test.txt
+
+export HF_HUB_OFFLINE=1 WANDB_MODE=offline
+ruff check .
+ruff format --check .
+python -m pytest "$@"
