@@ -325,13 +325,20 @@ class TurnEncoder(nn.Module):
 def load_encoder(name: str, max_length: int = 1024, option: str = "--lang_model_path") -> TurnEncoder:
     """Loads an encoder from a folder (nothing is looked up elsewhere then) or from the hub.
 
+    Dropout on attention weights is off, which makes training twice as fast on a CPU for encoders that had it (BERT's
+    kind); dropout on hidden states stays as the model has it.
+
     Raises:
         UserError: if it cannot be loaded; `option` names what the user gave.
     """
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     tokenizer = load_pretrained(AutoTokenizer, name, option)
-    model = load_pretrained(AutoModel, name, option, dtype=torch.float32)
+    config = load_pretrained(AutoConfig, name, option)
+    for dropout in ("attention_dropout", "attention_probs_dropout_prob"):
+        if hasattr(config, dropout):  # BERT's kind has it; with it no fused attention kernel runs on a CPU
+            setattr(config, dropout, 0.0)
+    model = load_pretrained(AutoModel, name, option, config=config, dtype=torch.float32)
     return TurnEncoder(model, tokenizer, max_length, name)
 
 

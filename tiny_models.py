@@ -53,7 +53,7 @@ def _train_bart(training, folder: Path, seed: int, steps: int) -> float:
     heads = torch.nn.ModuleList([torch.nn.Linear(config.d_model, config.vocab_size) for _ in range(2)])
     pairs = encoder.tokenize(texts)
     words = [
-        tokenizer([text for text in column], add_special_tokens=False)["input_ids"]
+        tokenizer(list(column), add_special_tokens=False)["input_ids"]
         for column in ([response for _, response in texts], [context.rsplit("  ", 1)[-1] for context, _ in texts])
     ]
 

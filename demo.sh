@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# The whole path on a made-up corpus with small models, on a CPU, in minutes: environment, data, models, three stages.
+#   bash demo.sh [FOLDER]     FOLDER (default demo_out) is the demo's own and is made anew
+set -euo pipefail
+cd "$(dirname "$0")"
+out=${1:-demo_out}
+source setup_env.sh
+setup_env requirements.txt
+
+export HF_HUB_OFFLINE=1 WANDB_MODE=offline
+if [ -e "$out" ] && ! [ -f "$out/.made-by-demo" ] && [ -n "$(ls -A "$out")" ]; then
+    echo "$out exists and was not made by this demo: name another folder" >&2
+    exit 2
+fi
+rm -rf "$out"
+mkdir -p "$out"
+touch "$out/.made-by-demo"
+
+step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+data=(--data_dir "$out/candor" --output_dir "$out")
+# a normalized loss: as published, the GE part is hundreds of points² and drowns the LI part
+stage2=(--redist_type RRD --reward_class overall_affect --model convo --batch_size 4 --K 160 --train_size 100
+    --train --val --small_model_shrink --epochs 16 --context_turns 3 --loss_scale normalized)
+
+step "Sample corpus, and small models trained on it"
+python sample_candor.py "$out/candor" --tiny "$out/models"
+
+step "Stage 1: LI, from the listeners' faces"
+python train_reward_LI_only.py --reward_class overall_affect --model convo --batch_size 32 --K 32 --train_size 500 --val \
+    --small_model_shrink --lang_model_path "$out/models/bart" --learning_rate 1e-4 --epochs 3 --context_turns 3 \
+    --run_name demo-li "${data[@]}"
+
+step "Stage 2: GE alone, from the scores"
+python train_reward_GELI.py "${stage2[@]}" --lang_model_path "$out/models/bart" --run_name demo-ge "${data[@]}"
+
+step "Stage 2: GELI, from both"
+python train_reward_GELI.py "${stage2[@]}" --affect_path demo-li --run_name demo-geli "${data[@]}"
+
+step "Stage 3: PPO on the GELI reward"
+python train_rl_GELI.py --model_name "$out/models/llama" --exp_name GELI --reward redistributed_reward --rf_model GELI \
+    --train --val --batch_size 24 --steps 50 --learning_rate 5e-3 --context_turns 4 "${data[@]}"
+
+python demo_report.py "$out"

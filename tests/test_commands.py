@@ -1,0 +1,283 @@
+"""The three commands, end to end, as a user runs them: what they write, say, repeat and refuse."""
+
+import json
+import shutil
+import time
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+import models
+
+LI_FOLDER = (
+    "SINGLE_INDEX_reward_function_convo_overall_affect_contra_False_shrink_False_curriculum_False"
+    "_curriculum_exposureFalse"
+)
+GELI_FOLDER = "visual_feedback_baselines_convo_overall_affect_baseline_RRD_K_160"
+GE_FOLDER = "baselines_convo_overall_affect_baseline_RRD_K_160"
+SCRIPTS = sorted(
+    path.name for path in ROOT.glob("*.py") if "argparse" in path.read_text() or "new_parser" in path.read_text()
+)
+
+# DESIGN.md section 4's commands, word for word
+STAGE_1 = (
+    "--reward_class overall_affect --model convo --batch_size 32 --K 32 --train_size 500 --val --small_model_shrink"
+)
+STAGE_2 = (
+    "--redist_type RRD --reward_class overall_affect --model convo --batch_size 1 --K 160 --train_size 100 --train --val "
+    "--small_model_shrink"
+)
+STAGE_3 = (
+    "--model_name llama --exp_name GELI --reward redistributed_reward --rf_model GELI --train --val --batch_size 24"
+)
+QUICK = ("--context_turns", "2", "--learning_rate", "1e-3")
+
+
+def stage_1(out, sample, tiny, *more):
+    options = (*STAGE_1.split(), "--data_dir", sample, "--output_dir", out, "--lang_model_path", tiny / "bart")
+    return run_script("train_reward_LI_only.py", *options, "--epochs", 1, *QUICK, *more)
+
+
+def stage_2(out, sample, *more, check=0):
+    return run_script(
+        "train_reward_GELI.py", *STAGE_2.split(), "--data_dir", sample, "--output_dir", out, *more, check=check
+    )
+
+
+def stage_3(out, sample, tiny, *more, check=0):
+    words = STAGE_3.replace("--model_name llama", f"--model_name {tiny}/llama").replace("size 24", "size 6").split()
+    options = (*words, "--steps", 2, "--val_prompts", 6, "--data_dir", sample, "--output_dir", out, *QUICK, *more)
+    return run_script("train_rl_GELI.py", *options, check=check)
+
+
+@pytest.fixture(scope="module")
+def trained(sample, tiny, tmp_path_factory):
+    """The output folder after stages 1 (run li), 2 (runs geli and ge) and 3, and what they printed."""
+    out = tmp_path_factory.mktemp("out")
+    printed = {
+        "li": stage_1(out, sample, tiny, "--run_name", "li"),
+        "geli": stage_2(out, sample, "--affect_path", "li", "--run_name", "geli", *QUICK),
+        "ge": stage_2(out, sample, "--lang_model_path", tiny / "bart", "--run_name", "ge", *QUICK),
+        "ppo": stage_3(out, sample, tiny),
+    }
+    return out, printed
+
+
+@pytest.mark.parametrize(("run", "folder"), [("li", LI_FOLDER), ("geli", GELI_FOLDER), ("ge", GE_FOLDER)])
+def test_reward_stages_write_what_is_promised_where_it_is_promised(trained, sample, run, folder):
+    out, printed = trained
+    for name in (f"reward1_{run}", f"reward1_{run}.json", f"val_turn_rewards_{run}.csv", f"val_turn_rewards_{run}.png"):
+        assert (out / folder / name).is_file()
+    assert str(out / folder / f"reward1_{run}") in printed[run].stdout
+    record = json.loads((out / folder / f"reward1_{run}.json").read_text())
+    assert record["seed"] == 0 and record["arguments"]["reward_class"] == "overall_affect"
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"]
+    assert record["data"]["conversations"] == 40 and record["data"]["dropped_conversations"] == 0
+    assert len(record["training_conversations"]) == 36 and len(record["validation_conversations"]) == 4
+    table = pd.read_csv(out / folder / f"val_turn_rewards_{run}.csv")
+    assert list(table) == (
+        ["conversation_id", "flip", "user_id", "agent_id", "turn_id", "start", "stop", "affect", "target", "reward"]
+    )
+    assert set(table["conversation_id"]) == set(record["validation_conversations"])
+    transcripts = [
+        pd.read_csv(sample / c / "transcription" / "transcript_cliffhanger.csv") for c in set(table["conversation_id"])
+    ]
+    assert len(table) == sum(map(len, transcripts))  # every turn is an agent turn of one of the two trajectories
+    assert record["metrics"]["validation"]["li_loss"] >= 0
+    assert not list((out / folder).glob(".*"))  # no temporary file stays
+
+
+def test_stage_1_saves_an_encoder_that_changed_and_its_head_names_it(trained, tiny):
+    out, _ = trained
+    head = models.load_reward_head(out / LI_FOLDER / "reward1_li")
+    name = models.encoder_of_head(head, out / LI_FOLDER / "reward1_li")
+    assert name == str(out / LI_FOLDER / "lang_model_li")
+    before, after = (models.load_encoder(str(path)) for path in (tiny / "bart", name))
+    moved = [
+        not torch.equal(a, b) for a, b in zip(before.encoder.parameters(), after.encoder.parameters(), strict=True)
+    ]
+    assert sum(moved) > len(moved) / 2
+
+
+def test_stage_2_freezes_the_encoder_and_starts_from_stage_1s_head(trained):
+    out, _ = trained
+    path = out / GELI_FOLDER / "reward1_geli"
+    head = models.load_reward_head(path)
+    assert head.config.li and head.config.redist_type == "RRD" and head.config.stage == 2
+    assert models.encoder_of_head(head, path) == str(out / LI_FOLDER / "lang_model_li")
+    assert not models.load_reward_head(out / GE_FOLDER / "reward1_ge").config.li
+    metrics = json.loads((out / GELI_FOLDER / "reward1_geli.json").read_text())["metrics"]
+    assert metrics["validation"]["ge_loss"] == pytest.approx(metrics["best_ge_loss"])
+    assert metrics["validation"]["ge_loss_of_training_mean"] > 0
+
+
+def test_a_reported_validation_loss_is_what_the_csv_says(trained, sample):
+    out, _ = trained
+    table = pd.read_csv(out / GELI_FOLDER / "val_turn_rewards_geli.csv")
+    metrics = json.loads((out / GELI_FOLDER / "reward1_geli.json").read_text())["metrics"]["validation"]
+    ge, li = [], []
+    for (conversation, user), rows in table.groupby(["conversation_id", "user_id"]):
+        survey = pd.read_csv(sample / conversation / "survey.csv").set_index("user_id")
+        ge.append((10 * survey.loc[user, "overall_affect"] - 160 * rows["reward"].mean()) ** 2)
+        li.append(((rows["reward"] - rows["target"]) ** 2).mean())
+    assert metrics["ge_loss"] == pytest.approx(sum(ge) / len(ge), rel=1e-3)
+    assert metrics["li_loss"] == pytest.approx(sum(li) / len(li), rel=1e-3)
+
+
+def test_stage_3_writes_adapters_that_peft_loads_and_says_which_head_it_took(trained, tiny):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    out, printed = trained
+    folder = out / "rlmf_weights"
+    assert f"Reward head: {out / GELI_FOLDER / 'reward1_geli'}" in printed["ppo"].stdout
+    base = AutoModelForCausalLM.from_pretrained(tiny / "llama")
+    adapter = PeftModel.from_pretrained(base, folder / "GELI_llama_2").peft_config["default"]
+    assert (adapter.r, adapter.lora_alpha) == (16, 32)
+    assert (folder / "GELI_llama_2" / "value_head.safetensors").is_file()
+    record = json.loads((folder / "GELI_llama.json").read_text())
+    assert record["metrics"]["before"]["kl"] == 0
+    assert record["metrics"]["after"]["kl"] != 0
+    steps = pd.read_csv(folder / "GELI_llama_steps.csv")
+    assert steps["step"].tolist() == [1, 2]
+    assert steps["kl"][0] == pytest.approx(0, abs=1e-4)  # the adapter changes nothing yet
+    for column in ("score_mean", "human_score_mean", "beta", "entropy", "policy_clip_fraction", "value_clip_fraction"):
+        assert steps[column].notna().all()
+    responses = folder / "GELI_llama_responses.csv"
+    assert responses.stat().st_mode & 0o077 == 0  # text is for its owner only
+    assert set(pd.read_csv(responses)) == {"prompt", "human", "before", "after"}
+    assert (folder / "GELI_llama_ppo.png").is_file()
+
+
+def test_a_second_run_of_stage_3_moves_the_first_ones_outputs_aside(trained, sample, tiny):
+    out, _ = trained
+    first = (out / "rlmf_weights" / "GELI_llama_steps.csv").read_text()
+    stage_3(out, sample, tiny)
+    assert (out / "rlmf_weights" / "GELI_llama.earlier-1" / "GELI_llama_steps.csv").read_text() == first
+    assert (out / "rlmf_weights" / "GELI_llama.earlier-1" / "GELI_llama_2" / "adapter_config.json").is_file()
+    again = pd.read_csv(out / "rlmf_weights" / "GELI_llama_steps.csv")
+    before = pd.read_csv(out / "rlmf_weights" / "GELI_llama.earlier-1" / "GELI_llama_steps.csv")
+    timed = [column for column in again if column.startswith("seconds_")]
+    pd.testing.assert_frame_equal(again.drop(columns=timed), before.drop(columns=timed))  # same seed, same numbers
+
+
+def test_the_same_command_gives_the_same_bytes_in_any_folder_order(trained, sample, tiny, tmp_path):
+    out, _ = trained
+    shuffled = tmp_path / "candor"  # other inodes, made in another order
+    shuffled.mkdir()
+    for folder in sorted(sample.iterdir(), reverse=True):
+        if folder.is_dir():
+            shutil.copytree(folder, shuffled / folder.name)
+    stage_1(tmp_path, shuffled, tiny, "--run_name", "again")
+    stage_2(tmp_path, shuffled, "--affect_path", "again", "--run_name", "geli2", *QUICK)
+    for folder, first, second in ((LI_FOLDER, "li", "again"), (GELI_FOLDER, "geli", "geli2")):
+        files = [root / folder / f"val_turn_rewards_{run}.csv" for root, run in ((out, first), (tmp_path, second))]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        records = [
+            json.loads((path.parent / f"reward1_{run}.json").read_text())
+            for path, run in zip(files, (first, second), strict=True)
+        ]
+        assert records[0]["metrics"] == records[1]["metrics"]
+
+
+def test_a_saved_head_is_evaluated_by_val_alone(trained, sample):
+    out, _ = trained
+    options = ["--val", "--reward_path", "geli", "--run_name", "looked-at", "--data_dir", sample, "--output_dir", out]
+    run_script("train_reward_GELI.py", *options, *QUICK)
+    first = json.loads((out / GELI_FOLDER / "reward1_geli.json").read_text())["metrics"]["validation"]
+    again = json.loads((out / GE_FOLDER / "reward1_looked-at.json").read_text())["metrics"]["validation"]
+    assert again == first
+
+
+def test_wandb_is_offline_and_holds_no_text_or_id(trained, sample):
+    out, _ = trained
+    table = pd.read_csv(sample / "truth.csv")
+    words = pd.read_csv(next(sample.glob("*/transcription/transcript_cliffhanger.csv")))["utterance"]
+    secrets = [*table["conversation_id"].unique(), *table["speaker"].unique(), *words[words.str.len() > 20]]
+    files = [path for path in (out / "wandb").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    for path in files:
+        content = path.read_bytes()
+        assert not [secret for secret in secrets if secret.encode() in content], path
+
+
+def test_broken_conversations_are_named_and_stop_nothing(sample, tiny, tmp_path):
+    data = tmp_path / "candor"
+    shutil.copytree(sample, data)
+    intact = next(path for path in sorted(sample.iterdir()) if path.is_dir())
+    damage = {
+        "no-transcript": lambda f: (f / "transcription" / "transcript_cliffhanger.csv").unlink(),
+        "no-faces": lambda f: (f / "audio_video_features.csv").unlink(),
+        "no-survey": lambda f: (f / "survey.csv").unlink(),
+        "empty-folder": lambda f: (shutil.rmtree(f), f.mkdir()),
+        "cut-off": lambda f: (f / "transcription" / "transcript_cliffhanger.csv").write_text("turn_id,speaker,sta"),
+        "not-text": lambda f: (f / "survey.csv").write_bytes(bytes(range(256))),
+        "one-speaker": lambda f: change(f / "transcription" / "transcript_cliffhanger.csv", speaker="u"),
+        "lost-faces": lambda f: change(f / "audio_video_features.csv", prob_face_happiness=""),
+    }
+    for name, break_it in damage.items():
+        shutil.copytree(intact, data / name)
+        break_it(data / name)
+    printed = stage_1(tmp_path, data, tiny, "--run_name", "r").stdout
+    assert "Read 40 conversations" in printed and "Dropped 8 of 48 folders:" in printed
+    record = json.loads((tmp_path / LI_FOLDER / "reward1_r.json").read_text())
+    assert set(record["dropped_conversations"]) == set(damage)
+    for name, reason in record["dropped_conversations"].items():
+        assert f"  {name}: {reason}" in printed
+    assert len(set(record["dropped_conversations"].values())) >= 7
+
+
+def change(path, **columns):
+    pd.read_csv(path, dtype=str).assign(**columns).to_csv(path, index=False)
+
+
+@pytest.mark.parametrize("script", ["train_reward_LI_only.py", "train_reward_GELI.py", "train_rl_GELI.py"])
+def test_without_data_the_error_is_one_line(script, trained, tmp_path):
+    out, _ = trained
+    more = {"train_reward_LI_only.py": [], "train_reward_GELI.py": ["--train"], "train_rl_GELI.py": ["--train"]}[script]
+    for data in (tmp_path, tmp_path / "nowhere"):
+        result = run_script(script, "--data_dir", data, "--output_dir", out, *more, check=2)
+        assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+        assert "expected" in result.stderr and "sample_candor.py" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train_reward_GELI.py", "", "nothing to do: give --train, --val or both"),
+        (
+            "train_reward_GELI.py",
+            "--train --affect_path nobody",
+            "nobody: expected a run name or the path of a reward1_ file",
+        ),
+        ("train_reward_GELI.py", "--train --lambda 2", "a number from 0 to 1 is expected, not '2'"),
+        ("train_reward_GELI.py", "--train --run_name ../x", "a plain name"),
+        ("train_reward_GELI.py", "--train --reward_class you_are_tall", "invalid choice: 'you_are_tall'"),
+        ("train_reward_LI_only.py", "--K 0", "a whole number of at least 1 is expected, not '0'"),
+        (
+            "train_rl_GELI.py",
+            "--train --rf_model LI",
+            "--rf_model LI: expected a reward head SINGLE_INDEX_reward_function_*",
+        ),
+        ("sample_candor.py", ".", "expected a new or empty folder"),
+        ("casino_to_candor.py", ". out", "expected casino_train.json"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(script, arguments, message, tmp_path):
+    (tmp_path / "something").touch()
+    result = run_script(script, *arguments.split(), cwd=tmp_path, check=2)
+    assert message in result.stderr
+    assert result.stderr.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_quick_and_gives_every_default(script):
+    start = time.perf_counter()
+    result = run_script(script, "--help")
+    assert time.perf_counter() - start < 3
+    entries = result.stdout.split("options:")[-1].split("\n  -")
+    assert "Stage" in result.stdout or "usage" in result.stdout
+    for entry in entries[2:]:
+        assert len(entry.split()) > 2, f"no help: {entry}"

@@ -1,0 +1,158 @@
+"""The losses of reward training and of PPO, each first on numbers worked by hand."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models import (
+    AdaptiveKL,
+    RunningMoments,
+    draw_turns,
+    gae,
+    geli_loss,
+    li_loss,
+    ppo_loss,
+    predicted_return,
+    rrd_loss,
+    token_rewards,
+    whiten,
+)
+
+
+def test_rrd_on_a_four_turn_trajectory():
+    # rewards 0.1, -0.2, 0.4, 0.5 of T = 4 turns, L = 160, R = 30
+    rewards = torch.tensor([0.1, -0.2, 0.4, 0.5])
+    # all four: 160/4 * 0.8 = 32, loss (30 - 32)^2 = 4
+    assert predicted_return(rewards, 160).item() == pytest.approx(32)
+    assert rrd_loss(rewards, 30, 160).item() == pytest.approx(4, rel=1e-5)
+    # turns 1 and 3: 160/2 * (-0.2 + 0.5) = 24, loss 36
+    assert rrd_loss(rewards[[1, 3]], 30, 160).item() == pytest.approx(36, rel=1e-5)
+
+
+def test_the_subset_estimate_of_the_return_is_unbiased():
+    rewards = torch.tensor([0.1, -0.2, 0.4, 0.5, 0.9], dtype=torch.float64)
+    for k in range(1, 6):
+        estimates = [predicted_return(rewards[list(i)], 160) for i in itertools.combinations(range(5), k)]
+        assert torch.stack(estimates).mean().item() == pytest.approx(160 * rewards.mean().item())
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 99))
+def test_drawn_turns_are_distinct_and_all_of_them_when_k_is_large(n_turns, k, seed):
+    drawn = draw_turns(n_turns, k, np.random.default_rng(seed))
+    assert len(drawn) == len(set(drawn)) == min(k, n_turns)
+    assert drawn.min() >= 0 and drawn.max() < n_turns
+
+
+def test_every_turn_is_drawn_equally_often():
+    rng = np.random.default_rng(0)
+    counts = np.bincount(np.concatenate([draw_turns(10, 3, rng) for _ in range(4000)]), minlength=10)
+    assert np.abs(counts / 1200 - 1).max() < 0.1
+
+
+def test_li_and_geli_by_hand():
+    li = li_loss(torch.tensor([0.5, 0.0]), torch.tensor([1.0, 0.0]))  # (0.25 + 0) / 2
+    assert li.item() == pytest.approx(0.125)
+    assert geli_loss(torch.tensor(4.0), li, 0.5).item() == pytest.approx(2.0625)
+    # normalized: 0.25 * 4 / 100 + 0.75 * 0.125 / 0.5
+    assert geli_loss(torch.tensor(4.0), li, 0.25, 100, 0.5).item() == pytest.approx(0.1975)
+
+
+def test_the_score_lands_on_the_last_kept_token_and_kl_on_every_kept_one():
+    mask = torch.tensor([[1.0, 1, 1], [1, 0, 0]])
+    logprobs, reference = torch.tensor([[-1.0, -2, -3], [-1, -9, -9]]), torch.tensor([[-1.0, -3, -3], [-2, 0, 0]])
+    rewards = token_rewards(torch.tensor([5.0, 7.0]), logprobs, reference, mask, beta=0.1)
+    # -0.1 * (0, 1, 0) + (0, 0, 5), and -0.1 * 1 + 7
+    assert rewards.tolist() == [[0, pytest.approx(-0.1), 5], [pytest.approx(6.9), 0, 0]]
+
+
+def test_gae_by_hand():
+    # gamma 1, lambda 0.5, V = (1, 2), r = (0, 4): delta = (0 + 2 - 1, 4 - 2) = (1, 2); A = (1 + 0.5 * 2, 2)
+    mask = torch.ones(1, 2)
+    advantages, returns = gae(torch.tensor([[0.0, 4]]), torch.tensor([[1.0, 2]]), mask, 1.0, 0.5)
+    assert advantages.tolist() == [[2, 2]]
+    assert returns.tolist() == [[3, 4]]
+
+
+@given(st.integers(1, 6), st.floats(0.5, 1), st.floats(0, 1), st.integers(0, 99))
+def test_gae_equals_its_definition(length, gamma, lam, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = torch.randn(2, 1, 8, generator=generator, dtype=torch.float64)
+    mask = (torch.arange(8) < length).double()[None]
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    following = [values[0, t + 1] if t + 1 < length else 0.0 for t in range(length)]
+    delta = [rewards[0, t] + gamma * following[t] - values[0, t] for t in range(length)]
+    for t in range(length):
+        expected = sum((gamma * lam) ** (i - t) * delta[i] for i in range(t, length))
+        assert advantages[0, t].item() == pytest.approx(float(expected))
+        assert returns[0, t].item() == pytest.approx(float(expected + values[0, t]))
+    assert (advantages[0, length:] == 0).all() and (returns[0, length:] == 0).all()
+
+
+def test_whitening_looks_at_kept_tokens_only():
+    mask = torch.tensor([[1.0, 1, 0], [1, 0, 0]])
+    whitened = whiten(torch.tensor([[1.0, 3, 1000], [5, -1000, 0]]), mask)  # mean 3, variance 8/3
+    assert whitened.tolist() == [[pytest.approx(-(1.5**0.5)), 0, 0], [pytest.approx(1.5**0.5), 0, 0]]
+
+
+def test_policy_clipping_by_hand():
+    zeros, mask = torch.zeros(1, 2), torch.ones(1, 2)
+    logprobs = torch.log(torch.tensor([[1.5, 0.5]]))
+    # advantages 1 and 1: min(1.5, 1.2) and min(0.5, 0.8) -> -(1.2 + 0.5) / 2; only the first is clipped
+    policy, _, sums = ppo_loss(logprobs, zeros, zeros, zeros, torch.ones(1, 2), zeros, mask, 0.2, 0.2)
+    assert policy.item() == pytest.approx(-0.85)
+    assert sums["policy_clipped"].item() == 1
+    assert sums["approx_kl"].item() == pytest.approx(0.5 * (np.log(1.5) ** 2 + np.log(0.5) ** 2))
+    # advantages -1: max(1.5, 1.2) and max(0.5, 0.8) -> (1.5 + 0.8) / 2
+    policy, _, _ = ppo_loss(logprobs, zeros, zeros, zeros, -torch.ones(1, 2), zeros, mask, 0.2, 0.2)
+    assert policy.item() == pytest.approx(1.15)
+
+
+def test_value_clipping_by_hand():
+    zeros, mask = torch.zeros(1, 2), torch.ones(1, 2)
+    values, returns = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 2.0]])
+    # old values 0, clip 0.2 -> bounded 0.2: errors (0, 1), bounded (0.64, 3.24); 0.5 * mean of the larger
+    _, value, sums = ppo_loss(zeros, values, zeros, zeros, zeros, returns, mask, 0.2, 0.2)
+    assert value.item() == pytest.approx(0.5 * (0.64 + 3.24) / 2)
+    assert sums["value_clipped"].item() == 2
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 999))
+def test_what_is_not_kept_cannot_matter(seed):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.tensor([[1.0, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    tensors = torch.randn(6, 2, 5, generator=generator)
+    noise = torch.randn(6, 2, 5, generator=generator) * (1 - mask)
+
+    def everything(logprobs, values, old_logprobs, old_values, reference, _):
+        rewards = token_rewards(torch.tensor([1.0, 2.0]), old_logprobs, reference, mask, 0.15)
+        advantages, returns = gae(rewards, old_values, mask, 1.0, 0.95)
+        losses = ppo_loss(logprobs, values, old_logprobs, old_values, whiten(advantages, mask), returns, mask, 0.2, 0.2)
+        return torch.stack([*losses[:2], *losses[2].values()])
+
+    torch.testing.assert_close(everything(*tensors), everything(*(tensors + noise)), rtol=0, atol=0)
+
+
+def test_the_kl_controllers_arithmetic():
+    kl = AdaptiveKL(beta=0.15, target=6, horizon=10_000)
+    kl.update(60, n=24)  # far above: the error is cut to 0.2
+    assert kl.beta == pytest.approx(0.15 * (1 + 0.2 * 24 / 10_000))
+    kl = AdaptiveKL(beta=0.15, target=6, horizon=10_000)
+    kl.update(5.4, n=100)  # 10% below
+    assert kl.beta == pytest.approx(0.15 * (1 - 0.1 * 100 / 10_000))
+
+
+@given(st.lists(st.lists(st.floats(-5, 5), min_size=1, max_size=6), min_size=1, max_size=5))
+def test_running_moments_are_those_of_everything_seen(batches):
+    moments = RunningMoments()
+    for batch in batches:
+        normalized = moments.normalize(torch.tensor(batch, dtype=torch.float64))
+    seen = np.concatenate(batches)
+    assert moments.mean == pytest.approx(seen.mean(), abs=1e-9)
+    if seen.std() > 1e-2:
+        assert moments.std == pytest.approx(seen.std())
+        assert normalized.numpy() == pytest.approx((np.array(batches[-1]) - seen.mean()) / seen.std(), abs=1e-4)

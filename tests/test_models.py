@@ -1,0 +1,253 @@
+"""The encoder's text form, reward heads on disk, and the policy."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import models
+from cli import UserError
+from models import RewardHead, RewardHeadConfig, TurnEncoder, load_encoder, load_policy, load_reward_head
+from ppo import cut_response, distinct
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny) -> TurnEncoder:
+    return load_encoder(str(tiny / "bart")).eval()
+
+
+@pytest.fixture(scope="module")
+def policy(tiny):
+    torch.manual_seed(0)
+    return load_policy(str(tiny / "llama"), 4, 8, torch.float32)
+
+
+def test_pairs_have_the_encoders_own_form(encoder):
+    pair = encoder.tokenize([(" User: hello there", "AI: hi")])[0]
+    assert encoder.tokenizer.decode(pair.ids) == "<s> User: hello there</s></s>AI: hi</s>"
+    assert pair.ids.tolist() == encoder.tokenizer(" User: hello there", "AI: hi")["input_ids"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 40), st.integers(1, 40), st.integers(8, 60))
+def test_too_long_pairs_lose_the_left_end_of_the_context_then_of_the_response(encoder, n_context, n_response, limit):
+    short = TurnEncoder(encoder.model, encoder.tokenizer, limit)
+    context, response = " ok" * n_context, " hm" * n_response
+    whole, cut = encoder.tokenize([(context, response)])[0], short.tokenize([(context, response)])[0]
+    tokens = [short.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context, response)]
+    room = limit - 4
+    kept_response = tokens[1][-room:]
+    kept_context = tokens[0][len(tokens[0]) - min(len(tokens[0]), room - len(kept_response)) :]
+    assert cut.ids.tolist() == [0, *kept_context, 2, 2, *kept_response, 2]
+    assert len(cut.ids) == min(limit, len(whole.ids))
+
+
+def test_a_response_longer_than_the_encoder_is_no_error(encoder):
+    pair = encoder.tokenize([(" User: hi", "AI: " + "word " * 2000)])[0]
+    assert len(pair.ids) == encoder.max_length == 512
+    assert torch.isfinite(encoder.encode([pair])).all()
+
+
+def test_the_representation_is_the_last_hidden_state_at_the_last_end_token(encoder):
+    texts = [(" User: a", "AI: b"), (" User: a much longer context than that", "AI: and a longer answer too")]
+    pairs = encoder.tokenize(texts)
+    features = encoder.encode(pairs)
+    for pair, feature in zip(pairs, features, strict=True):
+        ids = torch.tensor(pair.ids[None].astype(int))
+        hidden = encoder.model.get_encoder()(input_ids=ids).last_hidden_state[0]
+        last = int(np.flatnonzero(pair.ids == encoder.tokenizer.eos_token_id)[-1])
+        torch.testing.assert_close(feature, hidden[last], atol=2e-6, rtol=1e-5)
+
+
+def test_features_do_not_depend_on_the_batch(encoder):
+    pairs = encoder.tokenize([(" User: " + "yes " * n, "AI: no") for n in (1, 50, 3, 20)])
+    one_by_one = encoder.encode(pairs, tokens_per_batch=1)
+    torch.testing.assert_close(encoder.encode(pairs), one_by_one, atol=5e-6, rtol=1e-5)
+
+
+def test_the_decoder_is_never_run(encoder, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("the decoder ran")
+
+    monkeypatch.setattr(type(encoder.model.get_decoder()), "forward", fail)
+    encoder.encode(encoder.tokenize([("", "AI: hi")]))
+
+
+def test_an_encoder_survives_saving(encoder, tmp_path):
+    encoder.save(tmp_path / "lang_model_x")
+    again = load_encoder(str(tmp_path / "lang_model_x"))
+    pairs = encoder.tokenize([(" User: a", "AI: b")])
+    assert torch.equal(again.encode(again.tokenize([(" User: a", "AI: b")])), encoder.encode(pairs))
+
+
+def head_config(**changes) -> RewardHeadConfig:
+    values = dict(
+        head="small_model_shrink", hidden=16, encoder="lang_model_x", encoder_is_folder=True, max_length=512,
+        context_turns=20, stage=1, reward_class="overall_affect",
+    )  # fmt: skip
+    return RewardHeadConfig(**{**values, **changes})
+
+
+@pytest.mark.parametrize("kind", models.HEADS)
+def test_a_head_survives_saving_and_comes_back_in_eval_mode(tmp_path, kind):
+    head = RewardHead(head_config(head=kind))
+    models.save_reward_head(head, tmp_path / "reward1_x")
+    again = load_reward_head(tmp_path / "reward1_x")
+    assert not again.training and again.config == head.config
+    features = torch.randn(5, 16)
+    assert again(features).shape == (5, 1)
+    assert torch.equal(again(features), head.eval()(features))
+
+
+def test_the_shrunken_head_is_bounded_and_drops_out_only_in_training():
+    head = RewardHead(head_config())
+    features = 100 * torch.randn(50, 16)
+    assert head.eval()(features).abs().max() <= 1
+    assert torch.equal(head(features), head(features))
+    assert not torch.equal(head.train()(features), head(features))
+    assert [m.p for m in head.modules() if isinstance(m, torch.nn.Dropout)] == [0.2, 0.2]
+
+
+def test_a_head_finds_its_encoder_wherever_the_folders_are_moved(tmp_path):
+    (tmp_path / "a" / "lang_model_x").mkdir(parents=True)
+    models.save_reward_head(RewardHead(head_config()), tmp_path / "a" / "reward1_x")
+    (tmp_path / "a").rename(tmp_path / "b")
+    head = load_reward_head(tmp_path / "b" / "reward1_x")
+    assert models.encoder_of_head(head, tmp_path / "b" / "reward1_x") == str(tmp_path / "b" / "lang_model_x")
+    reference = models.encoder_reference(tmp_path / "b" / "lang_model_x", tmp_path / "c" / "d")
+    assert reference == {"encoder": os.path.join("..", "..", "b", "lang_model_x"), "encoder_is_folder": True}
+    assert models.encoder_reference("org/name", tmp_path) == {"encoder": "org/name", "encoder_is_folder": False}
+
+
+def test_what_is_no_head_is_refused_in_words(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(UserError, match="no such reward head"):
+        load_reward_head(tmp_path / "reward1_missing")
+    (tmp_path / "reward1_text").write_text("hello")
+    with pytest.raises(UserError, match="expected a reward head"):
+        load_reward_head(tmp_path / "reward1_text")
+    save_file({"a": torch.zeros(1)}, tmp_path / "reward1_other")
+    with pytest.raises(UserError, match="not a reward head"):
+        load_reward_head(tmp_path / "reward1_other")
+    config = {**head_config().__dict__, "hidden": 7}
+    state = RewardHead(head_config()).state_dict()
+    save_file(state, tmp_path / "reward1_odd", {"format": "geli-reward-head-1", "config": json.dumps(config)})
+    with pytest.raises(UserError, match="does not fit its own configuration"):
+        load_reward_head(tmp_path / "reward1_odd")
+
+
+def test_an_encoder_that_cannot_be_loaded_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"--lang_model_path nobody/nothing: this hub id .* could not be loaded"):
+        load_encoder("nobody/nothing")
+
+
+PROMPTS = ["You are AI. User: hi AI:", " User: what a long and winding question that is, is it not? AI:"]
+
+
+def responses_of(policy, lengths=(5, 9)):
+    generator = torch.Generator().manual_seed(1)
+    response = torch.randint(5, policy.model.config.vocab_size, (2, 9), generator=generator)
+    mask = (torch.arange(9)[None] < torch.tensor(lengths)[:, None]).float()
+    return response, mask
+
+
+def test_a_left_padded_batch_gives_what_each_sequence_gives_alone(policy):
+    query, query_mask = policy.tokenize(PROMPTS)
+    response, mask = responses_of(policy)
+    together = policy(query, query_mask, response, mask)
+    for row, n in enumerate((5, 9)):
+        alone_query = policy.tokenize(PROMPTS[row : row + 1])
+        alone = policy(*alone_query, response[row : row + 1, :n], mask[row : row + 1, :n])
+        for batch, single in zip(together, alone, strict=True):
+            torch.testing.assert_close(batch[row, :n], single[0], atol=1e-5, rtol=1e-5)
+            assert (batch[row, n:] == 0).all()
+
+
+def test_log_probabilities_are_those_of_the_whole_model(policy):
+    query, query_mask = policy.tokenize(PROMPTS[:1])
+    response, mask = responses_of(policy)
+    response, mask = response[1:], mask[1:]
+    logits = policy.model(input_ids=torch.cat([query, response], dim=1)).logits[:, query.shape[1] - 1 : -1]
+    expected = torch.distributions.Categorical(logits=logits)
+    logprobs, _, entropies = policy(query, query_mask, response, mask)
+    torch.testing.assert_close(logprobs, expected.log_prob(response), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropies, expected.entropy(), atol=1e-5, rtol=1e-5)
+
+
+def test_logits_in_chunks_are_the_same(policy, monkeypatch):
+    inputs = (*policy.tokenize(PROMPTS), *responses_of(policy))
+    whole = policy(*inputs)
+    monkeypatch.setattr(models, "LOGITS_PER_CHUNK", 3 * policy.model.config.vocab_size)
+    for a, b in zip(whole, policy(*inputs), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_with_its_adapter_off_the_policy_is_the_base_model(policy, tiny):
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny / "llama")
+    query, _ = policy.tokenize(PROMPTS[:1])
+    saved = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+    try:
+        with torch.no_grad():
+            for p in policy.trainable():
+                p.add_(0.05)
+            expected = base(input_ids=query).logits
+            assert not torch.allclose(policy.model(input_ids=query).logits, expected)
+            with policy.reference():
+                assert torch.equal(policy.model(input_ids=query).logits, expected)
+    finally:
+        policy.load_state_dict(saved, strict=False)
+
+
+def test_a_saved_policy_loads_with_peft_and_with_us(policy, tiny, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with torch.no_grad():
+        for p in policy.trainable():
+            p.add_(0.01)
+    policy.save(tmp_path / "GELI_llama_10")
+    query, _ = policy.tokenize(PROMPTS[:1])
+    expected = policy.model(input_ids=query).logits
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny / "llama"), tmp_path / "GELI_llama_10")
+    torch.testing.assert_close(loaded.eval()(input_ids=query).logits, expected)
+    assert AutoTokenizer.from_pretrained(tmp_path / "GELI_llama_10")(PROMPTS[0]) == policy.tokenizer(PROMPTS[0])
+    fresh = load_policy(str(tiny / "llama"), 4, 8, torch.float32)
+    fresh.load(tmp_path / "GELI_llama_10")
+    inputs = (*policy.tokenize(PROMPTS), *responses_of(policy))
+    for a, b in zip(policy(*inputs), fresh(*inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def spell(tokens: list[int]) -> str:
+    """A tokenizer of one letter a token; 0 is the end token."""
+    return "".join(chr(token) for token in tokens if token)
+
+
+@pytest.mark.parametrize(
+    ("response", "kept", "text"),
+    [
+        (" hello", 6, "hello"),
+        (" hello\0\0\0", 7, "hello"),  # the end token is kept: ending was the policy's choice
+        (" hello User: more", 7, "hello"),
+        (" hi AI: AI:", 4, "hi"),
+        (" a\0b User:", 3, "a"),
+        ("User: me", 1, ""),  # empty: its first token carries the score
+        ("\0", 1, ""),
+        (" a User", 7, "a User"),  # no marker without its colon
+    ],
+)
+def test_responses_are_cut_at_the_end_token_or_the_next_speaker(response, kept, text):
+    assert cut_response([ord(c) for c in response], spell, end=0) == (kept, text)
+
+
+def test_distinct_n_by_hand():
+    assert distinct(["a b a", "a b"], 1) == pytest.approx(2 / 5)
+    assert distinct(["a b a", "a b"], 2) == pytest.approx(2 / 3)  # ab, ba of ab, ba, ab
+    assert distinct([""], 1) == 0
