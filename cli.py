@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that `--help` answers at once.
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 # The survey questions that can be the score of a conversation -> points per unit of the answer. Answers run 1-9 or
@@ -144,6 +145,13 @@ def add_reward_options(parser: argparse.ArgumentParser, epochs: int) -> None:
     heads.add_argument("--small_model_shrink", action="store_true", help="h-128-1, dropout 0.2, tanh at the end")
 
 
+def named_encoder(args: argparse.Namespace) -> tuple[str, str]:
+    """The hub id or folder of the encoder that the options name, and the option that names it."""
+    if args.lang_model_path:
+        return args.lang_model_path, "--lang_model_path"
+    return ENCODERS.get(args.model, args.model), "--model"
+
+
 def head_name(args: argparse.Namespace) -> str:
     """The head that the options choose: a key of `models.HEADS`."""
     return "small_model_shrink" if args.small_model_shrink else "default"
@@ -155,6 +163,8 @@ def _classes_help() -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Runs an entry script's `main`: a `UserError` becomes one line on stderr and exit code 2."""
+    # of libraries among themselves; no user can act on them
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
     try:
         main()
     except UserError as error:

@@ -352,7 +352,7 @@ class Corpus:
     trajectories: dict[str, list[Trajectory]]
 
     def counts(self) -> dict:
-        """Counts for a run's JSON file and for wandb: numbers and reasons, no ids."""
+        """Counts for a run's JSON file: numbers and reasons, no ids."""
         skipped = sum((c.skipped_turns for c in self.conversations), Counter())
         return {
             "conversations": len(self.conversations),
@@ -364,6 +364,10 @@ class Corpus:
             "dropped_trajectories_by_reason": _by_count(self.dropped_trajectories.values()),
             "skipped_transcript_rows": dict(sorted(skipped.items())),
         }
+
+    def numbers(self) -> dict[str, int]:
+        """The counts that may go to wandb: no reasons, which could quote a file."""
+        return {name: value for name, value in self.counts().items() if isinstance(value, int)}
 
     def describe(self) -> str:
         """The summary that a run prints first: counts, and every dropped conversation with its reason."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from cli import UserError
 from data_utils import AFFECT_GROUPS, FACES, HAPPINESS, Corpus, TurnSet, read_corpus, split
-from runs import atomic_path, versions, write_json
+from runs import atomic_path, format_table, versions, write_json
 
 
 def length_of(ep_len: int | str, n_turns: int) -> float:
@@ -119,21 +119,16 @@ def turn_table(turns: TurnSet, rewards: np.ndarray):
     return pd.DataFrame(rows, columns=columns).assign(target=turns.targets, reward=rewards)
 
 
-def write_results(folder: Path, run: str, args, corpus: Corpus, parts: dict[str, TurnSet], metrics: dict, **more):
-    """Writes `reward1_{run}.json`: arguments, versions, seed, metrics, and what was read, dropped and split how."""
-    record = {
-        "run": run,
-        "arguments": vars(args),
-        "seed": args.seed,
-        "versions": versions(),
-        **more,
-        "metrics": metrics,
-        "data": corpus.counts(),
-        "dropped_conversations": dict(sorted(corpus.dropped.items())),
-        "dropped_trajectories": dict(sorted(corpus.dropped_trajectories.items())),
-        **{name: list(dict.fromkeys(t.conversation.id for t in part.trajectories)) for name, part in parts.items()},
-    }
-    write_json(folder / f"reward1_{run}.json", record)
+def head_rewards(head, features) -> np.ndarray:
+    """(N,) float32 rewards of encoded turns (N, hidden), in eval mode."""
+    import torch
+
+    was_training = head.training
+    head.eval()
+    with torch.inference_mode():
+        rewards = head(features.to(next(head.parameters()).device)).squeeze(1).float().cpu().numpy()
+    head.train(was_training)
+    return rewards
 
 
 def write_validation(folder: Path, run: str, turns: TurnSet, rewards: np.ndarray, ep_len: int | str) -> list[Path]:
@@ -151,3 +146,33 @@ def write_validation(folder: Path, run: str, turns: TurnSet, rewards: np.ndarray
     ]
     paths.append(plots.returns(turns.scores, np.array(returns), folder / f"val_returns_{run}.png"))
     return paths
+
+
+def finish_run(title: str, args, tracker, folder: Path, corpus: Corpus, parts, metrics: dict, paths, **more) -> None:
+    """Writes `reward1_{run}.json`, closes the wandb run, and prints the closing table with the paths of all files.
+
+    Args:
+        title: of the table. parts: (training, validation) turns. metrics: what was measured; `validation` is shown.
+        paths: of what was written so far. more: further entries of the record.
+    """
+    record_path = folder / f"reward1_{tracker.name}.json"
+    record = {
+        "run": tracker.name,
+        **more,
+        "arguments": vars(args),
+        "seed": args.seed,
+        "versions": versions(),
+        "metrics": metrics,
+        "data": corpus.counts(),
+        "dropped_conversations": dict(sorted(corpus.dropped.items())),
+        "dropped_trajectories": dict(sorted(corpus.dropped_trajectories.items())),
+    }
+    for name, part in zip(("training_conversations", "validation_conversations"), parts, strict=True):
+        record[name] = list(dict.fromkeys(t.conversation.id for t in part.trajectories))
+    write_json(record_path, record)
+    shown = metrics.get("validation", {})
+    tracker.summary({f"final/{key}": value for key, value in shown.items()})
+    tracker.finish()
+    rows = [{"measured on validation": key, "value": value} for key, value in shown.items()]
+    print(format_table(rows or [{"measured": "nothing (no --val)"}], f"\n{title}, run {tracker.name}"))
+    print("\n".join(["Written:", *(f"  {path}" for path in [*paths, record_path])]))

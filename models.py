@@ -342,16 +342,21 @@ def load_encoder(name: str, max_length: int = 1024, option: str = "--lang_model_
     return TurnEncoder(model, tokenizer, max_length, name)
 
 
+def quiet_transformers() -> None:
+    """No progress bars for reading a file, and no advice that only the library's own developers can act on."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def load_pretrained(auto_class, name: str, option: str, **arguments):
     """`auto_class.from_pretrained(name)`, offline when `name` is a folder; no code of the model's own is run.
 
     Raises:
         UserError: if it cannot be loaded.
     """
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_transformers()
     local = Path(name).is_dir()
     try:
         return auto_class.from_pretrained(name, local_files_only=local, trust_remote_code=False, **arguments)

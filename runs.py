@@ -37,13 +37,14 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def make_accelerator(device: str, dtype: str):
+def make_accelerator(device: str, dtype: str, cpu_dtype: str = "auto"):
     """The `accelerate.Accelerator` of a run.
 
     Args:
         device: auto (a GPU when there is one), cpu, cuda or mps.
         dtype: of forward and backward passes (weights stay float32): bfloat16, float32, or auto, which is bfloat16
             where the hardware computes in it.
+        cpu_dtype: what auto means on a CPU.
     """
     import torch
     from accelerate import Accelerator
@@ -51,6 +52,8 @@ def make_accelerator(device: str, dtype: str):
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
     if not available[device]:
         raise UserError(f"--device {device}: this machine has none that torch can use; try --device auto")
+    if dtype == "auto" and (device == "cpu" or not (available["cuda"] or available["mps"])):
+        dtype = cpu_dtype
     bfloat16 = dtype == "bfloat16" or (dtype == "auto" and _computes_in_bfloat16(device))
     return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if bfloat16 else "no")
 
@@ -143,7 +146,7 @@ class Tracker:
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
-        mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
         if run_name is None and mode != "online":
             run_name = new_run_name(folder)
         settings = wandb.Settings(
@@ -152,6 +155,7 @@ class Tracker:
             save_code=False,
             x_save_requirements=False,
             silent=True,
+            init_timeout=30,  # seconds; then the run goes on offline
         )
         arguments = dict(project=project, name=run_name, dir=str(folder.parent), config=config, settings=settings)
         try:
@@ -182,15 +186,18 @@ class Tracker:
         self._run.finish()
 
 
-def _wandb_key() -> bool:
-    """Whether this user is logged in to wandb, found without asking the network or the user."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
+def _logged_in() -> bool:
+    """Whether this user has a wandb key, found without asking the network or the user."""
     import netrc
+    from urllib.parse import urlsplit
 
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    import wandb
+
+    settings = wandb.Settings()
+    if os.environ.get("WANDB_API_KEY") or settings.api_key:
+        return True
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(settings.base_url).netloc) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 

@@ -18,7 +18,10 @@ MAX_TOKENS = 512
 def build(data_dir: Path, out: Path, which: tuple[str, ...], seed: int, steps: int = 400) -> None:
     """Reads `data_dir` and writes `out/bart` and/or `out/llama`, each trained for `steps` steps."""
     from data_utils import read_corpus, split
+    from models import quiet_transformers
     from runs import seed_everything
+
+    quiet_transformers()
 
     corpus = read_corpus(data_dir, "overall_affect")
     training, _ = split(corpus, len(corpus.conversations))

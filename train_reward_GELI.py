@@ -11,12 +11,12 @@ import json
 from pathlib import Path
 
 from cli import (
-    ENCODERS,
     UserError,
     add_common_options,
     add_reward_options,
     fraction,
     head_name,
+    named_encoder,
     new_parser,
     positive_int,
     run,
@@ -63,47 +63,39 @@ def main() -> None:
     """Parse, build, train, evaluate, write."""
     args = parse()
 
-    from evaluation import evaluate, load_data, write_results, write_validation
+    from evaluation import evaluate, finish_run, head_rewards, load_data, write_validation
     from models import load_reward_head
-    from runs import Tracker, format_table, make_accelerator, seed_everything
+    from runs import Tracker, make_accelerator, seed_everything
 
     seed_everything(args.seed)
     accelerator = make_accelerator(args.device, args.dtype)
     folder = Path(args.output_dir) / project_name(args)
-    start, encoder, encoder_name = build(args, folder)
     corpus, training, validation = load_data(args)
-    if args.affect_path:
-        warn_of_leaks(find_head(args.affect_path, args.output_dir), validation)
-    counts = {name: value for name, value in corpus.counts().items() if isinstance(value, int)}
-    tracker = Tracker(folder.name, folder, {**vars(args), "data": counts}, args.run_name)
+    head, encoder, encoder_name = build(args, folder, validation)
+    tracker = Tracker(folder.name, folder, {**vars(args), "data": corpus.numbers()}, args.run_name)
 
     encoder.to(accelerator.device)
-    features = {
-        name: encoder.encode(encoder.tokenize(part.texts), accelerator.autocast, progress=f"encoding {name}")
-        for name, part in (("training", training), ("validation", validation))
-        if (name == "training" and args.train) or (name == "validation" and args.val)
-    }
-    metrics: dict = {}
-    paths = []
-    head, head_path = start, folder / f"reward1_{tracker.name}"
+
+    def encode(turns, name):
+        return encoder.encode(encoder.tokenize(turns.texts), accelerator.autocast, progress=f"encoding {name}")
+
+    held_out = encode(validation, "validation") if args.val else None
+    metrics, paths = {}, []
     if args.train:
-        metrics |= train(args, start, training, validation, features, tracker, head_path)
-        head = load_reward_head(head_path)
+        head_path = folder / f"reward1_{tracker.name}"
+        features = encode(training, "training")
+        metrics |= train(args, head, training, features, validation, held_out, tracker, head_path)
+        head = load_reward_head(head_path)  # the best, as it was written
         paths.append(head_path)
     if args.val:
-        rewards = predict(head, features["validation"])
+        rewards = head_rewards(head, held_out)
         metrics["validation"] = evaluate(validation, rewards, args.ep_len)
         mean_score = training.scores.mean()
         metrics["validation"]["ge_loss_of_training_mean"] = float(((validation.scores - mean_score) ** 2).mean())
         paths += write_validation(folder, tracker.name, validation, rewards, args.ep_len)
-        tracker.summary({f"final/{key}": value for key, value in metrics["validation"].items()})
-    parts = {"training_conversations": training, "validation_conversations": validation}
-    write_results(folder, tracker.name, args, corpus, parts, metrics, stage=2, encoder=encoder_name)
-    tracker.finish()
-    rows = [{"measured on validation": key, "value": value} for key, value in metrics.get("validation", {}).items()]
-    what = f"{'GELI' if head.config.li else 'GE'}, {head.config.redist_type}"
-    print(format_table(rows or [{"measured": "nothing (no --val)"}], f"\nStage 2 ({what}), run {tracker.name}"))
-    print("\n".join(["Written:", *(f"  {path}" for path in [*paths, folder / f"reward1_{tracker.name}.json"])]))
+    title = f"Stage 2 ({'GELI' if head.config.li else 'GE'}, {head.config.redist_type})"
+    parts = (training, validation)
+    finish_run(title, args, tracker, folder, corpus, parts, metrics, paths, stage=2, encoder=encoder_name)
 
 
 def find_head(name: str, output_dir: str) -> Path:
@@ -120,35 +112,38 @@ def find_head(name: str, output_dir: str) -> Path:
         return found[0]
     if found:
         raise UserError(f"{name}: {len(found)} runs have that name; give one's path: {', '.join(map(str, found))}")
-    known = sorted(p.name.removeprefix("reward1_") for p in Path(output_dir).glob("*/reward1_*") if not p.suffix)
+    known = sorted(path.name.removeprefix("reward1_") for path in saved_heads(output_dir, "*"))
     raise UserError(
         f"{name}: expected a run name or the path of a reward1_ file, found neither under {output_dir}; "
         f"runs there: {', '.join(known) or 'none'}"
     )
 
 
-def build(args, folder: Path):
-    """The head to start from (or to evaluate), the frozen encoder, and the encoder's hub id or folder."""
-    from dataclasses import replace
+def saved_heads(output_dir: str, folders: str) -> list[Path]:
+    """The reward heads in the folders of `output_dir` that match the pattern `folders`."""
+    return [path for path in Path(output_dir).glob(f"{folders}/reward1_*") if not path.name.endswith(".json")]
 
+
+def build(args, folder: Path, validation):
+    """The head to train or to evaluate, the encoder, and the encoder's hub id or folder."""
     from models import RewardHead, RewardHeadConfig, encoder_of_head, encoder_reference, load_encoder, load_reward_head
 
-    start = None
-    if args.affect_path or not args.train:
-        if not args.train and not args.reward_path:
-            raise UserError("--val without --train evaluates a saved head: name it with --reward_path RUN")
-        path = find_head(args.affect_path if args.train else args.reward_path, args.output_dir)
+    if not args.train and not args.reward_path:
+        raise UserError("--val without --train evaluates a saved head: name it with --reward_path RUN")
+    saved, path = args.affect_path if args.train else args.reward_path, None
+    name, option = named_encoder(args)
+    if saved:
+        path = find_head(saved, args.output_dir)
         start = load_reward_head(path)
-    if start is not None and not args.lang_model_path:
-        name, option = encoder_of_head(start, path), f"the encoder that {path} was trained on,"
-    else:
-        name = args.lang_model_path or ENCODERS.get(args.model, args.model)
-        option = "--lang_model_path" if args.lang_model_path else "--model"
+        if not args.lang_model_path:
+            name, option = encoder_of_head(start, path), f"the encoder that {path} was trained on,"
     encoder = load_encoder(name, args.max_length, option)
+    if saved and start.config.hidden != encoder.hidden_size:
+        raise UserError(f"{path}: takes {start.config.hidden} features, the encoder {name} gives {encoder.hidden_size}")
     if not args.train:
         return start, encoder, name
     config = RewardHeadConfig(
-        head=head_name(args) if start is None else start.config.head,
+        head=head_name(args),
         hidden=encoder.hidden_size,
         **encoder_reference(name, folder),
         max_length=encoder.max_length,
@@ -156,22 +151,17 @@ def build(args, folder: Path):
         stage=2,
         reward_class=args.reward_class,
         redist_type=args.redist_type,
-        li=start is not None,
+        li=bool(saved),
     )
     head = RewardHead(config)
-    if start is not None:
-        if config.head != head_name(args):
+    if saved:
+        warn_of_leaks(path, validation)
+        if start.config.head != config.head:
             raise UserError(
-                f"--affect_path {args.affect_path}: its head is of the kind {config.head}, the options ask for "
-                f"{head_name(args)}; give the options that it was trained with"
-            )
-        if start.config.hidden != config.hidden:
-            raise UserError(
-                f"--affect_path {args.affect_path}: its head takes {start.config.hidden} features, the encoder {name} "
-                f"gives {config.hidden}"
+                f"--affect_path {args.affect_path}: its head is of the kind {start.config.head}, the options ask for "
+                f"{config.head}; give the options that it was trained with"
             )
         head.load_state_dict(start.state_dict())
-        head.config = replace(config)
     return head, encoder, name
 
 
@@ -189,20 +179,11 @@ def warn_of_leaks(affect_head: Path, validation) -> None:
         )
 
 
-def predict(head, features):
-    """(N,) float32 rewards of encoded turns, in eval mode."""
-    import torch
-
-    was_training = head.training
-    head.eval()
-    with torch.inference_mode():
-        rewards = head(features).squeeze(1).numpy()
-    head.train(was_training)
-    return rewards
-
-
-def train(args, head, training, validation, features, tracker, head_path) -> dict:
+def train(args, head, training, features, validation, held_out, tracker, head_path) -> dict:
     """Trains the head with linear decay to 0 on encoded turns, a few conversations a step; keeps the best by GE loss.
+
+    Args:
+        head: what is trained. training, validation: `TurnSet`s. features, held_out: their (N, hidden) features.
 
     Returns:
         {"steps": int, "best_epoch": int, "best_ge_loss": float or None}.
@@ -210,66 +191,73 @@ def train(args, head, training, validation, features, tracker, head_path) -> dic
     import numpy as np
     import torch
 
-    from evaluation import affect_means, evaluate, length_of, wandb_validation
-    from models import DECOMPOSITIONS, draw_turns, geli_loss, li_loss, rrd_loss, save_reward_head
+    from evaluation import evaluate, head_rewards, wandb_validation
+    from models import save_reward_head
     from runs import progress_bar
 
-    decomposition = DECOMPOSITIONS[args.redist_type]
-    scales = (1.0, 1.0)
-    if args.loss_scale == "normalized":
-        scales = tuple(float(max(x.var(), 1e-8)) for x in (training.scores, training.targets))
-    weight = args.ge_weight if head.config.li else 1.0
-    targets = torch.from_numpy(training.targets)
     conversations: dict[str, list[int]] = {}
     for i, trajectory in enumerate(training.trajectories):
         conversations.setdefault(trajectory.conversation.id, []).append(i)
     groups = list(conversations.values())
     rng = np.random.default_rng(args.seed)
-    steps_per_epoch = -(-len(groups) // args.batch_size)
+    starts = range(0, len(groups), args.batch_size)
+    scales = (1.0, 1.0)
+    if args.loss_scale == "normalized":
+        scales = tuple(float(max(target.var(), 1e-8)) for target in (training.scores, training.targets))
     optimizer = torch.optim.AdamW(head.parameters(), lr=args.learning_rate)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=args.epochs * steps_per_epoch)
-    best = {"steps": args.epochs * steps_per_epoch, "best_epoch": 0, "best_ge_loss": None}
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=args.epochs * len(starts))
+    best = {"steps": args.epochs * len(starts), "best_epoch": 0, "best_ge_loss": None}
     step = 0
     for epoch in range(1, args.epochs + 1):
         head.train()
         order = rng.permutation(len(groups))
-        starts = range(0, len(order), args.batch_size)
-        for first in progress_bar(starts, desc=f"stage 2, epoch {epoch}/{args.epochs}", unit="step"):
-            chosen = [i for g in order[first : first + args.batch_size] for i in groups[g]]
-            losses, logged_ge, logged_li, seen = [], [], [], []
-            for i in chosen:
-                turns, score = training.turns_of(i), training.scores[i]
-                n_turns = turns.stop - turns.start
-                length = length_of(args.ep_len, n_turns)
-                part = np.arange(n_turns)
-                if decomposition.uses_subset:
-                    part = draw_turns(n_turns, args.K, rng)
-                part = part + turns.start
-                rewards = head(features["training"][part]).squeeze(1)
-                li = li_loss(rewards, targets[part])
-                losses.append(geli_loss(decomposition.loss(rewards, score, length), li, weight, *scales))
-                logged_ge.append(rrd_loss(rewards.detach(), score, length).item())
-                logged_li.append(li.item())
-                seen.append((rewards.detach().numpy(), training.affects[part]))
-            loss = torch.stack(losses).mean()
+        for start in progress_bar(starts, desc=f"stage 2, epoch {epoch}/{args.epochs}", unit="step"):
+            chosen = [i for group in order[start : start + args.batch_size] for i in groups[group]]
+            loss, logged = batch_loss(args, head, training, features, chosen, scales, rng)
             loss.backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             step += 1
-            logged = {"train/loss": np.mean(logged_ge), "train/shaped_loss": np.mean(logged_li)}
-            logged |= affect_means(*map(np.concatenate, zip(*seen, strict=True)), "train_shape/train")
-            if step % steps_per_epoch or not args.val:
-                tracker.log(logged, step)
+            if start == starts[-1] and args.val:
+                metrics = evaluate(validation, head_rewards(head, held_out), args.ep_len)
+                logged |= wandb_validation(metrics)
+            tracker.log(logged, step)
         if args.val:
-            metrics = evaluate(validation, predict(head, features["validation"]), args.ep_len)
-            tracker.log({**logged, **wandb_validation(metrics)}, step)
             if best["best_ge_loss"] is not None and metrics["ge_loss"] >= best["best_ge_loss"]:
                 continue
             best["best_ge_loss"] = metrics["ge_loss"]
         best["best_epoch"] = epoch
         save_reward_head(head, head_path)
     return best
+
+
+def batch_loss(args, head, training, features, chosen: list[int], scales: tuple[float, float], rng):
+    """The loss () of the trajectories `chosen`, and what is logged of it."""
+    import numpy as np
+    import torch
+
+    from evaluation import affect_means, length_of
+    from models import DECOMPOSITIONS, draw_turns, geli_loss, li_loss, rrd_loss
+
+    decomposition = DECOMPOSITIONS[args.redist_type]
+    weight = args.ge_weight if head.config.li else 1.0
+    losses, ge, li, rewards_seen, affects_seen = [], [], [], [], []
+    for i in chosen:
+        turns, score = training.turns_of(i), training.scores[i]
+        n_turns = turns.stop - turns.start
+        length = length_of(args.ep_len, n_turns)
+        part = draw_turns(n_turns, args.K, rng) if decomposition.uses_subset else np.arange(n_turns)
+        part = part + turns.start
+        rewards = head(features[part]).squeeze(1)
+        li.append(li_loss(rewards, torch.from_numpy(training.targets[part])))
+        losses.append(geli_loss(decomposition.loss(rewards, score, length), li[-1], weight, *scales))
+        ge.append(rrd_loss(rewards.detach(), score, length).item())
+        rewards_seen.append(rewards.detach().numpy())
+        affects_seen.append(training.affects[part])
+    logged = {"train/loss": np.mean(ge), "train/shaped_loss": torch.stack(li).mean().item()}
+    logged |= affect_means(np.concatenate(rewards_seen), np.concatenate(affects_seen), "train_shape/train")
+    return torch.stack(losses).mean(), logged
 
 
 if __name__ == "__main__":

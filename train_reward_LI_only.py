@@ -9,7 +9,7 @@ Trains the encoder and a reward head on every agent turn of both trajectories, a
 
 from pathlib import Path
 
-from cli import ENCODERS, add_common_options, add_reward_options, head_name, new_parser, positive_int, run
+from cli import add_common_options, add_reward_options, head_name, named_encoder, new_parser, positive_int, run
 
 VALIDATE_EVERY = 500  # steps
 
@@ -36,61 +36,41 @@ def main() -> None:
     """Parse, build, train, evaluate, write."""
     args = parse()
 
-    from evaluation import evaluate, load_data, write_results, write_validation
+    from evaluation import evaluate, finish_run, head_rewards, load_data, write_validation
     from models import RewardHead, RewardHeadConfig, load_encoder, load_reward_head
-    from runs import Tracker, format_table, make_accelerator, seed_everything
+    from runs import Tracker, make_accelerator, seed_everything
 
     seed_everything(args.seed)
     accelerator = make_accelerator(args.device, args.dtype)
     corpus, training, validation = load_data(args)
-    encoder_name = args.lang_model_path or ENCODERS.get(args.model, args.model)
-    option = "--lang_model_path" if args.lang_model_path else "--model"
-    encoder = load_encoder(encoder_name, args.max_length, option)
+    name, option = named_encoder(args)
+    encoder = load_encoder(name, args.max_length, option)
     folder = Path(args.output_dir) / project_name(args)
-    counts = {name: value for name, value in corpus.counts().items() if isinstance(value, int)}
-    tracker = Tracker(folder.name, folder, {**vars(args), "data": counts}, args.run_name)
-    head = RewardHead(
-        RewardHeadConfig(
-            head=head_name(args),
-            hidden=encoder.hidden_size,
-            encoder=f"lang_model_{tracker.name}",
-            encoder_is_folder=True,
-            max_length=encoder.max_length,
-            context_turns=args.context_turns,
-            stage=1,
-            reward_class=args.reward_class,
-        )
+    tracker = Tracker(folder.name, folder, {**vars(args), "data": corpus.numbers()}, args.run_name)
+    config = RewardHeadConfig(
+        head=head_name(args),
+        hidden=encoder.hidden_size,
+        encoder=f"lang_model_{tracker.name}",
+        encoder_is_folder=True,
+        max_length=encoder.max_length,
+        context_turns=args.context_turns,
+        stage=1,
+        reward_class=args.reward_class,
     )
     head_path, encoder_path = folder / f"reward1_{tracker.name}", folder / f"lang_model_{tracker.name}"
 
-    metrics = train(args, accelerator, encoder, head, training, validation, tracker, head_path, encoder_path)
+    metrics = train(
+        args, accelerator, encoder, RewardHead(config), training, validation, tracker, head_path, encoder_path
+    )
     paths = [head_path, encoder_path]
     if args.val:  # of what was written, not of what is in memory
-        head = load_reward_head(head_path, accelerator.device)
         encoder = load_encoder(str(encoder_path), args.max_length).to(accelerator.device)
-        rewards = predict(accelerator, encoder, head, encoder.tokenize(validation.texts), "validation")
-        metrics |= {"validation": evaluate(validation, rewards, args.ep_len)}
+        features = encoder.encode(encoder.tokenize(validation.texts), accelerator.autocast, progress="validation")
+        rewards = head_rewards(load_reward_head(head_path), features)
+        metrics["validation"] = evaluate(validation, rewards, args.ep_len)
         paths += write_validation(folder, tracker.name, validation, rewards, args.ep_len)
-        tracker.summary({f"final/{key}": value for key, value in metrics["validation"].items()})
-    parts = {"training_conversations": training, "validation_conversations": validation}
-    write_results(folder, tracker.name, args, corpus, parts, metrics, stage=1, encoder=encoder_name)
-    tracker.finish()
-    rows = [{"measured on validation": key, "value": value} for key, value in metrics.get("validation", {}).items()]
-    print(format_table(rows or [{"measured": "nothing (no --val)"}], f"\nStage 1 (LI), run {tracker.name}"))
-    print("\n".join(["Written:", *(f"  {path}" for path in [*paths, folder / f"reward1_{tracker.name}.json"])]))
-
-
-def predict(accelerator, encoder, head, pairs, progress=None):
-    """(N,) float32 rewards of tokenised turns, in eval mode."""
-    import torch
-
-    features = encoder.encode(pairs, accelerator.autocast, progress=progress)
-    was_training = head.training
-    head.eval()
-    with torch.inference_mode():
-        rewards = head(features.to(accelerator.device)).squeeze(1).float().cpu().numpy()
-    head.train(was_training)
-    return rewards
+    parts = (training, validation)
+    finish_run("Stage 1 (LI)", args, tracker, folder, corpus, parts, metrics, paths, stage=1, encoder=name)
 
 
 def train(args, accelerator, encoder, head, training, validation, tracker, head_path, encoder_path) -> dict:
@@ -103,7 +83,7 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
     import torch
 
     from data_utils import shuffled_batches
-    from evaluation import affect_means, choose_turns, evaluate, length_of, wandb_validation
+    from evaluation import affect_means, choose_turns, evaluate, head_rewards, length_of, wandb_validation
     from models import li_loss, save_reward_head
     from runs import progress_bar
 
@@ -111,10 +91,9 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
     lengths = np.array([len(pair.ids) for pair in pairs])
     rng = np.random.default_rng(args.seed)
     batches = [batch for _ in range(args.epochs) for batch in shuffled_batches(lengths, args.batch_size, rng)]
-    per_turn = {  # each turn's R and L, for the GE loss that is logged
-        "score": np.repeat(training.scores, np.diff(training.offsets)),
-        "length": np.repeat([length_of(args.ep_len, n) for n in np.diff(training.offsets)], np.diff(training.offsets)),
-    }
+    n_turns = np.diff(training.offsets)
+    score = np.repeat(training.scores, n_turns)  # each turn's R and L, for the GE loss that is logged
+    length = np.repeat([length_of(args.ep_len, n) for n in n_turns], n_turns)
     if args.val:
         chosen = choose_turns(validation, args.K, args.seed)
         chosen_pairs = encoder.tokenize([validation.texts[i] for i in np.flatnonzero(chosen)])
@@ -136,7 +115,7 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
         optimizer.zero_grad()
 
         predicted = rewards.detach().cpu().numpy()
-        ge = np.mean((per_turn["score"][batch] - per_turn["length"][batch] * predicted) ** 2)  # RRD's, with |I| = 1
+        ge = np.mean((score[batch] - length[batch] * predicted) ** 2)  # RRD's loss with |I| = 1
         logged = {
             "train/loss": float(ge),
             "train/shaped_loss": loss.item(),
@@ -146,7 +125,7 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
         last = step == len(batches)
         if args.val and (step % VALIDATE_EVERY == 0 or last):
             rewards = np.zeros(len(validation), dtype=np.float32)
-            rewards[chosen] = predict(accelerator, encoder, head, chosen_pairs)
+            rewards[chosen] = head_rewards(head, encoder.encode(chosen_pairs, accelerator.autocast))
             metrics = evaluate(validation, rewards, args.ep_len, chosen)
             logged |= wandb_validation(metrics)
             if best["best_li_loss"] is None or metrics["li_loss"] < best["best_li_loss"]:

@@ -69,8 +69,8 @@ def main() -> None:
     from runs import Tracker, make_accelerator, seed_everything
 
     seed_everything(args.seed)
-    accelerator = make_accelerator(args.device, "float32")
-    head_path = find_reward(args)
+    accelerator = make_accelerator(args.device, args.dtype, cpu_dtype="float32")
+    head_path = find_reward(args) if args.reward == "redistributed_reward" else None
     prompts, held_out, counts = load_prompts(args)
     policy = build_policy(args, accelerator)
     ppo = build_ppo(args, accelerator, policy, head_path)
@@ -80,7 +80,7 @@ def main() -> None:
         set_aside(folder, stem)
     else:
         policy.load(newest_checkpoint(folder, stem))
-    tracker = Tracker("rlmf", folder, {**vars(args), "data": counts, "reward_head": head_path.name}, args.run_name)
+    tracker = Tracker("rlmf", folder, {**vars(args), "data": counts}, args.run_name)
 
     metrics, texts = {}, {}
     if args.val:
@@ -99,13 +99,13 @@ def main() -> None:
 
 def find_reward(args) -> Path:
     """The reward head's file: `--reward_path`, or the newest of `--rf_model`'s kind; says which it took."""
-    from train_reward_GELI import find_head
+    from train_reward_GELI import find_head, saved_heads
 
     if args.reward_path:
         path = find_head(args.reward_path, args.output_dir)
     else:
         pattern, command = RF_MODELS[args.rf_model]
-        found = [p for p in Path(args.output_dir).glob(f"{pattern}/reward1_*") if not p.suffix]
+        found = saved_heads(args.output_dir, pattern)
         if not found:
             raise UserError(
                 f"--rf_model {args.rf_model}: expected a reward head {pattern}/reward1_RUN under {args.output_dir}, "
@@ -141,7 +141,7 @@ def load_prompts(args):
             raise UserError(
                 f"--data_dir {args.data_dir}: no {name} prompt in {len(corpus.conversations)} conversations"
             )
-    return training, held_out, {k: v for k, v in corpus.counts().items() if isinstance(v, int)}
+    return training, held_out, corpus.numbers()
 
 
 def build_policy(args, accelerator):
@@ -155,19 +155,19 @@ def build_policy(args, accelerator):
         name = LOCAL_LLAMA
     name = POLICIES.get(name, name)
     rank, alpha = (24, 48) if args.no_accel else (16, 32)
-    half = accelerator.device.type == "cuda" and args.dtype != "float32"
+    half = accelerator.mixed_precision == "bf16"
     return load_policy(name, rank, alpha, torch.bfloat16 if half else torch.float32).to(accelerator.device)
 
 
-def build_ppo(args, accelerator, policy, head_path: Path):
-    """The loop with its scorer."""
+def build_ppo(args, accelerator, policy, head_path: Path | None):
+    """The loop with its scorer: the head at `head_path`, or random numbers."""
     import torch
 
     from models import encoder_of_head, load_encoder, load_reward_head
     from ppo import PPO, PPOConfig, RewardScorer
 
     config = PPOConfig(learning_rate=args.learning_rate, batch_size=args.batch_size)
-    if args.reward == "random":
+    if head_path is None:
         generator = torch.Generator().manual_seed(args.seed)
 
         def score(contexts, responses):
@@ -249,7 +249,7 @@ def report(args, tracker, folder: Path, stem: str, head_path: Path, counts, metr
     from runs import atomic_path, format_table, versions, write_json
 
     record = {"run": tracker.name, "stage": 3, "arguments": vars(args), "seed": args.seed, "versions": versions()}
-    record |= {"reward_head": str(head_path), "metrics": metrics, "data": counts}
+    record |= {"reward_head": head_path and str(head_path), "metrics": metrics, "data": counts}
     paths = [folder / f"{stem}.json"]
     write_json(paths[0], record)
     if not args.val:
@@ -269,7 +269,7 @@ def report(args, tracker, folder: Path, stem: str, head_path: Path, counts, metr
         print(
             f"\n…{row['prompt'][-160:]}\n  human:  {row['human']}\n  before: {row['before']}\n  after:  {row['after']}"
         )
-    print(format_table(rows, f"\nStage 3 (PPO), {stem}, reward {args.reward} of {head_path.name}"))
+    print(format_table(rows, f"\nStage 3 (PPO), {stem}, reward {head_path.name if head_path else 'random'}"))
     return [*paths, responses]
 
 
