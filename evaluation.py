@@ -77,9 +77,9 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
     """Spearman's rank correlation; None if either is constant."""
     import pandas as pd
 
-    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+    ranks = [pd.Series(values).rank().to_numpy() for values in (a, b)]
+    if len(a) < 2 or not all(np.ptp(column) for column in ranks):
         return None
-    ranks = [pd.Series(x).rank().to_numpy() for x in (a, b)]
     return float(np.corrcoef(*ranks)[0, 1])
 
 

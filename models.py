@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from cli import UserError
-from data_utils import token_batches
+from data_utils import INSTRUCTION, token_batches
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses of reward training
@@ -520,6 +520,9 @@ class RunningMoments:
 # The policy
 
 
+MAX_NEW_TOKENS = 128  # the longest response
+
+
 class Policy(nn.Module):
     """A LoRA-adapted causal language model with a value head; the reference policy is the same network, adapter off.
 
@@ -544,7 +547,7 @@ class Policy(nn.Module):
     @property
     def max_prompt_tokens(self) -> int:
         """What the position table leaves for a prompt, with room for the longest response."""
-        return getattr(self.model.config, "max_position_embeddings", 1 << 20) - 128
+        return getattr(self.model.config, "max_position_embeddings", 1 << 20) - MAX_NEW_TOKENS
 
     def trainable(self) -> list[nn.Parameter]:
         """The adapter's and the value head's parameters."""
@@ -555,8 +558,12 @@ class Policy(nn.Module):
         return self.model.disable_adapter()
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left-padded ids and mask (n, Q)."""
-        encoded = self.tokenizer(list(prompts))["input_ids"]
+        """Left-padded ids and mask (n, Q); a prompt that is too long loses what follows its instruction."""
+        limit, instruction = self.max_prompt_tokens, len(self.tokenizer(INSTRUCTION)["input_ids"])
+        encoded = [
+            tokens if len(tokens) <= limit else [*tokens[:instruction], *tokens[instruction - limit :]]
+            for tokens in self.tokenizer(list(prompts), verbose=False)["input_ids"]
+        ]
         longest = max(map(len, encoded))
         ids = torch.full((len(encoded), longest), self.pad)
         mask = torch.zeros_like(ids)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from models import (
+    MAX_NEW_TOKENS,
     AdaptiveKL,
     Policy,
     RunningMoments,
@@ -57,7 +58,7 @@ class PPOConfig:
     horizon: float = 10_000
     target_kl: float = 1.0
     min_new_tokens: int = 32
-    max_new_tokens: int = 128
+    max_new_tokens: int = MAX_NEW_TOKENS
 
 
 class Rollout(NamedTuple):

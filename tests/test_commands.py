@@ -26,8 +26,8 @@ STAGE_1 = (
     "--reward_class overall_affect --model convo --batch_size 32 --K 32 --train_size 500 --val --small_model_shrink"
 )
 STAGE_2 = (
-    "--redist_type RRD --reward_class overall_affect --model convo --batch_size 1 --K 160 --train_size 100 --train --val "
-    "--small_model_shrink"
+    "--redist_type RRD --reward_class overall_affect --model convo --batch_size 1 --K 160 --train_size 100 --train "
+    "--val --small_model_shrink"
 )
 STAGE_3 = (
     "--model_name llama --exp_name GELI --reward redistributed_reward --rf_model GELI --train --val --batch_size 24"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import models
 from cli import UserError
+from data_utils import INSTRUCTION, prompt_text
 from models import RewardHead, RewardHeadConfig, TurnEncoder, load_encoder, load_policy, load_reward_head
 from ppo import cut_response, distinct
 
@@ -166,6 +167,14 @@ def test_a_left_padded_batch_gives_what_each_sequence_gives_alone(policy):
         for batch, single in zip(together, alone, strict=True):
             torch.testing.assert_close(batch[row, :n], single[0], atol=1e-5, rtol=1e-5)
             assert (batch[row, n:] == 0).all()
+
+
+def test_a_prompt_longer_than_the_position_table_keeps_its_instruction_and_its_end(policy):
+    text = prompt_text(" User: " + "well " * 3000)
+    ids, mask = policy.tokenize([text])
+    assert ids.shape == (1, policy.model.config.max_position_embeddings - 128) and mask.all()
+    kept = policy.tokenizer.decode(ids[0], skip_special_tokens=True)
+    assert kept.startswith(INSTRUCTION) and kept.endswith("well  AI:")
 
 
 def test_log_probabilities_are_those_of_the_whole_model(policy):

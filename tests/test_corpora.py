@@ -1,0 +1,126 @@
+"""CaSiNo in CANDOR's layout, and the sample corpus with its hidden rewards."""
+
+import filecmp
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, run_script
+
+import data_utils
+import sample_candor
+from casino_to_candor import convert_dialogue
+from data_utils import FACES
+from evaluation import spearman
+
+CASINO = ROOT.parent / "shared" / "data" / "casino"
+
+
+def message(person: int, text: str) -> dict:
+    return {"text": text, "task_data": {}, "id": f"mturk_agent_{person}"}
+
+
+DIALOGUE = {
+    "dialogue_id": 7,
+    "chat_logs": [
+        message(2, "I would like to have all of the food 🙂"),  # before it there is no turn
+        message(1, "😡🙂 no, I do need two of those food packages"),  # its first emoticon is 1's face during turn 0
+        message(1, "and one water too if that is fine"),  # same speaker: shows nothing of a listener
+        message(2, "☹️"),  # 2's face during turn 2; no text is left
+        message(1, "well then, let us both take some of it"),
+        message(2, "Submit-Deal"),
+        message(1, "Accept-Deal"),
+    ],
+    "participant_info": {
+        "mturk_agent_1": {"outcomes": {"satisfaction": "Undecided", "opponent_likeness": "Slightly like"}},
+        "mturk_agent_2": {
+            "outcomes": {"satisfaction": "Extremely dissatisfied", "opponent_likeness": "Extremely like"}
+        },
+    },
+}
+
+
+def test_a_dialogue_by_hand(tmp_path):
+    convert_dialogue(DIALOGUE, tmp_path)
+    conversation = data_utils.read_conversation(tmp_path / "casino-0007")
+    turns = conversation.turns
+    assert [turn.utterance for turn in turns] == [
+        "I would like to have all of the food",
+        "no, I do need two of those food packages",
+        "and one water too if that is fine",
+        "well then, let us both take some of it",
+    ]
+    assert [FACES[turn.affect] for turn in turns] == ["anger", "neutral", "sadness", "neutral"]
+    # 9 words at 2.5 a second, then half a second
+    assert (turns[0].start, turns[0].stop, turns[1].start) == (0, 3.6, 4.1)
+    assert conversation.speakers == ("casino-0007-mturk_agent_2", "casino-0007-mturk_agent_1")
+    first, second = (conversation.answers[user] for user in conversation.speakers)
+    assert first == {"overall_affect": 9, "i_like_you": 9, "how_enjoyable": 1, "end_affect": 1}
+    assert second == {"overall_affect": 7, "i_like_you": 7, "how_enjoyable": 5, "end_affect": 5}
+
+
+@pytest.mark.skipif(not CASINO.is_dir(), reason="CaSiNo's files are not beside this repository")
+def test_the_whole_of_casino_is_usable(tmp_path):
+    run_script("casino_to_candor.py", CASINO, tmp_path / "casino")
+    corpus = data_utils.read_corpus(tmp_path / "casino", "overall_affect")
+    counts = corpus.counts()
+    assert counts["conversations"] == 1030 and counts["dropped_conversations"] == 0
+    assert counts["trajectories"] == 2060 and counts["turns"] == 11_919 - 9  # nine utterances are an emoticon alone
+    assert counts["skipped_transcript_rows"] == {"empty utterance": 9}
+    assert not any(
+        emoticon in turn.utterance for c in corpus.conversations for turn in c.turns for emoticon in "🙂☹😡😮"
+    )
+    training, validation = data_utils.split(corpus, 500)
+    assert (len(training), len(validation)) == (1000, 100)
+
+
+def test_a_seed_gives_the_same_sample_and_another_one_another(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        sample_candor.write_corpus(tmp_path / name, conversations=3, n_turns=12, seed=seed)
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    same, different, missing = filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", files, shallow=False)
+    assert len(same) == len(files) == 1 + 3 * 5 and not different and not missing
+    assert not {p.name for p in (tmp_path / "a").iterdir() if p.is_dir()} & {p.name for p in (tmp_path / "c").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def planted(sample):
+    """(turns with affect and hidden reward, trajectories with score and mean hidden reward) of the sample corpus."""
+    corpus = data_utils.read_corpus(sample, "overall_affect")
+    truth = pd.read_csv(sample / "truth.csv", dtype={"turn_id": str}).set_index(["conversation_id", "turn_id"])
+    turns, trajectories = [], []
+    for t in (t for part in corpus.trajectories.values() for t in part):
+        mine = [t.conversation.turns[i] for i in t.agent_turns]
+        hidden = [truth.loc[(t.conversation.id, turn.turn_id), "reward"] for turn in mine]
+        acts = [truth.loc[(t.conversation.id, turn.turn_id), "act"] for turn in mine]
+        turns += [(FACES[turn.affect], act, worth) for turn, act, worth in zip(mine, acts, hidden, strict=True)]
+        trajectories.append((t.score, np.mean(hidden)))
+    return pd.DataFrame(turns, columns=["affect", "act", "hidden"]), np.array(trajectories)
+
+
+def test_the_sample_is_sound_data(sample):
+    counts = data_utils.read_corpus(sample, "good_for_advice").counts()
+    assert counts["conversations"] == 40 and counts["trajectories"] == 80
+    assert counts["dropped_conversations"] == counts["dropped_trajectories"] == 0
+
+
+def test_scores_follow_the_hidden_sum_but_not_exactly(planted):
+    _, trajectories = planted
+    assert 0.4 < np.corrcoef(trajectories.T)[0, 1] < 0.95
+
+
+def test_faces_follow_the_hidden_reward_noisily_and_with_bias(planted):
+    turns, _ = planted
+    happy = turns["affect"] == "happiness"
+    assert 0.1 < spearman(happy.to_numpy(), turns["hidden"].to_numpy()) < 0.7
+    frowns = turns["affect"].isin(["anger", "contempt", "disgust", "fear", "sadness"])
+    assert happy.mean() > 2 * frowns.mean()  # people smile more than they frown
+    smiles = happy.groupby(turns["act"]).mean()
+    assert smiles["joke"] > smiles["comfort"]  # although comfort is worth more
+    assert smiles["filler"] == 0  # too short to read a face from
+
+
+def test_no_training_script_knows_of_the_hidden_rewards():
+    readers = [p.name for p in Path(ROOT).glob("*.py") if "truth.csv" in p.read_text()]
+    assert sorted(readers) == ["demo_report.py", "sample_candor.py"]
