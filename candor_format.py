@@ -40,7 +40,7 @@ def write_conversation(
     rows = []
     for user in answers:
         spans = [span for span in faces if span[0] == user]
-        for second in range(int(turns[-1][2]) + 1):
+        for second in range(int(turns[-1][2]) + 1 if turns else 0):
             shown = next((face for _, start, stop, face in spans if start <= second <= stop), "neutral")
             cells = [""] * len(FACES) if (user, second) in lost else _frame(shown)
             rows.append([user, _timedelta(second), *cells])

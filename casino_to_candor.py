@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from candor_format import write_conversation
-from cli import UserError, new_parser, run
+from cli import UserError, new_folder, new_parser, run
 
 BUTTONS = {"Submit-Deal", "Accept-Deal", "Reject-Deal", "Walk-Away"}  # presses, not utterances
 EMOTICONS = {"🙂": "happiness", "☹": "sadness", "😡": "anger", "😮": "surprise"}
@@ -69,19 +69,22 @@ def main() -> None:
     args = parser.parse_args()
 
     source, out = Path(args.source), Path(args.out)
-    files = sorted(source.glob("casino_*.json"))
-    if not files:
-        raise UserError(f"{source}: expected casino_train.json, casino_valid.json and casino_test.json, found none")
+    files = [source / f"casino_{part}.json" for part in ("train", "valid", "test")]
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise UserError(f"{source}: expected casino_train.json, casino_valid.json, casino_test.json; no {missing[0]}")
+    new_folder(out)
     from runs import progress_bar
 
-    dialogues = []
+    conversations = turns = 0
     for path in files:
         try:
-            dialogues += json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path}: expected a JSON list of dialogues ({error})") from None
-    turns = sum(convert_dialogue(dialogue, out) for dialogue in progress_bar(dialogues, unit="dialogue"))
-    print(f"Wrote {len(dialogues):,} conversations with {turns:,} turns to {out}")
+            dialogues = json.loads(path.read_text(encoding="utf-8"))
+            for dialogue in progress_bar(dialogues, desc=path.name, unit="dialogue"):
+                turns += convert_dialogue(dialogue, out)
+                conversations += 1
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: expected a JSON list of CaSiNo's dialogues ({error!r})") from None
+    print(f"Wrote {conversations:,} conversations with {turns:,} turns to {out}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 # The survey questions that can be the score of a conversation -> points per unit of the answer. Answers run 1-9 or
 # 1-7 and are put on one scale with the two that are given in 0-100.
@@ -50,9 +51,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to an option's help, unless the help says itself what happens without the option."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.default is None or "default" in (action.help or "")
+        return action.help if said else super()._get_help_string(action)
+
+
 def new_parser(description: str) -> argparse.ArgumentParser:
     """A parser whose `--help` shows every default and whose options cannot be abbreviated."""
-    return _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    return _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
 
 def positive_int(text: str) -> int:
@@ -85,6 +94,13 @@ def fraction(text: str) -> float:
     return value
 
 
+def seed(text: str) -> int:
+    """argparse type: a seed that Python, NumPy and torch all take."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"a whole number from 0 to 2**32 - 1 is expected, not {text!r}")
+    return int(text)
+
+
 def episode_length(text: str) -> int | str:
     """argparse type of `--ep_len`: a whole number of turns, or `actual`."""
     return text if text == "actual" else positive_int(text)
@@ -106,7 +122,7 @@ def add_common_options(parser: argparse.ArgumentParser, learning_rate: float, co
     add("--context_turns", type=positive_int, default=context_turns, help="turns of context before an agent turn")
     add("--max_length", type=positive_int, default=1024, help="encoder tokens; less if the encoder's limit is lower")
     add("--learning_rate", type=positive_float, default=learning_rate, help="peak learning rate")
-    add("--seed", type=int, default=0, help="seed of every random choice")
+    add("--seed", type=seed, default=0, help="seed of every random choice")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto is a GPU when there is one")
     add(
         "--dtype",
@@ -114,7 +130,7 @@ def add_common_options(parser: argparse.ArgumentParser, learning_rate: float, co
         default="auto",
         help="of forward and backward passes; auto is bfloat16 where the hardware has it (weights stay float32)",
     )
-    add("--log_text", action="store_true", help="let text and ids of conversations go to wandb (never otherwise)")
+    add("--log_text", action="store_true", help="log conversations' text and ids to wandb (never otherwise)")
 
 
 def add_reward_options(parser: argparse.ArgumentParser, epochs: int) -> None:
@@ -122,7 +138,7 @@ def add_reward_options(parser: argparse.ArgumentParser, epochs: int) -> None:
     add = parser.add_argument
     add("--reward_class", choices=REWARD_CLASSES, default="overall_affect", metavar="CLASS", help=_classes_help())
     add("--model", default="convo", help=f"the text encoder: {', '.join(ENCODERS)}, or any hub id or folder")
-    add("--lang_model_path", help="hub id or folder of an encoder to load instead of --model's own")
+    add("--lang_model_path", help="hub id or folder of an encoder instead of --model's own (default: --model's own)")
     add("--train_size", type=positive_int, default=500, help="training conversations (fewer if there are fewer)")
     add("--val", action="store_true", help="evaluate on the validation conversations")
     add("--train", action="store_true", help="train (stage 1 trains whether or not it is given)")
@@ -161,6 +177,12 @@ def _classes_help() -> str:
     return "the survey question that is the score: " + ", ".join(REWARD_CLASSES)
 
 
+def new_folder(path: Path) -> None:
+    """Refuses a folder to write to that has something in it."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: expected a new or empty folder, found files in it; name another or remove it")
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs an entry script's `main`: a `UserError` becomes one line on stderr and exit code 2."""
     # of libraries among themselves; no user can act on them
@@ -168,6 +190,9 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a folder that cannot be written to, a full disk
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -3,7 +3,8 @@
 #   bash demo.sh [FOLDER]     FOLDER (default demo_out) is the demo's own and is made anew
 set -euo pipefail
 cd "$(dirname "$0")"
-out=${1:-demo_out}
+out=demo_out
+[ $# -eq 0 ] || out=$(cd "$OLDPWD" && realpath -m "$1")
 source setup_env.sh
 setup_env requirements.txt
 

@@ -48,7 +48,7 @@ def main() -> None:
 
     record = json.loads((folder / "rlmf_weights" / "GELI_llama.json").read_text())
     before, after = record["metrics"]["before"], record["metrics"]["after"]
-    n = record["arguments"]["val_prompts"]
+    n = record["held_out_prompts"]
     for key, what in (("reward", "mean reward"), ("kl", "KL to the reference, nats a response")):
         row = {"stage": "PPO (stage 3)", "measured": f"{what}, {n} held-out prompts"}
         errors = [f" ± {part['reward_standard_error']:.3f}" if key == "reward" else "" for part in (before, after)]

@@ -27,8 +27,8 @@ def load_data(args) -> tuple[Corpus, TurnSet, TurnSet]:
         print(f"{name}: {conversations:,} conversations, {len(part.trajectories):,} trajectories, {len(part):,} turns")
         if not len(part) and (name == "training" or args.val):
             raise UserError(
-                f"--data_dir {args.data_dir}: no {name} conversation is left of {len(corpus.conversations)} usable; "
-                f"at least 2 with an answer to {args.reward_class} are needed"
+                f"--data_dir {args.data_dir}: none of the {name} conversations has an answer to {args.reward_class} "
+                f"({len(corpus.conversations)} conversations are usable; at least 2 are needed)"
             )
     return corpus, training, validation
 
@@ -55,6 +55,8 @@ def evaluate(turns: TurnSet, rewards: np.ndarray, ep_len: int | str, chosen: np.
 
     chosen = np.ones(len(turns), dtype=bool) if chosen is None else chosen
     rewards = np.asarray(rewards, dtype=np.float64)
+    if not np.isfinite(rewards).all():
+        raise UserError("predicted rewards are not finite: training has diverged; try a lower --learning_rate")
     returns, li = [], []
     for i, trajectory in enumerate(turns.trajectories):
         part = turns.turns_of(i)
@@ -148,12 +150,15 @@ def write_validation(folder: Path, run: str, turns: TurnSet, rewards: np.ndarray
     return paths
 
 
-def finish_run(title: str, args, tracker, folder: Path, corpus: Corpus, parts, metrics: dict, paths, **more) -> None:
+def finish_run(
+    title: str, args, tracker, folder: Path, corpus: Corpus, parts, metrics: dict, rewards, paths, **more
+) -> None:
     """Writes `reward1_{run}.json`, closes the wandb run, and prints the closing table with the paths of all files.
 
     Args:
         title: of the table. parts: (training, validation) turns. metrics: what was measured; `validation` is shown.
-        paths: of what was written so far. more: further entries of the record.
+        rewards: (N,) of the validation turns, or None. paths: of what was written so far.
+        more: further entries of the record.
     """
     record_path = folder / f"reward1_{tracker.name}.json"
     record = {
@@ -171,6 +176,10 @@ def finish_run(title: str, args, tracker, folder: Path, corpus: Corpus, parts, m
         record[name] = list(dict.fromkeys(t.conversation.id for t in part.trajectories))
     write_json(record_path, record)
     shown = metrics.get("validation", {})
+    if args.log_text and shown:
+        texts = dict(zip(("context", "response"), zip(*parts[1].texts, strict=True), strict=True))
+        table = turn_table(parts[1], rewards).assign(**texts)
+        tracker.log_table("val/turns", table, metrics.get("steps", 0) + 1)
     tracker.summary({f"final/{key}": value for key, value in shown.items()})
     tracker.finish()
     rows = [{"measured on validation": key, "value": value} for key, value in shown.items()]

@@ -235,6 +235,12 @@ class TurnEncoder(nn.Module):
         self.max_length = min(max_length, _own_limit(model.config, tokenizer))
         self._prefix, self._between, self._suffix, self._between_first = _pair_form(tokenizer)
         self._uses_segments = "token_type_ids" in tokenizer.model_input_names
+        self._room = self.max_length - len(self._prefix) - len(self._between) - len(self._suffix)
+        if self._room < 1:
+            raise UserError(
+                f"--max_length {max_length}: at least {self.max_length - self._room + 1} tokens are needed, for the "
+                "special tokens and one of text"
+            )
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._suffix[-1]
 
     @property
@@ -260,11 +266,10 @@ class TurnEncoder(nn.Module):
             self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
             for texts in zip(*pairs, strict=True)
         )
-        room = self.max_length - len(self._prefix) - len(self._between) - len(self._suffix)
         result = []
         for context, response in zip(contexts, responses, strict=True):
-            response = response[-room:]
-            spare = room - len(response)
+            response = response[-self._room :]
+            spare = self._room - len(response)
             context = context[-spare:] if spare else []
             ids = [*self._prefix, *context, *self._between, *response, *self._suffix]
             result.append(
@@ -350,18 +355,39 @@ def quiet_transformers() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def load_encoder_of_head(head: RewardHead, path: str | Path, max_length: int, named: str | None) -> TurnEncoder:
+    """The encoder that the head at `path` was trained on; says so where the user `named` another.
+
+    Raises:
+        UserError: if it cannot be loaded or does not fit the head.
+    """
+    name = encoder_of_head(head, path)
+    if named and Path(named).resolve() != Path(name).resolve():
+        print(
+            f"--lang_model_path {named} is not used: {path} was trained on the encoder {name}, which is loaded instead"
+        )
+    encoder = load_encoder(name, max_length, f"the encoder that {path} was trained on,")
+    if encoder.hidden_size != head.config.hidden:
+        raise UserError(f"{path}: takes {head.config.hidden} features, its encoder {name} gives {encoder.hidden_size}")
+    return encoder
+
+
 def load_pretrained(auto_class, name: str, option: str, **arguments):
     """`auto_class.from_pretrained(name)`, offline when `name` is a folder; no code of the model's own is run.
 
     Raises:
         UserError: if it cannot be loaded.
     """
+    from safetensors import SafetensorError
+
+    from runs import first_line
+
     quiet_transformers()
     local = Path(name).is_dir()
     try:
         return auto_class.from_pretrained(name, local_files_only=local, trust_remote_code=False, **arguments)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = first_line(error)
         what = "folder" if local else "hub id (and no folder of that name is here)"
         raise UserError(f"{option} {name}: this {what} could not be loaded: {reason}") from None
 
@@ -593,10 +619,12 @@ class Policy(nn.Module):
             top_k=0,
             top_p=1.0,
             max_new_tokens=max_new_tokens,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             eos_token_id=self.end,
             pad_token_id=self.pad,
         )
-        # in full, because whatever is left out would come from the model's own generation_config
+        # so explicit because whatever is left out comes from the model's own generation_config
         output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         return output[:, ids.shape[1] :]
 
@@ -640,12 +668,25 @@ class Policy(nn.Module):
             )
 
     def load(self, folder: str | Path) -> None:
-        """Reads the adapter and the value head that `save` wrote into this policy."""
-        from peft import load_peft_weights, set_peft_model_state_dict
+        """Reads the adapter and the value head that `save` wrote into this policy.
+
+        Raises:
+            UserError: if they do not fit this policy.
+        """
+        from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device=str(self.device)))
-        self.value_head.load_state_dict(load_file(Path(folder) / "value_head.safetensors"))
+        from runs import first_line
+
+        try:
+            rank, mine = PeftConfig.from_pretrained(str(folder)).r, self.model.peft_config["default"].r
+            if rank != mine:
+                raise UserError(f"{folder}: an adapter of rank {rank}, the options ask for {mine} (see --no_accel)")
+            set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device=str(self.device)))
+            self.value_head.load_state_dict(load_file(Path(folder) / "value_head.safetensors"))
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{folder}: not an adapter that fits this policy ({first_line(error)})") from None
 
 
 LOGITS_PER_CHUNK = 1 << 25  # 128 MiB of float32

@@ -281,7 +281,7 @@ class PPO:
     def evaluate(self, prompts: Sequence[Prompt], seed: int) -> tuple[dict[str, float], list[str]]:
         """Mean reward and KL on held-out prompts, sampled with random numbers of its own, so that two policies are
         compared on the same prompts, lengths and draws, and training goes on as if it had not happened."""
-        texts, kls, empty = [], [], 0
+        texts, kls = [], []
         rng = np.random.default_rng(seed)
         size = self.config.batch_size
         devices = [self.policy.device] if self.policy.device.type == "cuda" else []
@@ -294,13 +294,12 @@ class PPO:
                 kls.append(((seen["logprobs"] - seen["ref_logprobs"]) * rollout.mask).sum(dim=1).cpu())
                 texts += rollout.texts
         scores = self.score([prompt.context for prompt in prompts], texts)
-        empty = sum(not text for text in texts)
         metrics = {
             "reward": scores.mean().item(),
-            "reward_standard_error": scores.std().item() / len(scores) ** 0.5,
+            "reward_standard_error": scores.std(unbiased=False).item() / len(scores) ** 0.5,
             "kl": torch.cat(kls).mean().item(),
             "response_words": float(np.mean([len(text.split()) for text in texts])),
-            "empty_share": empty / len(texts),
+            "empty_share": float(np.mean([not text for text in texts])),
             "distinct_1": distinct(texts, 1),
             "distinct_2": distinct(texts, 2),
         }

@@ -125,8 +125,12 @@ def new_run_name(folder: Path) -> str:
     taken = len(list(folder.glob("reward1_*.json"))) if folder.is_dir() else 0
     while True:
         name = f"{secrets.choice(_ADJECTIVES)}-{secrets.choice(_NOUNS)}-{taken + 1}"
-        if not (folder / f"reward1_{name}.json").exists():
+        if not _record(folder, name).exists():
             return name
+
+
+def _record(folder: Path, run_name: str) -> Path:
+    return folder / f"reward1_{run_name}.json"
 
 
 class Tracker:
@@ -146,7 +150,11 @@ class Tracker:
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
-        mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+        if run_name is not None and ((folder / f"reward1_{run_name}").exists() or _record(folder, run_name).exists()):
+            raise UserError(f"--run_name {run_name}: {folder} has a run of that name already; choose another")
+        mode = os.environ.get("WANDB_MODE") or "online"
+        if mode == "online" and not _logged_in():  # wandb would ask for a key
+            mode = "offline"
         if run_name is None and mode != "online":
             run_name = new_run_name(folder)
         settings = wandb.Settings(
@@ -161,7 +169,7 @@ class Tracker:
         try:
             self._run = wandb.init(mode=mode, **arguments)
         except (wandb.errors.CommError, wandb.errors.UsageError) as error:
-            print(f"wandb: no connection ({str(error).splitlines()[0]}); this run is logged offline")
+            print(f"wandb: no connection ({first_line(error)}); this run is logged offline")
             arguments["name"] = run_name or new_run_name(folder)
             self._run = wandb.init(mode="offline", **arguments)
         self.name = run_name or self._run.name or new_run_name(folder)
@@ -170,12 +178,11 @@ class Tracker:
         """Logs `values` (scalars or wandb objects) at `step`."""
         self._run.log(values, step=step)
 
-    def log_texts(self, key: str, prompts: list[str], responses: list[str], step: int) -> None:
-        """Logs a table of texts; only ever called with `--log_text`."""
+    def log_table(self, key: str, table, step: int) -> None:
+        """Logs a pandas table that may hold text; only ever called with `--log_text`."""
         import wandb
 
-        rows = list(zip(prompts, responses, strict=True))
-        self._run.log({key: wandb.Table(columns=["prompt", "response"], data=rows)}, step=step)
+        self._run.log({key: wandb.Table(dataframe=table)}, step=step)
 
     def summary(self, values: dict) -> None:
         """Sets the run's summary values."""
@@ -196,10 +203,17 @@ def _logged_in() -> bool:
     settings = wandb.Settings()
     if os.environ.get("WANDB_API_KEY") or settings.api_key:
         return True
+    servers = (os.environ.get("WANDB_BASE_URL"), settings.base_url, "https://api.wandb.ai")
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(settings.base_url).netloc) is not None
+        keys = netrc.netrc(os.environ.get("NETRC"))
+        return any(keys.authenticators(urlsplit(server).netloc) for server in servers if server)
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def format_table(rows: list[dict], title: str = "") -> str:
@@ -211,15 +225,15 @@ def format_table(rows: list[dict], title: str = "") -> str:
             return "-"
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    frame = pd.DataFrame(rows).map(show)
+    frame = pd.DataFrame([{key: show(value) for key, value in row.items()} for row in rows])
     return f"{title}\n{frame.to_string(index=False)}" if title else frame.to_string(index=False)
 
 
 def progress_bar(*args, **kwargs):
-    """tqdm on stderr; where nobody watches (a file, a pipe) a line now and then instead of ten a second."""
+    """tqdm on stderr, for what takes over a second; where nobody watches (a file, a pipe), a line now and then."""
     import sys
 
     from tqdm import tqdm
 
     watched = sys.stderr.isatty()
-    return tqdm(*args, dynamic_ncols=watched, mininterval=0.1 if watched else 30, **{"leave": False, **kwargs})
+    return tqdm(*args, dynamic_ncols=watched, mininterval=0.1 if watched else 30, delay=1, leave=False, **kwargs)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from candor_format import write_conversation
-from cli import REWARD_CLASSES, UserError, new_parser, positive_int, run
+from cli import REWARD_CLASSES, UserError, new_folder, new_parser, positive_int, run, seed
 
 WORDS_PER_SECOND, PAUSE = 2.5, 0.5
 
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("out", help="folder to write one folder a conversation to (becomes --data_dir)")
     parser.add_argument("--conversations", type=positive_int, default=200, help="how many conversations")
     parser.add_argument("--turns", type=positive_int, default=24, help="turns of a conversation, give or take 20%%")
-    parser.add_argument("--seed", type=int, default=0, help="seed: the same corpus every time")
+    parser.add_argument("--seed", type=seed, default=0, help="seed: the same corpus every time")
     parser.add_argument(
         "--tiny",
         nargs="?",
@@ -200,8 +200,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     out = Path(args.out)
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out}: expected a new or empty folder, found files in it; name another or remove it")
+    new_folder(out)
     if args.turns < 10:
         raise UserError(f"--turns {args.turns}: at least 10 are needed for both people to speak")
     write_corpus(out, args.conversations, args.turns, args.seed)

@@ -8,6 +8,7 @@ setup_env() {
     if ! [ -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
         echo "Installing into $venv ($*) …"
         [ -x $venv/bin/python ] || python3 -m venv $venv || {
+            rm -rf $venv
             echo "python3 -m venv failed: install your system's python3-venv package, then run this again" >&2
             return 1
         }

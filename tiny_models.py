@@ -8,7 +8,7 @@ They stand in for the published models where there is no network or no GPU: `OUT
 
 from pathlib import Path
 
-from cli import new_parser, positive_int, run
+from cli import UserError, new_parser, positive_int, run, seed
 
 BUILT = ("bart", "llama")
 VOCABULARY = {"bart": 2000, "llama": 4000}  # at most: a small corpus has fewer pieces
@@ -25,6 +25,8 @@ def build(data_dir: Path, out: Path, which: tuple[str, ...], seed: int, steps: i
 
     corpus = read_corpus(data_dir, "overall_affect")
     training, _ = split(corpus, len(corpus.conversations))
+    if not training:
+        raise UserError(f"{data_dir}: expected at least 2 conversations, to train on one and keep one for validation")
     makers = {"bart": _train_bart, "llama": _train_llama}
     for name in which:
         seed_everything(seed)
@@ -171,7 +173,7 @@ def main() -> None:
     parser.add_argument("out", help="folder to write bart/ and llama/ to")
     parser.add_argument("--only", choices=BUILT, help="train one of the two (default: both)")
     parser.add_argument("--steps", type=positive_int, default=400, help="training steps of each")
-    parser.add_argument("--seed", type=int, default=0, help="seed of every random choice")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of every random choice")
     args = parser.parse_args()
     build(Path(args.data_dir), Path(args.out), (args.only,) if args.only else BUILT, args.seed, args.steps)
 

@@ -31,7 +31,7 @@ def parse():
     add = parser.add_argument
     add("--redist_type", choices=REDIST_TYPES, default="RRD", help="how the score is decomposed")
     add("--affect_path", metavar="RUN", help="stage-1 run (name, or path of reward1_RUN) to start from; brings LI")
-    add("--lambda", type=fraction, default=0.5, dest="ge_weight", metavar="L", help="weight of GE; 1 - L is LI's")
+    add("--lambda", type=fraction, dest="ge_weight", metavar="L", help="weight of GE; 1 - L is LI's (default: 0.5)")
     add(
         "--loss_scale",
         choices=("raw", "normalized"),
@@ -50,6 +50,11 @@ def parse():
         parser.error(
             "--reward_path is a head to evaluate, with --val and without --train; --affect_path starts training"
         )
+    if args.affect_path and not args.train:
+        parser.error("--affect_path is where training starts; --val alone evaluates --reward_path")
+    if args.ge_weight is not None and not args.affect_path:
+        parser.error("--lambda weighs GE against LI, and LI comes with --affect_path")
+    args.ge_weight = 0.5 if args.ge_weight is None else args.ge_weight
     return args
 
 
@@ -70,8 +75,13 @@ def main() -> None:
     seed_everything(args.seed)
     accelerator = make_accelerator(args.device, args.dtype)
     folder = Path(args.output_dir) / project_name(args)
+    saved, path = load_saved(args)
+    if saved and not args.train:  # a saved head is evaluated as it was trained
+        args.context_turns, args.max_length, folder = saved.config.context_turns, saved.config.max_length, path.parent
     corpus, training, validation = load_data(args)
-    head, encoder, encoder_name = build(args, folder, validation)
+    if args.affect_path:
+        warn_of_leaks(path, validation)
+    head, encoder, encoder_name = build(args, folder, saved, path)
     tracker = Tracker(folder.name, folder, {**vars(args), "data": corpus.numbers()}, args.run_name)
 
     encoder.to(accelerator.device)
@@ -80,7 +90,7 @@ def main() -> None:
         return encoder.encode(encoder.tokenize(turns.texts), accelerator.autocast, progress=f"encoding {name}")
 
     held_out = encode(validation, "validation") if args.val else None
-    metrics, paths = {}, []
+    metrics, paths, rewards = {}, [], None
     if args.train:
         head_path = folder / f"reward1_{tracker.name}"
         features = encode(training, "training")
@@ -95,11 +105,11 @@ def main() -> None:
         paths += write_validation(folder, tracker.name, validation, rewards, args.ep_len)
     title = f"Stage 2 ({'GELI' if head.config.li else 'GE'}, {head.config.redist_type})"
     parts = (training, validation)
-    finish_run(title, args, tracker, folder, corpus, parts, metrics, paths, stage=2, encoder=encoder_name)
+    finish_run(title, args, tracker, folder, corpus, parts, metrics, rewards, paths, stage=2, encoder=encoder_name)
 
 
-def find_head(name: str, output_dir: str) -> Path:
-    """The head file that a run name or a path means.
+def find_head(name: str, output_dir: str, folders: str = "*") -> Path:
+    """The head file that a run name (of a run in `output_dir`, in a folder like `folders`) or a path means.
 
     Raises:
         UserError: if there is none, or the run name is in more than one folder.
@@ -107,12 +117,12 @@ def find_head(name: str, output_dir: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    found = sorted(Path(output_dir).glob(f"*/reward1_{path.name}")) if path.name == name else []
+    found = sorted(path for path in saved_heads(output_dir, folders) if path.name == f"reward1_{name}")
     if len(found) == 1:
         return found[0]
     if found:
         raise UserError(f"{name}: {len(found)} runs have that name; give one's path: {', '.join(map(str, found))}")
-    known = sorted(path.name.removeprefix("reward1_") for path in saved_heads(output_dir, "*"))
+    known = sorted(path.name.removeprefix("reward1_") for path in saved_heads(output_dir, folders))
     raise UserError(
         f"{name}: expected a run name or the path of a reward1_ file, found neither under {output_dir}; "
         f"runs there: {', '.join(known) or 'none'}"
@@ -124,45 +134,58 @@ def saved_heads(output_dir: str, folders: str) -> list[Path]:
     return [path for path in Path(output_dir).glob(f"{folders}/reward1_*") if not path.name.endswith(".json")]
 
 
-def build(args, folder: Path, validation):
-    """The head to train or to evaluate, the encoder, and the encoder's hub id or folder."""
-    from models import RewardHead, RewardHeadConfig, encoder_of_head, encoder_reference, load_encoder, load_reward_head
+STAGE_1_FOLDERS = "*reward_function_*"
 
-    if not args.train and not args.reward_path:
+
+def load_saved(args):
+    """The saved head that the options name, to start from or to evaluate, and its path; None, None without one."""
+    from models import load_reward_head
+
+    if args.affect_path:
+        path = find_head(args.affect_path, args.output_dir, STAGE_1_FOLDERS)
+    elif args.reward_path:
+        path = find_head(args.reward_path, args.output_dir)
+    elif args.train:
+        return None, None
+    else:
         raise UserError("--val without --train evaluates a saved head: name it with --reward_path RUN")
-    saved, path = args.affect_path if args.train else args.reward_path, None
-    name, option = named_encoder(args)
+    saved = load_reward_head(path)
+    if args.affect_path and saved.config.stage != 1:
+        raise UserError(f"--affect_path {args.affect_path}: expected a stage-1 head, {path} is of stage 2")
+    return saved, path
+
+
+def build(args, folder: Path, saved, path: Path | None):
+    """The head to train or to evaluate, the encoder, and the encoder's hub id or folder."""
+    from models import RewardHead, RewardHeadConfig, encoder_reference, load_encoder, load_encoder_of_head
+
     if saved:
-        path = find_head(saved, args.output_dir)
-        start = load_reward_head(path)
-        if not args.lang_model_path:
-            name, option = encoder_of_head(start, path), f"the encoder that {path} was trained on,"
-    encoder = load_encoder(name, args.max_length, option)
-    if saved and start.config.hidden != encoder.hidden_size:
-        raise UserError(f"{path}: takes {start.config.hidden} features, the encoder {name} gives {encoder.hidden_size}")
+        encoder = load_encoder_of_head(saved, path, args.max_length, args.lang_model_path)
+    else:
+        name, option = named_encoder(args)
+        encoder = load_encoder(name, args.max_length, option)
     if not args.train:
-        return start, encoder, name
+        return saved, encoder, encoder.name
     config = RewardHeadConfig(
         head=head_name(args),
         hidden=encoder.hidden_size,
-        **encoder_reference(name, folder),
+        **encoder_reference(encoder.name, folder),
         max_length=encoder.max_length,
         context_turns=args.context_turns,
         stage=2,
         reward_class=args.reward_class,
         redist_type=args.redist_type,
-        li=bool(saved),
+        li=saved is not None,
     )
     head = RewardHead(config)
     if saved:
-        warn_of_leaks(path, validation)
-        if start.config.head != config.head:
+        if saved.config.head != config.head:
             raise UserError(
-                f"--affect_path {args.affect_path}: its head is of the kind {start.config.head}, the options ask for "
+                f"--affect_path {args.affect_path}: its head is of the kind {saved.config.head}, the options ask for "
                 f"{config.head}; give the options that it was trained with"
             )
-        head.load_state_dict(start.state_dict())
-    return head, encoder, name
+        head.load_state_dict(saved.state_dict())
+    return head, encoder, encoder.name
 
 
 def warn_of_leaks(affect_head: Path, validation) -> None:
@@ -203,7 +226,7 @@ def train(args, head, training, features, validation, held_out, tracker, head_pa
     starts = range(0, len(groups), args.batch_size)
     scales = (1.0, 1.0)
     if args.loss_scale == "normalized":
-        scales = tuple(float(max(target.var(), 1e-8)) for target in (training.scores, training.targets))
+        scales = tuple(float(target.var()) or 1.0 for target in (training.scores, training.targets))
     optimizer = torch.optim.AdamW(head.parameters(), lr=args.learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=args.epochs * len(starts))
     best = {"steps": args.epochs * len(starts), "best_epoch": 0, "best_ge_loss": None}
@@ -214,6 +237,8 @@ def train(args, head, training, features, validation, held_out, tracker, head_pa
         for start in progress_bar(starts, desc=f"stage 2, epoch {epoch}/{args.epochs}", unit="step"):
             chosen = [i for group in order[start : start + args.batch_size] for i in groups[group]]
             loss, logged = batch_loss(args, head, training, features, chosen, scales, rng)
+            if not torch.isfinite(loss):
+                raise UserError(f"the loss is not finite at step {step + 1}: try a lower --learning_rate")
             loss.backward()
             optimizer.step()
             schedule.step()

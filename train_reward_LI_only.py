@@ -9,7 +9,16 @@ Trains the encoder and a reward head on every agent turn of both trajectories, a
 
 from pathlib import Path
 
-from cli import add_common_options, add_reward_options, head_name, named_encoder, new_parser, positive_int, run
+from cli import (
+    UserError,
+    add_common_options,
+    add_reward_options,
+    head_name,
+    named_encoder,
+    new_parser,
+    positive_int,
+    run,
+)
 
 VALIDATE_EVERY = 500  # steps
 
@@ -62,7 +71,7 @@ def main() -> None:
     metrics = train(
         args, accelerator, encoder, RewardHead(config), training, validation, tracker, head_path, encoder_path
     )
-    paths = [head_path, encoder_path]
+    paths, rewards = [head_path, encoder_path], None
     if args.val:  # of what was written, not of what is in memory
         encoder = load_encoder(str(encoder_path), args.max_length).to(accelerator.device)
         features = encoder.encode(encoder.tokenize(validation.texts), accelerator.autocast, progress="validation")
@@ -70,7 +79,7 @@ def main() -> None:
         metrics["validation"] = evaluate(validation, rewards, args.ep_len)
         paths += write_validation(folder, tracker.name, validation, rewards, args.ep_len)
     parts = (training, validation)
-    finish_run("Stage 1 (LI)", args, tracker, folder, corpus, parts, metrics, paths, stage=1, encoder=name)
+    finish_run("Stage 1 (LI)", args, tracker, folder, corpus, parts, metrics, rewards, paths, stage=1, encoder=name)
 
 
 def train(args, accelerator, encoder, head, training, validation, tracker, head_path, encoder_path) -> dict:
@@ -109,6 +118,8 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
         with accelerator.autocast():
             rewards = head(encoder(**encoder.collate([pairs[i] for i in batch]))).squeeze(1).float()
         loss = li_loss(rewards, torch.from_numpy(training.targets[batch]).to(rewards.device))
+        if not torch.isfinite(loss):
+            raise UserError(f"the loss is not finite at step {step}: try a lower --learning_rate")
         accelerator.backward(loss)
         optimizer.step()
         schedule.step()

@@ -8,7 +8,7 @@ Writes `rlmf_weights/{exp_name}_{model_name}_{step}/` every 10 steps: a PEFT ada
 
 from pathlib import Path
 
-from cli import UserError, add_common_options, file_name, new_parser, positive_int, run
+from cli import REWARD_CLASSES, UserError, add_common_options, file_name, new_parser, positive_int, run
 
 POLICIES = {"llama2": "meta-llama/Llama-2-7b-chat-hf", "llama": "huggyllama/llama-7b"}
 LOCAL_LLAMA = "./llama_hf"  # what `llama` means where it exists
@@ -38,19 +38,20 @@ def parse():
     add("--rf_model", choices=RF_MODELS, default="GELI", help="which newest reward head under --output_dir is used")
     add("--reward_path", metavar="HEAD", help="one reward head instead: a run name or the path of a reward1_ file")
     add(
-        "--lang_model_path",
-        help="hub id or folder of the head's encoder, where the head's own record is not to be used",
+        "--lang_model_path", help="accepted as in stages 1 and 2; a head that records its encoder is used with that one"
     )
     add("--train", action="store_true", help="train")
     add("--val", action="store_true", help="measure the mean reward on held-out prompts, before and after")
     add("--val_prompts", type=positive_int, default=96, help="how many held-out prompts")
     add("--batch_size", type=positive_int, default=24, help="prompts a step")
     add("--steps", type=positive_int, default=200, help="PPO steps")
-    add("--train_size", type=positive_int, default=1 << 30, help="training conversations (default: all there are)")
+    add("--train_size", type=positive_int, help="training conversations (default: all there are)")
     add(
         "--reward_class",
+        choices=REWARD_CLASSES,
         default="overall_affect",
-        help="a survey question that --data_dir has; nothing else depends on it",
+        metavar="CLASS",
+        help="only people who answered this survey question give prompts",
     )
     add("--peft", action="store_true", help="accepted for the published commands; LoRA is always on")
     add("--no_accel", action="store_true", help="one device, with LoRA r=24 alpha=48 instead of r=16 alpha=32")
@@ -79,7 +80,9 @@ def main() -> None:
     if args.train:
         set_aside(folder, stem)
     else:
-        policy.load(newest_checkpoint(folder, stem))
+        checkpoint = newest_checkpoint(folder, stem)
+        policy.load(checkpoint)
+        stem = f"{checkpoint.name}_val"
     tracker = Tracker("rlmf", folder, {**vars(args), "data": counts}, args.run_name)
 
     metrics, texts = {}, {}
@@ -132,7 +135,9 @@ def load_prompts(args):
                 context, response = turn_text(trajectory.conversation, i, trajectory.user, args.context_turns)
                 yield Prompt(prompt_text(context), context, response.removeprefix("AI: "))
 
-    training, validation = (list(prompts_of(part)) for part in split(corpus, args.train_size))
+    training, validation = (
+        list(prompts_of(part)) for part in split(corpus, args.train_size or len(corpus.conversations))
+    )
     chosen = np.random.default_rng(args.seed).permutation(len(validation))[: args.val_prompts]
     held_out = [validation[i] for i in chosen]
     print(f"prompts: {len(training):,} for training, {len(held_out):,} of {len(validation):,} held out for validation")
@@ -163,7 +168,7 @@ def build_ppo(args, accelerator, policy, head_path: Path | None):
     """The loop with its scorer: the head at `head_path`, or random numbers."""
     import torch
 
-    from models import encoder_of_head, load_encoder, load_reward_head
+    from models import load_encoder_of_head, load_reward_head
     from ppo import PPO, PPOConfig, RewardScorer
 
     config = PPOConfig(learning_rate=args.learning_rate, batch_size=args.batch_size)
@@ -174,14 +179,9 @@ def build_ppo(args, accelerator, policy, head_path: Path | None):
             return torch.rand(len(responses), generator=generator) * 2 - 1
     else:
         head = load_reward_head(head_path, accelerator.device)
-        name = args.lang_model_path or encoder_of_head(head, head_path)
-        option = "--lang_model_path" if args.lang_model_path else f"the encoder that {head_path} was trained on,"
-        encoder = load_encoder(name, min(args.max_length, head.config.max_length), option).to(accelerator.device)
-        if encoder.hidden_size != head.config.hidden:
-            raise UserError(
-                f"{option} {name}: gives {encoder.hidden_size} features, the head takes {head.config.hidden}"
-            )
-        score = RewardScorer(encoder, head, accelerator.autocast)
+        max_length = min(args.max_length, head.config.max_length)
+        encoder = load_encoder_of_head(head, head_path, max_length, args.lang_model_path)
+        score = RewardScorer(encoder.to(accelerator.device), head, accelerator.autocast)
     return PPO(policy, score, config, accelerator, args.seed)
 
 
@@ -230,9 +230,15 @@ def train(args, ppo, prompts, tracker, folder: Path, stem: str) -> list[Path]:
         logged, texts = ppo.step(batch)
         rows.append({"step": step, **logged})
         bar.set_postfix(reward=f"{logged['score_mean']:.3f}", kl=f"{logged['kl']:.2f}")
+        if not np.isfinite(list(logged.values())).all():
+            bad = ", ".join(key for key, value in logged.items() if not np.isfinite(value))
+            raise UserError(
+                f"not finite at step {step}: {bad}; try a lower --learning_rate (last checkpoint: {checkpoint})"
+            )
         tracker.log({f"ppo/{key}": value for key, value in logged.items()}, step)
         if args.log_text:
-            tracker.log_texts("ppo/responses", [p.text for p in batch], texts, step)
+            table = pd.DataFrame({"prompt": [p.text for p in batch], "response": texts})
+            tracker.log_table("ppo/responses", table, step)
         if step % SAVE_EVERY == 0 or step == args.steps:
             checkpoint = folder / f"{stem}_{step}"
             ppo.policy.save(checkpoint)
@@ -249,7 +255,12 @@ def report(args, tracker, folder: Path, stem: str, head_path: Path, counts, metr
     from runs import atomic_path, format_table, versions, write_json
 
     record = {"run": tracker.name, "stage": 3, "arguments": vars(args), "seed": args.seed, "versions": versions()}
-    record |= {"reward_head": head_path and str(head_path), "metrics": metrics, "data": counts}
+    record |= {
+        "held_out_prompts": len(held_out),
+        "reward_head": head_path and str(head_path),
+        "metrics": metrics,
+        "data": counts,
+    }
     paths = [folder / f"{stem}.json"]
     write_json(paths[0], record)
     if not args.val:

@@ -187,8 +187,42 @@ def test_a_saved_head_is_evaluated_by_val_alone(trained, sample):
     options = ["--val", "--reward_path", "geli", "--run_name", "looked-at", "--data_dir", sample, "--output_dir", out]
     run_script("train_reward_GELI.py", *options, *QUICK)
     first = json.loads((out / GELI_FOLDER / "reward1_geli.json").read_text())["metrics"]["validation"]
-    again = json.loads((out / GE_FOLDER / "reward1_looked-at.json").read_text())["metrics"]["validation"]
+    again = json.loads((out / GELI_FOLDER / "reward1_looked-at.json").read_text())["metrics"]["validation"]
     assert again == first
+
+
+def test_a_head_keeps_its_encoder_whatever_else_is_named(trained, sample, tiny):
+    out, _ = trained
+    options = ["--val", "--reward_path", "geli", "--lang_model_path", tiny / "bart", "--run_name", "other-encoder"]
+    printed = run_script("train_reward_GELI.py", *options, "--data_dir", sample, "--output_dir", out).stdout
+    assert f"--lang_model_path {tiny / 'bart'} is not used" in printed
+    records = [json.loads((out / GELI_FOLDER / f"reward1_{run}.json").read_text()) for run in ("geli", "other-encoder")]
+    assert records[0]["metrics"]["validation"] == records[1]["metrics"]["validation"]
+
+
+def test_val_alone_evaluates_the_newest_checkpoint_and_leaves_the_trainings_record(trained, sample, tiny):
+    out, _ = trained
+    record = (out / "rlmf_weights" / "GELI_llama.json").read_text()
+    options = ["--model_name", tiny / "llama", "--val", "--val_prompts", 6, "--batch_size", 6, "--data_dir", sample]
+    run_script("train_rl_GELI.py", *options, "--output_dir", out, "--context_turns", 2)
+    again = json.loads((out / "rlmf_weights" / "GELI_llama_2_val.json").read_text())["metrics"]
+    assert again["after"] == json.loads(record)["metrics"]["after"]
+    assert (out / "rlmf_weights" / "GELI_llama.json").read_text() == record
+
+
+def test_a_run_name_is_not_used_twice(trained, sample, tiny):
+    out, _ = trained
+    result = stage_2(out, sample, "--affect_path", "li", "--run_name", "geli", check=2)
+    assert "--run_name geli" in result.stderr and "choose another" in result.stderr
+
+
+def test_text_goes_to_wandb_when_asked(trained, sample, tmp_path):
+    out, _ = trained
+    options = ["--val", "--reward_path", out / GELI_FOLDER / "reward1_geli", "--data_dir", sample, "--log_text"]
+    run_script("train_reward_GELI.py", *options, "--output_dir", out, "--run_name", "told")
+    identity = json.loads((out / GELI_FOLDER / "reward1_told.json").read_text())["validation_conversations"][0]
+    tables = list((out / "wandb").rglob("*.table.json"))
+    assert any(identity in path.read_text() and "AI: " in path.read_text() for path in tables)
 
 
 def test_wandb_is_offline_and_holds_no_text_or_id(trained, sample):
@@ -252,7 +286,10 @@ def test_without_data_the_error_is_one_line(script, trained, tmp_path):
             "--train --affect_path nobody",
             "nobody: expected a run name or the path of a reward1_ file",
         ),
-        ("train_reward_GELI.py", "--train --lambda 2", "a number from 0 to 1 is expected, not '2'"),
+        ("train_reward_GELI.py", "--train --lambda 0.5", "--lambda weighs GE against LI"),
+        ("train_reward_GELI.py", "--val", "evaluates a saved head: name it with --reward_path RUN"),
+        ("train_reward_GELI.py", "--train --seed -1", "a whole number from 0 to 2**32 - 1"),
+        ("train_reward_GELI.py", "--train --affect_path x --lambda 2", "a number from 0 to 1 is expected, not '2'"),
         ("train_reward_GELI.py", "--train --run_name ../x", "a plain name"),
         ("train_reward_GELI.py", "--train --reward_class you_are_tall", "invalid choice: 'you_are_tall'"),
         ("train_reward_LI_only.py", "--K 0", "a whole number of at least 1 is expected, not '0'"),
@@ -272,12 +309,19 @@ def test_mistakes_are_answered_in_one_line(script, arguments, message, tmp_path)
     assert result.stderr.strip().count("\n") == 0
 
 
+# options that mean nothing until they are given
+OPTIONAL = {"-affect_path", "-reward_path", "-lang_model_path", "-tiny"}
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_quick_and_gives_every_default(script):
     start = time.perf_counter()
     result = run_script(script, "--help")
     assert time.perf_counter() - start < 3
-    entries = result.stdout.split("options:")[-1].split("\n  -")
-    assert "Stage" in result.stdout or "usage" in result.stdout
-    for entry in entries[2:]:
-        assert len(entry.split()) > 2, f"no help: {entry}"
+    entries = result.stdout.split("options:")[-1].split("\n  -")[2:]  # the first is --help
+    for entry in entries:
+        words = entry.split()
+        assert len(words) > 2, f"no meaning: {entry}"
+        flag = words[0].strip(",")
+        said = "default" in entry or flag in OPTIONAL
+        assert said, f"no default: {entry}"

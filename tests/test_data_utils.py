@@ -212,6 +212,10 @@ BREAKS = {
     "one speaker": (lambda f: edit(f, lambda t: t.assign(speaker="u")), "2 speakers are expected, 1 found"),
     "three speakers": (lambda f: edit(f, lambda t: t.assign(speaker=list("uvwu"))), "2 speakers are expected, 3 found"),
     "a column missing": (lambda f: edit(f, lambda t: t.drop(columns="utterance")), "no column utterance"),
+    "a cell too many": (
+        lambda f: (f / "survey.csv").write_text("user_id,overall_affect\nu,3,4\nv,5,6\n"),
+        "more cells",
+    ),
     "no words": (lambda f: edit(f, lambda t: t.assign(utterance="")), "no usable turn"),
     "an empty file": (lambda f: (f / "survey.csv").write_text(""), "survey.csv: not a readable CSV file"),
     "not UTF-8": (lambda f: (f / "survey.csv").write_bytes(b"user_id\n\xff\xfe\x00"), "not a readable CSV file"),
