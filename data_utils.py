@@ -7,7 +7,6 @@ two, and its listener is the speaker of the other turns; that is why a turn's af
 
 import hashlib
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -232,18 +231,14 @@ def _read_csv(path: Path, required: Iterable[str], optional: Iterable[str] = (),
     from runs import first_line
 
     required, wanted = list(required), {*required, *optional}
-    # without index_col=False a row with a cell too many makes pandas take the first column for row labels
-    options |= dict(usecols=lambda name: name in wanted, encoding="utf-8-sig", index_col=False)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            table = pd.read_csv(path, **options)
+        table = pd.read_csv(path, usecols=lambda name: name in wanted, encoding="utf-8-sig", **options)
     except FileNotFoundError:
         raise Dropped(f"{path.name}: no such file") from None
-    except pd.errors.ParserWarning:
-        raise Dropped(f"{path.name}: rows with more cells than the header") from None
     except (OSError, UnicodeError, pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
         raise Dropped(f"{path.name}: not a readable CSV file ({first_line(error)})") from None
+    if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells of such rows for row labels
+        raise Dropped(f"{path.name}: rows with more cells than the header")
     missing = [name for name in required if name not in table.columns]
     if missing:
         raise Dropped(f"{path.name}: no column {', '.join(missing)}")

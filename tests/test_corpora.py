@@ -118,7 +118,6 @@ def test_faces_follow_the_hidden_reward_noisily_and_with_bias(planted):
     assert happy.mean() > 2 * frowns.mean()  # people smile more than they frown
     smiles = happy.groupby(turns["act"]).mean()
     assert smiles["joke"] > smiles["comfort"]  # although comfort is worth more
-    assert smiles["filler"] == 0  # too short to read a face from
 
 
 def test_no_training_script_knows_of_the_hidden_rewards():
