@@ -13,10 +13,10 @@ setup_env() {
             return 1
         }
         # torch alone and first: installed together with the rest, another package may choose a newer build of it
-        $venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
+        $venv/bin/python -m pip install -qq --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
         local file
         for file in "$@"; do
-            $venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file"
+            $venv/bin/python -m pip install -qq --disable-pip-version-check -r "$file"
         done
         echo "$wanted" >"$stamp"
     fi

@@ -229,7 +229,7 @@ def train(args, ppo, prompts, tracker, folder: Path, stem: str) -> list[Path]:
         batch, order = [prompts[i] for i in order[: args.batch_size]], order[args.batch_size :]
         logged, texts = ppo.step(batch)
         rows.append({"step": step, **logged})
-        bar.set_postfix(reward=f"{logged['score_mean']:.3f}", kl=f"{logged['kl']:.2f}")
+        bar.set_postfix(reward=f"{logged['score_mean']:.3f}", kl=f"{logged['kl']:.2f}", refresh=False)
         if not np.isfinite(list(logged.values())).all():
             bad = ", ".join(key for key, value in logged.items() if not np.isfinite(value))
             raise UserError(
