@@ -77,7 +77,8 @@ def main() -> None:
     folder = Path(args.output_dir) / project_name(args)
     saved, path = load_saved(args)
     if saved and not args.train:  # a saved head is evaluated as it was trained
-        args.context_turns, args.max_length, folder = saved.config.context_turns, saved.config.max_length, path.parent
+        args.context_turns, args.max_length = saved.config.context_turns, saved.config.max_length
+        folder = Path(args.output_dir) / path.resolve().parent.name
     corpus, training, validation = load_data(args)
     if args.affect_path:
         warn_of_leaks(path, validation)

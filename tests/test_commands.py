@@ -219,9 +219,9 @@ def test_a_run_name_is_not_used_twice(trained, sample, tiny):
 def test_text_goes_to_wandb_when_asked(trained, sample, tmp_path):
     out, _ = trained
     options = ["--val", "--reward_path", out / GELI_FOLDER / "reward1_geli", "--data_dir", sample, "--log_text"]
-    run_script("train_reward_GELI.py", *options, "--output_dir", out, "--run_name", "told")
-    identity = json.loads((out / GELI_FOLDER / "reward1_told.json").read_text())["validation_conversations"][0]
-    tables = list((out / "wandb").rglob("*.table.json"))
+    run_script("train_reward_GELI.py", *options, "--output_dir", tmp_path, "--run_name", "told")
+    identity = json.loads((tmp_path / GELI_FOLDER / "reward1_told.json").read_text())["validation_conversations"][0]
+    tables = list((tmp_path / "wandb").rglob("*.table.json"))
     assert any(identity in path.read_text() and "AI: " in path.read_text() for path in tables)
 
 
