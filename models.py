@@ -4,6 +4,7 @@ The losses are pure functions of tensors; the loops that call them are in the en
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -140,6 +141,17 @@ class RewardHead(nn.Module):
         super().__init__()
         self.config = config
         self.layers = HEADS[config.head](config.hidden)
+
+    @torch.no_grad()
+    def start_at(self, reward: float) -> None:
+        """Sets the last bias so that an untrained head predicts about `reward`, in (-1, 1), everywhere.
+
+        Else training spends its first steps, at stage 1's learning rate most of them, on bending the features until
+        they give the targets' mean.
+        """
+        last = [layer for layer in self.layers if isinstance(layer, nn.Linear)][-1]
+        bounded = isinstance(self.layers[-1], nn.Tanh)
+        last.bias.fill_(math.atanh(reward) if bounded else reward)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Rewards (n, 1) of turns with `features` (n, hidden)."""

@@ -68,9 +68,9 @@ def main() -> None:
     )
     head_path, encoder_path = folder / f"reward1_{tracker.name}", folder / f"lang_model_{tracker.name}"
 
-    metrics = train(
-        args, accelerator, encoder, RewardHead(config), training, validation, tracker, head_path, encoder_path
-    )
+    head = RewardHead(config)
+    head.start_at(min(max(float(training.targets.mean()), -0.95), 0.95))
+    metrics = train(args, accelerator, encoder, head, training, validation, tracker, head_path, encoder_path)
     paths, rewards = [head_path, encoder_path], None
     if args.val:  # of what was written, not of what is in memory
         encoder = load_encoder(str(encoder_path), args.max_length).to(accelerator.device)

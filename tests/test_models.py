@@ -104,6 +104,15 @@ def test_a_head_survives_saving_and_comes_back_in_eval_mode(tmp_path, kind):
     assert torch.equal(again(features), head.eval()(features))
 
 
+@pytest.mark.parametrize("kind", models.HEADS)
+def test_a_head_can_start_at_the_targets_mean(kind):
+    head = RewardHead(head_config(head=kind)).eval()
+    head.start_at(0.3)
+    assert head(torch.zeros(1, 16)).item() == pytest.approx(0.3, abs=0.15)  # the layers before it are not zero
+    torch.nn.init.zeros_([layer for layer in head.layers if isinstance(layer, torch.nn.Linear)][-1].weight)
+    assert head(torch.randn(1, 16)).item() == pytest.approx(0.3)
+
+
 def test_the_shrunken_head_is_bounded_and_drops_out_only_in_training():
     head = RewardHead(head_config())
     features = 100 * torch.randn(50, 16)
