@@ -28,13 +28,20 @@ _NOUNS = (
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and torch. Code that draws for itself takes an explicit generator all the same."""
+    """Seeds Python, NumPy and torch, and has torch choose algorithms that give the same result every time (the
+    gradient of an indexing operation, for one, is else summed in the order in which threads get to it).
+
+    Code that draws for itself takes an explicit generator all the same.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
     import numpy as np
     import torch
 
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
 
 
 def make_accelerator(device: str, dtype: str, cpu_dtype: str = "auto"):

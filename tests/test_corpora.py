@@ -123,3 +123,12 @@ def test_faces_follow_the_hidden_reward_noisily_and_with_bias(planted):
 def test_no_training_script_knows_of_the_hidden_rewards():
     readers = [p.name for p in Path(ROOT).glob("*.py") if "truth.csv" in p.read_text()]
     assert sorted(readers) == ["demo_report.py", "sample_candor.py"]
+
+
+def test_small_models_are_the_same_every_time(sample, tmp_path):
+    from tiny_models import build
+
+    for name in ("a", "b"):
+        build(sample, tmp_path / name, ("bart", "llama"), seed=0, steps=8)
+    for file in ("bart/model.safetensors", "bart/tokenizer.json", "llama/model.safetensors", "llama/tokenizer.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
