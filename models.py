@@ -309,7 +309,7 @@ class TurnEncoder(nn.Module):
         last = attention_mask.sum(dim=1) - 1  # every pair ends in its end token
         return hidden[torch.arange(len(last), device=hidden.device), last]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: what comes out may be trained on
     def encode(self, pairs: Sequence[TokenPair], autocast=nullcontext, tokens_per_batch: int = 16384, progress=None):
         """(n, hidden) float32 representations on the CPU, encoded in eval mode in batches of similar lengths.
 

@@ -1,7 +1,10 @@
 """The three commands, end to end, as a user runs them: what they write, say, repeat and refuse."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 
 import pandas as pd
@@ -189,6 +192,20 @@ def test_a_saved_head_is_evaluated_by_val_alone(trained, sample):
     first = json.loads((out / GELI_FOLDER / "reward1_geli.json").read_text())["metrics"]["validation"]
     again = json.loads((out / GELI_FOLDER / "reward1_looked-at.json").read_text())["metrics"]["validation"]
     assert again == first
+
+
+def test_the_readmes_lines_for_using_a_head_work(trained):
+    out, _ = trained
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("baseline_RRD_K_160/reward1_RUN", "baseline_RRD_K_160/reward1_geli")
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=out,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert result.stdout.startswith("tensor([["), result.stderr
 
 
 def test_a_head_keeps_its_encoder_whatever_else_is_named(trained, sample, tiny):
