@@ -35,6 +35,18 @@ REWARD_CLASSES = {
 # Alias of `--model` -> the hub id that it stands for.
 ENCODERS = {
     "convo": "kabita-choudhary/finetuned-bart-for-conversation-summary",
+    "longformer": "allenai/longformer-base-4096",
+    "longT5": "Stancld/longt5-tglobal-large-16384-pubmed-3k_steps",
+    "LLAMA2": "meta-llama/Llama-2-7b-chat-hf",
+}
+ADAPTED = ("LLAMA2",)  # of these a LoRA adapter is trained instead of all weights
+
+# Option that chooses a reward head -> what it is. Each is also the head's name in `models.HEADS`.
+HEAD_OPTIONS = {
+    "small_model_shrink": "h-128-1, dropout 0.2 after each linear layer, tanh at the end",
+    "small_model": "h-128-32-1, ReLU",
+    "batch_norm": "the default head with LayerNorm after each hidden layer",
+    "hard_shrink": "the default head with a GELU at the end",
 }
 
 TRANSCRIPTS = ("cliffhanger", "audiophile", "backbiter")
@@ -157,8 +169,28 @@ def add_reward_options(parser: argparse.ArgumentParser, epochs: int) -> None:
         default="zero",
         help="LI target of anger, contempt, disgust, fear and sadness: 0 or -1",
     )
+    add(
+        "--li_signal",
+        choices=("face", "sentiment"),
+        help="where LI targets come from: the listener's face during the turn, or the sentiment of the user's next "
+        "turn (default: in stage 2 that of --affect_path's run, else face)",
+    )
+    add(
+        "--sentiment_model",
+        metavar="MODEL",
+        help="hub id or folder of a text classifier for --li_signal sentiment (default: TextBlob's lexicon)",
+    )
+    add("--contrastive", action="store_true", help="every second epoch add a supervised contrastive loss by affect")
+    add("--curriculum", action="store_true", help="in training, show the encoder the user's answer after the response")
+    add(
+        "--curriculum_exposure",
+        action="store_true",
+        help="show the answer with a probability that falls from 1 to 0 over the epochs",
+    )
+    add("--bar_chart", action="store_true", help="log bar charts of predicted reward by turn to wandb (with --val)")
     heads = parser.add_argument_group("reward head (default: h-768-128-32-1, ReLU)").add_mutually_exclusive_group()
-    heads.add_argument("--small_model_shrink", action="store_true", help="h-128-1, dropout 0.2, tanh at the end")
+    for name, what in HEAD_OPTIONS.items():
+        heads.add_argument(f"--{name}", action="store_true", help=what)
 
 
 def named_encoder(args: argparse.Namespace) -> tuple[str, str]:
@@ -170,7 +202,15 @@ def named_encoder(args: argparse.Namespace) -> tuple[str, str]:
 
 def head_name(args: argparse.Namespace) -> str:
     """The head that the options choose: a key of `models.HEADS`."""
-    return "small_model_shrink" if args.small_model_shrink else "default"
+    return next((name for name in HEAD_OPTIONS if getattr(args, name)), "default")
+
+
+def check_reward_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses options of the reward stages that would do nothing."""
+    if args.bar_chart and not args.val:
+        parser.error("--bar_chart draws the validation turns: give --val too")
+    if args.sentiment_model and args.li_signal == "face":
+        parser.error("--sentiment_model is for --li_signal sentiment")
 
 
 def _classes_help() -> str:

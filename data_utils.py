@@ -8,9 +8,10 @@ two, and its listener is the speaker of the other turns; that is why a turn's af
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -140,25 +141,55 @@ def _window_sums(values: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.n
     return running[end] - running[first]
 
 
-def affect_targets(affects, happy_shares, reaction_type: str = "class", negative_affect: str = "zero") -> np.ndarray:
-    """f_t of the LI loss: what the listener's face says an agent turn is worth.
+class Reactions(NamedTuple):
+    """How the user took each agent turn: what an LI signal gives.
+
+    Attributes:
+        polarity: (n,) 1 pleased, -1 displeased, 0 neither. strength: (n,) how pleased, in [0, 1].
+        labels: (n,) a class of reaction, for the contrastive loss.
+    """
+
+    polarity: np.ndarray
+    strength: np.ndarray
+    labels: np.ndarray
+
+
+def face_reactions(affects: np.ndarray, happy_shares: np.ndarray) -> Reactions:
+    """From the listener's face: affects (n,) as indices into `FACES`, and the share of happy frames (n,)."""
+    affects = np.asarray(affects)
+    polarity = (affects == HAPPINESS).astype(int) - np.isin(affects, NEGATIVE)
+    return Reactions(polarity, np.asarray(happy_shares, dtype=np.float64), affects)
+
+
+NEUTRAL_SENTIMENT = 0.05  # nearer to 0 than this is neither positive nor negative
+
+
+def sentiment_reactions(sentiments: np.ndarray) -> Reactions:
+    """From the sentiment (n,), in [-1, 1], of the user's next turn (the paper's language-sentiment baseline)."""
+    polarity = (sentiments > NEUTRAL_SENTIMENT).astype(int) - (sentiments < -NEUTRAL_SENTIMENT)
+    return Reactions(polarity, np.maximum(sentiments, 0.0), polarity + 1)
+
+
+def li_targets(reactions: Reactions, reaction_type: str = "class", negative_affect: str = "zero") -> np.ndarray:
+    """f_t of the LI loss: what the user's reaction says an agent turn is worth (DESIGN.md section 3).
 
     Args:
-        affects: (n,) indices into `FACES`. happy_shares: (n,) in [0, 1].
-        reaction_type: `class`: happiness 1, all else 0; `mean`: the share of happy frames.
-        negative_affect: `negative` gives anger, contempt, disgust, fear and sadness -1; `zero` gives them 0.
+        reactions: of n turns.
+        reaction_type: `class`: pleased 1, all else 0; `mean`: how pleased (of faces, the share of happy frames).
+        negative_affect: `negative` gives displeased reactions -1; `zero` leaves them at 0 or their strength.
 
     Returns:
         (n,) float32 targets in [-1, 1].
     """
-    affects = np.asarray(affects)
-    if reaction_type == "mean":
-        targets = np.asarray(happy_shares, dtype=np.float32).copy()
-    else:
-        targets = (affects == HAPPINESS).astype(np.float32)
+    targets = reactions.strength if reaction_type == "mean" else reactions.polarity == 1
     if negative_affect == "negative":
-        targets[np.isin(affects, NEGATIVE)] = -1.0
-    return targets
+        targets = np.where(reactions.polarity == -1, -1.0, targets)
+    return targets.astype(np.float32)
+
+
+def next_user_utterance(conversation: "Conversation", index: int, user: str) -> str:
+    """What `user` says first after turn `index`; empty when nothing follows."""
+    return next((turn.utterance for turn in conversation.turns[index + 1 :] if turn.speaker == user), "")
 
 
 def turn_text(conversation: Conversation, index: int, user: str, context_turns: int) -> tuple[str, str]:
@@ -167,6 +198,20 @@ def turn_text(conversation: Conversation, index: int, user: str, context_turns: 
     before = conversation.turns[max(0, index - context_turns) : index]
     context = " ".join(f" {'User' if turn.speaker == user else 'AI'}: {turn.utterance}" for turn in before)
     return context, f"AI: {conversation.turns[index].utterance}"
+
+
+def told(text: tuple[str, str], answer: float) -> tuple[str, str]:
+    """A (context, response) with the user's answer appended, for `--curriculum`; cut like any other text."""
+    context, response = text
+    return context, f"{response} User's rating: {answer:g}"
+
+
+def told_share(curriculum: bool, exposure: bool, epoch: int, epochs: int) -> float:
+    """The probability that a training turn shows the user's answer in `epoch` (1 to `epochs`): with
+    `--curriculum_exposure` falling linearly from 1 to 0, with `--curriculum` alone always."""
+    if exposure:
+        return 1.0 - (epoch - 1) / max(epochs - 1, 1)
+    return float(curriculum)
 
 
 INSTRUCTION = (
@@ -507,6 +552,7 @@ class TurnSet:
         offsets: (n + 1,) turns of trajectory i are offsets[i]:offsets[i + 1].
         texts: (N,) pairs (context, response).
         affects: (N,) indices into `FACES`. targets: (N,) float32 f_t of the LI loss.
+        labels: (N,) the class of the user's reaction that the targets come from.
         scores: (n,) R in points.
     """
 
@@ -515,22 +561,46 @@ class TurnSet:
     texts: list[tuple[str, str]]
     affects: np.ndarray
     targets: np.ndarray
+    labels: np.ndarray
     scores: np.ndarray
 
     @classmethod
-    def of(cls, trajectories: list[Trajectory], context_turns: int, reaction_type: str, negative_affect: str):
-        """Collects the turns of `trajectories`; the options are those of the command line."""
+    def of(
+        cls,
+        trajectories: list[Trajectory],
+        context_turns: int,
+        reaction_type: str = "class",
+        negative_affect: str = "zero",
+        sentiment: Callable[[list[str]], np.ndarray] | None = None,
+    ):
+        """Collects the turns of `trajectories`; the options are those of the command line.
+
+        Args:
+            sentiment: utterances (n) -> sentiments (n,) in [-1, 1], where LI's signal is that of the user's next turn;
+                None where it is the face.
+        """
         lengths = [len(t.agent_turns) for t in trajectories]
         affects = np.concatenate([t.affects() for t in trajectories] or [np.zeros(0, dtype=int)])
-        shares = np.concatenate([t.happy_shares() for t in trajectories] or [np.zeros(0)])
+        if sentiment is None:
+            shares = np.concatenate([t.happy_shares() for t in trajectories] or [np.zeros(0)])
+            reactions = face_reactions(affects, shares)
+        else:
+            following = [next_user_utterance(t.conversation, i, t.user) for t in trajectories for i in t.agent_turns]
+            reactions = sentiment_reactions(np.asarray(sentiment(following), dtype=np.float64))
         return cls(
             trajectories=trajectories,
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(int),
             texts=[turn_text(t.conversation, i, t.user, context_turns) for t in trajectories for i in t.agent_turns],
             affects=affects,
-            targets=affect_targets(affects, shares, reaction_type, negative_affect),
+            targets=li_targets(reactions, reaction_type, negative_affect),
+            labels=reactions.labels,
             scores=np.array([t.score for t in trajectories]),
         )
+
+    def told_texts(self) -> list[tuple[str, str]]:
+        """The texts with each trajectory's answer appended, for `--curriculum`."""
+        answers = np.repeat([t.answer for t in self.trajectories], np.diff(self.offsets))
+        return [told(text, answer) for text, answer in zip(self.texts, answers, strict=True)]
 
     def turns_of(self, i: int) -> slice:
         """Where trajectory i's turns are in the arrays over turns."""

@@ -1,5 +1,6 @@
 """What stages 1 and 2 measure on the validation conversations, and the files that say so."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,24 @@ def length_of(ep_len: int | str, n_turns: int) -> float:
     return float(n_turns if ep_len == "actual" else ep_len)
 
 
+def _sentiment(args):
+    from sentiment import classifier_sentiment, lexicon_sentiment
+
+    return partial(classifier_sentiment, args.sentiment_model) if args.sentiment_model else lexicon_sentiment
+
+
+# `--li_signal` -> of the options, what gives the sentiment of the user's next turn; None where the face is read
+LI_SIGNALS = {"face": lambda args: None, "sentiment": _sentiment}
+
+
 def load_data(args) -> tuple[Corpus, TurnSet, TurnSet]:
     """The corpus that the command line names, with its training and validation turns; prints what was dropped."""
     corpus = read_corpus(args.data_dir, args.reward_class, args.transcript)
     print(corpus.describe())
     parts = split(corpus, args.train_size)
+    sentiment = LI_SIGNALS[args.li_signal](args)
     training, validation = (
-        TurnSet.of(part, args.context_turns, args.reaction_type, args.negative_affect) for part in parts
+        TurnSet.of(part, args.context_turns, args.reaction_type, args.negative_affect, sentiment) for part in parts
     )
     for name, part in (("training", training), ("validation", validation)):
         conversations = len({t.conversation.id for t in part.trajectories})
@@ -39,11 +51,31 @@ def affect_means(rewards: np.ndarray, affects: np.ndarray, prefix: str) -> dict[
     return {f"{prefix}_{name}_mean": float(rewards[mask].mean()) for name, mask in masks.items() if mask.any()}
 
 
-def evaluate(turns: TurnSet, rewards: np.ndarray, ep_len: int | str, chosen: np.ndarray | None = None) -> dict:
+def predicted_returns(turns: TurnSet, rewards: np.ndarray, ep_len, redist_type: str | None, chosen=None) -> np.ndarray:
+    """(n,) returns in points that rewards (N,) of n trajectories add up to.
+
+    Args:
+        turns, rewards, ep_len, chosen: as in `evaluate`. redist_type: a key of `DECOMPOSITIONS`; None: as RRD.
+    """
+    from models import DECOMPOSITIONS
+
+    of = DECOMPOSITIONS[redist_type or "RRD"].predicted_return
+    chosen = np.ones(len(turns), dtype=bool) if chosen is None else chosen
+    parts = [turns.turns_of(i) for i in range(len(turns.trajectories))]
+    return np.array([of(rewards[part][chosen[part]], length_of(ep_len, part.stop - part.start)) for part in parts])
+
+
+def evaluate(
+    turns: TurnSet,
+    rewards: np.ndarray,
+    ep_len: int | str,
+    redist_type: str | None = None,
+    chosen: np.ndarray | None = None,
+) -> dict:
     """Measures predicted rewards against the scores and against the listeners' affect.
 
     Args:
-        turns: n trajectories with N turns. rewards: (N,) predicted. ep_len: `--ep_len`.
+        turns: n trajectories with N turns. rewards: (N,) predicted. ep_len: `--ep_len`. redist_type: the decomposition.
         chosen: (N,) bool, to measure on a subset of each trajectory's turns.
 
     Returns:
@@ -57,12 +89,10 @@ def evaluate(turns: TurnSet, rewards: np.ndarray, ep_len: int | str, chosen: np.
     rewards = np.asarray(rewards, dtype=np.float64)
     if not np.isfinite(rewards).all():
         raise UserError("predicted rewards are not finite: training has diverged; try a lower --learning_rate")
-    returns, li = [], []
-    for i, trajectory in enumerate(turns.trajectories):
-        part = turns.turns_of(i)
-        mine = rewards[part][chosen[part]]
-        returns.append(length_of(ep_len, len(trajectory.agent_turns)) * mine.mean())
-        li.append(np.mean((mine - turns.targets[part][chosen[part]]) ** 2))
+    returns = predicted_returns(turns, rewards, ep_len, redist_type, chosen)
+    errors = (rewards - turns.targets) ** 2
+    parts = [turns.turns_of(i) for i in range(len(turns.trajectories))]
+    li = [errors[part][chosen[part]].mean() for part in parts]
     happy, rewards = turns.affects[chosen] == HAPPINESS, rewards[chosen]
     mixed = happy.any() and not happy.all()
     return {
@@ -70,7 +100,7 @@ def evaluate(turns: TurnSet, rewards: np.ndarray, ep_len: int | str, chosen: np.
         "li_loss": float(np.mean(li)),
         "roc_auc_happy": float(roc_auc_score(happy, rewards)) if mixed else None,
         "delta_li": float(rewards[happy].mean() - rewards[~happy].mean()) if mixed else None,
-        "return_correlation": spearman(turns.scores, np.array(returns)),
+        "return_correlation": spearman(turns.scores, returns),
         **affect_means(rewards, turns.affects[chosen], "reward"),
     }
 
@@ -121,19 +151,21 @@ def turn_table(turns: TurnSet, rewards: np.ndarray):
     return pd.DataFrame(rows, columns=columns).assign(target=turns.targets, reward=rewards)
 
 
-def head_rewards(head, features) -> np.ndarray:
-    """(N,) float32 rewards of encoded turns (N, hidden), in eval mode."""
+def head_rewards(head, features, turns: TurnSet | None = None) -> np.ndarray:
+    """(N,) float32 rewards of encoded turns (N, hidden), in eval mode; a sequential head needs to know the `turns`."""
     import torch
 
     was_training = head.training
     head.eval()
+    features = features.to(next(head.parameters()).device)
+    parts = [turns.turns_of(i) for i in range(len(turns.trajectories))] if head.sequential else [slice(None)]
     with torch.inference_mode():
-        rewards = head(features.to(next(head.parameters()).device)).squeeze(1).float().cpu().numpy()
+        rewards = torch.cat([head(features[part]) for part in parts]).squeeze(1).float().cpu().numpy()
     head.train(was_training)
     return rewards
 
 
-def write_validation(folder: Path, run: str, turns: TurnSet, rewards: np.ndarray, ep_len: int | str) -> list[Path]:
+def write_validation(folder: Path, run: str, turns: TurnSet, rewards: np.ndarray, ep_len, redist_type) -> list[Path]:
     """Writes `val_turn_rewards_{run}.csv` and two pictures of it; returns their paths."""
     import plots
 
@@ -142,12 +174,12 @@ def write_validation(folder: Path, run: str, turns: TurnSet, rewards: np.ndarray
     with atomic_path(paths[0]) as temporary:
         table.to_csv(temporary, index=False, float_format="%.6f", lineterminator="\n")
     paths.append(plots.turn_rewards(table, folder / f"val_turn_rewards_{run}.png"))
-    returns = [
-        length_of(ep_len, len(t.agent_turns)) * rewards[turns.turns_of(i)].mean()
-        for i, t in enumerate(turns.trajectories)
-    ]
-    paths.append(plots.returns(turns.scores, np.array(returns), folder / f"val_returns_{run}.png"))
+    returns = predicted_returns(turns, rewards, ep_len, redist_type)
+    paths.append(plots.returns(turns.scores, returns, folder / f"val_returns_{run}.png"))
     return paths
+
+
+BAR_CHARTS = 4  # validation trajectories that `--bar_chart` shows
 
 
 def finish_run(
@@ -180,6 +212,10 @@ def finish_run(
         texts = dict(zip(("context", "response"), zip(*parts[1].texts, strict=True), strict=True))
         table = turn_table(parts[1], rewards).assign(**texts)
         tracker.log_table("val/turns", table, metrics.get("steps", 0) + 1)
+    if args.bar_chart:
+        for i in range(min(BAR_CHARTS, len(parts[1].trajectories))):  # numbered, because ids stay here
+            mine = rewards[parts[1].turns_of(i)]
+            tracker.log_bars(f"val/rewards_by_turn_{i + 1}", {n + 1: float(r) for n, r in enumerate(mine)})
     tracker.summary({f"final/{key}": value for key, value in shown.items()})
     tracker.finish()
     rows = [{"measured on validation": key, "value": value} for key, value in shown.items()]

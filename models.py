@@ -4,12 +4,11 @@ The losses are pure functions of tensors; the loops that call them are in the en
 """
 
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cli import UserError
+from cli import REWARD_CLASSES, UserError
 from data_utils import INSTRUCTION, token_batches
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,20 +61,82 @@ def geli_loss(ge: torch.Tensor, li: torch.Tensor, weight: float, ge_scale: float
     return weight * ge / ge_scale + (1 - weight) * li / li_scale
 
 
+def ircr_loss(rewards: torch.Tensor, score: float, length: float) -> torch.Tensor:
+    """Every turn regresses to its even share R/L of the score (Gangwani et al., NeurIPS 2020).
+
+    Args:
+        rewards: (T,). score: R in points. length: L in turns.
+
+    Returns:
+        () in (points a turn) squared.
+    """
+    return ((rewards - score / length) ** 2).mean()
+
+
+def rudder_loss(rewards: torch.Tensor, score: float, length: float) -> torch.Tensor:
+    """The return predicted after every turn against R: last-step error^2 + 0.5 * mean error^2 over all steps
+    (Arjona-Medina et al., NeurIPS 2019, auxiliary task of section A8).
+
+    Args:
+        rewards: (T,) differences of successive predictions, so that prediction t is the sum up to t. score: R in
+            points. length: not used.
+
+    Returns:
+        () in points squared.
+    """
+    errors = (score - rewards.cumsum(dim=0)) ** 2
+    return errors[-1] + 0.5 * errors.mean()
+
+
+def supervised_contrastive_loss(hidden: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:
+    """SupCon (Khosla et al., NeurIPS 2020, eq. 2): rows of one label attract, all others repel.
+
+    Args:
+        hidden: (n, d), normalised here. labels: (n,) integers. temperature: of the softmax.
+
+    Returns:
+        (), mean over the rows that have another of their label; 0 when there is none.
+    """
+    z = nn.functional.normalize(hidden.float(), dim=1)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    log_p = (z @ z.T / temperature).masked_fill(itself, -torch.inf).log_softmax(dim=1).masked_fill(itself, 0.0)
+    alike = (labels[:, None] == labels[None]) & ~itself
+    n_alike = alike.sum(dim=1)
+    per_row = -(log_p * alike).sum(dim=1) / n_alike.clamp(min=1)
+    return per_row.sum() / (n_alike > 0).sum().clamp(min=1)
+
+
+CONTRASTIVE_TEMPERATURE, CONTRASTIVE_WEIGHT = 0.3, 0.3
+
+
+def contrastive_term(hidden: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
+    """() what `--contrastive` adds every second epoch, of the head's hidden layer (n, d) and labels (n,)."""
+    labels = torch.as_tensor(labels, device=hidden.device)
+    return CONTRASTIVE_WEIGHT * supervised_contrastive_loss(hidden, labels, CONTRASTIVE_TEMPERATURE)
+
+
 class Decomposition(NamedTuple):
     """A way to train turn rewards from one score.
 
     Attributes:
         loss: (rewards (k,), score, length) -> () loss to train on.
-        uses_subset: whether it is estimated on K random turns (else on all).
+        predicted_return: (rewards (k,), length) -> () what L_GE compares with R, in points.
+        target: (scores, lengths) -> what the loss regresses to; its variance scales `--loss_scale normalized`.
+        uses_subset: whether the return is estimated on K random turns (else on all, in order).
+        head: the head that it needs, a key of `HEADS`; None for the one that the options choose.
     """
 
     loss: Callable[[torch.Tensor, float, float], torch.Tensor]
-    uses_subset: bool
+    predicted_return: Callable = predicted_return
+    target: Callable = lambda scores, lengths: scores
+    uses_subset: bool = False
+    head: str | None = None
 
 
 DECOMPOSITIONS = {
     "RRD": Decomposition(rrd_loss, uses_subset=True),
+    "IRCR": Decomposition(ircr_loss, target=lambda scores, lengths: scores / lengths),
+    "RUDDER": Decomposition(rudder_loss, predicted_return=lambda rewards, length: rewards.sum(), head="rudder"),
 }
 
 
@@ -94,22 +155,53 @@ class RewardHeadConfig:
 
     Attributes:
         head: a key of `HEADS`. hidden: the encoder's width.
-        encoder: the encoder that it was trained on: a hub id, or a folder relative to the head's file.
+        encoder: the encoder that it was trained on: a hub id, or a folder relative to the head's file; None where the
+            file (a published one) records none.
         encoder_is_folder: which of the two.
         max_length, context_turns: how its input text was cut.
-        stage: 1 or 2. reward_class: the score. redist_type: the decomposition (stage 2). li: trained with LI.
+        stage: 1 or 2. reward_class: the score, None where not recorded. redist_type: the decomposition (stage 2).
+        li: trained with LI. li_signal: where LI's targets came from.
     """
 
     head: str
     hidden: int
-    encoder: str
+    encoder: str | None
     encoder_is_folder: bool
     max_length: int
     context_turns: int
     stage: int
-    reward_class: str
+    reward_class: str | None
     redist_type: str | None = None
     li: bool = True
+    li_signal: str = "face"
+
+
+def _relu_stack(*widths: int, normalize: bool = False) -> nn.Sequential:
+    """Linear layers with ReLU between them; `normalize`: LayerNorm before each ReLU."""
+    layers: list[nn.Module] = [nn.Linear(*widths[:2])]
+    for before, after in pairwise(widths[1:]):
+        layers += [nn.LayerNorm(before)] * normalize + [nn.ReLU(), nn.Linear(before, after)]
+    return nn.Sequential(*layers)
+
+
+def default_head(hidden: int) -> nn.Sequential:
+    """h-768-128-32-1 with ReLU between the layers."""
+    return _relu_stack(hidden, 768, 128, 32, 1)
+
+
+def hard_shrink_head(hidden: int) -> nn.Sequential:
+    """`--hard_shrink`: the default head with a GELU at the end."""
+    return nn.Sequential(*default_head(hidden), nn.GELU())
+
+
+def batch_norm_head(hidden: int) -> nn.Sequential:
+    """`--batch_norm`: the default head with LayerNorm after each hidden layer."""
+    return _relu_stack(hidden, 768, 128, 32, 1, normalize=True)
+
+
+def small_head(hidden: int) -> nn.Sequential:
+    """`--small_model`: h-128-32-1 with ReLU."""
+    return _relu_stack(hidden, 128, 32, 1)
 
 
 def shrink_head(hidden: int) -> nn.Sequential:
@@ -119,19 +211,50 @@ def shrink_head(hidden: int) -> nn.Sequential:
     )
 
 
-def default_head(hidden: int) -> nn.Sequential:
-    """h-768-128-32-1 with ReLU between the layers."""
-    return _relu_stack(hidden, 768, 128, 32, 1)
+class RudderCells(nn.Module):
+    """RUDDER's LSTM: the cell input sees the input only, the input gate the recurrence only; no forget or output gate.
+
+    c_t = c_{t-1} + sigmoid(U h_{t-1} + b) * tanh(W x_t + a), h_t = tanh(c_t), from c_0 = h_0 = 0.
+    """
+
+    def __init__(self, hidden: int, cells: int = 16):
+        super().__init__()
+        self.cell_input = nn.Linear(hidden, cells)
+        self.input_gate = nn.Linear(cells, cells)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """h (..., T, cells) after each turn of a trajectory (or of several) with features (..., T, hidden)."""
+        inputs = torch.tanh(self.cell_input(features))
+        cell = output = torch.zeros_like(inputs[..., 0, :])
+        outputs = []
+        for t in range(inputs.shape[-2]):
+            cell = cell + torch.sigmoid(self.input_gate(output)) * inputs[..., t, :]
+            output = torch.tanh(cell)
+            outputs.append(output)
+        return torch.stack(outputs, dim=-2)
 
 
-def _relu_stack(*widths: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for i, (before, after) in enumerate(pairwise(widths)):
-        layers += [nn.ReLU()] * (i > 0) + [nn.Linear(before, after)]
-    return nn.Sequential(*layers)
+class Differences(nn.Module):
+    """Predictions of the return after every turn (..., T, 1) -> rewards: each less the one before, the first less 0."""
+
+    def forward(self, predictions: torch.Tensor) -> torch.Tensor:
+        """Rewards (..., T, 1), which sum to the last prediction."""
+        return torch.diff(predictions, dim=-2, prepend=torch.zeros_like(predictions[..., :1, :]))
 
 
-HEADS = {"default": default_head, "small_model_shrink": shrink_head}
+def rudder_head(hidden: int) -> nn.Sequential:
+    """RUDDER: 16 LSTM cells, the return predicted after every turn, and its differences."""
+    return nn.Sequential(RudderCells(hidden), nn.Linear(16, 1), Differences())
+
+
+HEADS = {
+    "default": default_head,
+    "hard_shrink": hard_shrink_head,
+    "batch_norm": batch_norm_head,
+    "small_model": small_head,
+    "small_model_shrink": shrink_head,
+    "rudder": rudder_head,
+}
 
 
 class RewardHead(nn.Module):
@@ -141,21 +264,37 @@ class RewardHead(nn.Module):
         super().__init__()
         self.config = config
         self.layers = HEADS[config.head](config.hidden)
+        self._last = max(i for i, layer in enumerate(self.layers) if isinstance(layer, nn.Linear))
+
+    @property
+    def sequential(self) -> bool:
+        """Whether a turn's reward depends on the turns before it: rows are then one trajectory's turns, in order."""
+        return isinstance(self.layers[0], RudderCells)
 
     @torch.no_grad()
-    def start_at(self, reward: float) -> None:
-        """Sets the last bias so that an untrained head predicts about `reward`, in (-1, 1), everywhere.
+    def start_at(self, value: float) -> None:
+        """Makes an untrained head predict `value` everywhere (or the nearest that its last activation reaches): zero
+        weights and a fitting bias in its last linear layer.
 
-        Else training spends its first steps, at stage 1's learning rate most of them, on bending the features until
-        they give the targets' mean.
+        Else what it predicts by chance differs more from turn to turn than training at stage 1's learning rate changes,
+        and training goes into shifting the mean.
         """
-        last = [layer for layer in self.layers if isinstance(layer, nn.Linear)][-1]
-        bounded = isinstance(self.layers[-1], nn.Tanh)
-        last.bias.fill_(math.atanh(reward) if bounded else reward)
+        last, ending = self.layers[self._last], self.layers[self._last + 1 :]
+        nn.init.zeros_(last.weight)
+        if not any(isinstance(layer, (nn.Tanh, nn.GELU)) for layer in ending):
+            last.bias.fill_(value)
+            return
+        low, high = (-0.75, 10.0) if isinstance(ending[-1], nn.GELU) else (-10.0, 10.0)  # where it grows
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if ending[-1](torch.tensor(middle)) < value else (low, middle)
+        last.bias.fill_(low)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Rewards (n, 1) of turns with `features` (n, hidden)."""
-        return self.layers(features)
+    def forward(self, features: torch.Tensor, with_hidden: bool = False):
+        """Rewards (n, 1) of turns with `features` (n, hidden); with `with_hidden` also the last hidden layer (n, d)."""
+        hidden = self.layers[: self._last](features)
+        rewards = self.layers[self._last :](hidden)
+        return (rewards, hidden) if with_hidden else rewards
 
 
 _HEAD_FORMAT = "geli-reward-head-1"
@@ -173,7 +312,7 @@ def save_reward_head(head: RewardHead, path: str | Path) -> None:
 
 
 def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> RewardHead:
-    """Reads a saved head (`reward1_{run}`).
+    """Reads a saved head (`reward1_{run}`), ours or a published one (see `published.py`).
 
     Returns:
         An eval-mode module mapping features (n, hidden) to rewards (n, 1); its `config` says what it was trained on.
@@ -184,6 +323,8 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
+    if _is_zip(path):
+        return _load_published_head(path).to(device)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -206,10 +347,69 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
     return head.eval().to(device)
 
 
+def _is_zip(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"PK\x03\x04"
+    except OSError:
+        return False  # the reader of heads says what is wrong with it
+
+
+def _load_published_head(path: Path) -> RewardHead:
+    """The head of a published file, which records no configuration: its folder's name tells what it was trained on."""
+    from published import NotPublished, read_published_head
+
+    try:
+        tensors = read_published_head(path)
+    except NotPublished as error:
+        raise UserError(f"{path}: expected a reward head, refused: {error}") from None
+    folder = path.resolve().parent.name
+    parts = folder.split("_baseline_")
+    head = RewardHead(
+        RewardHeadConfig(
+            head="small_model_shrink",
+            hidden=tensors.fc1_weight.shape[1],
+            encoder=None,
+            encoder_is_folder=False,
+            max_length=1024,
+            context_turns=20,
+            stage=1 if "reward_function" in folder else 2,
+            reward_class=next((name for name in REWARD_CLASSES if f"_{name}_" in f"{folder}_"), None),
+            redist_type=next((name for name in DECOMPOSITIONS if parts[-1].startswith(f"{name}_")), None),
+            li=not folder.startswith("baselines_"),
+        )
+    )
+    names = ("layers.0.weight", "layers.0.bias", "layers.3.weight", "layers.3.bias")
+    head.load_state_dict(dict(zip(names, tensors, strict=True)))
+    return head.eval()
+
+
+PUBLISHED_ENCODER = "lang_model_devout-brook-114"  # the encoder of the published heads
+
+
 def encoder_of_head(head: RewardHead, path: str | Path) -> str:
-    """The hub id or folder of the encoder that the head at `path` was trained on."""
-    config = head.config
-    return os.path.normpath(Path(path).parent / config.encoder) if config.encoder_is_folder else config.encoder
+    """The hub id or folder of the encoder that the head at `path` was trained on.
+
+    A published head records none: it is `lang_model_{run}` beside the head, else `PUBLISHED_ENCODER` in one of the
+    stage-1 folders beside the head's folder.
+
+    Raises:
+        UserError: if a published head's is in neither place.
+    """
+    config, path = head.config, Path(path)
+    if config.encoder is not None:
+        return os.path.normpath(path.parent / config.encoder) if config.encoder_is_folder else config.encoder
+    own = path.parent / f"lang_model_{path.name.removeprefix('reward1_')}"
+    found = (
+        [own] if own.is_dir() else sorted(path.resolve().parent.parent.glob(f"*reward_function_*/{PUBLISHED_ENCODER}"))
+    )
+    if len(found) == 1:
+        return str(found[0])
+    several = f"found {len(found)}: {', '.join(map(str, found))}" if found else "found none"
+    raise UserError(
+        f"{path}: a published head, which does not record its encoder: expected {PUBLISHED_ENCODER}/ in stage 1's "
+        f"folder (SINGLE_INDEX_reward_function_…), {several}; name it with --lang_model_path"
+    )
 
 
 def encoder_reference(encoder: str | Path, head_folder: Path) -> dict:
@@ -270,6 +470,10 @@ class TurnEncoder(nn.Module):
         """Where the weights are."""
         return next(self.model.parameters()).device
 
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that training changes: the encoder's (not a decoder's), or its adapter's."""
+        return [p for p in self.encoder.parameters() if p.requires_grad]
+
     def tokenize(self, pairs: Sequence[tuple[str, str]]) -> list[TokenPair]:
         """Token ids of (context, response) pairs, cut to `max_length`; every pair ends in an end token."""
         if not pairs:
@@ -309,6 +513,22 @@ class TurnEncoder(nn.Module):
         last = attention_mask.sum(dim=1) - 1  # every pair ends in its end token
         return hidden[torch.arange(len(last), device=hidden.device), last]
 
+    def encode_with_gradients(self, pairs: Sequence[TokenPair], autocast=nullcontext, tokens_per_batch: int = 16384):
+        """(n, hidden) float32 representations that gradients flow through, in batches of similar lengths.
+
+        Of each batch only the input is kept: the backward pass computes it again, with the same dropout, so memory does
+        not grow with n.
+        """
+        from torch.utils.checkpoint import checkpoint
+
+        def features(batch):
+            with autocast():
+                return self(**self.collate([pairs[i] for i in batch])).float()
+
+        batches = token_batches(np.array([len(pair.ids) for pair in pairs]), tokens_per_batch)
+        rows = torch.cat([checkpoint(features, batch, use_reentrant=False) for batch in batches])
+        return rows[torch.from_numpy(np.argsort(np.concatenate(batches))).to(rows.device)]
+
     @torch.no_grad()  # not inference_mode: what comes out may be trained on
     def encode(self, pairs: Sequence[TokenPair], autocast=nullcontext, tokens_per_batch: int = 16384, progress=None):
         """(n, hidden) float32 representations on the CPU, encoded in eval mode in batches of similar lengths.
@@ -339,24 +559,72 @@ class TurnEncoder(nn.Module):
             self.tokenizer.save_pretrained(temporary)
 
 
-def load_encoder(name: str, max_length: int = 1024, option: str = "--lang_model_path") -> TurnEncoder:
-    """Loads an encoder from a folder (nothing is looked up elsewhere then) or from the hub.
+def load_encoder(
+    name: str, max_length: int = 1024, option: str = "--lang_model_path", adapt: bool = False, dtype=torch.float32
+) -> TurnEncoder:
+    """Loads an encoder from a folder (nothing is looked up elsewhere then) or from the hub; a folder with an adapter
+    in it (`adapter_config.json`) brings the model that it adapts.
 
     Dropout on attention weights is off, which makes training twice as fast on a CPU for encoders that had it (BERT's
     kind); dropout on hidden states stays as the model has it.
+
+    Args:
+        adapt: put a fresh LoRA adapter (r=8, alpha=16, dropout 0.1) on it, which is then what trains and is saved.
+        dtype: of the weights under an adapter; all other weights are float32.
 
     Raises:
         UserError: if it cannot be loaded; `option` names what the user gave.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+    adapter, base = None, name
+    if (Path(name) / "adapter_config.json").is_file():
+        adapter, base = name, _adapted_model(name, option)
     tokenizer = load_pretrained(AutoTokenizer, name, option)
-    config = load_pretrained(AutoConfig, name, option)
+    config = load_pretrained(AutoConfig, base, option)
     for dropout in ("attention_dropout", "attention_probs_dropout_prob"):
         if hasattr(config, dropout):  # BERT's kind has it; with it no fused attention kernel runs on a CPU
             setattr(config, dropout, 0.0)
-    model = load_pretrained(AutoModel, name, option, config=config, dtype=torch.float32)
+    if not config.is_encoder_decoder and hasattr(config, "use_cache"):
+        config.use_cache = False
+    weights = dtype if adapter or adapt else torch.float32
+    model = load_pretrained(AutoModel, base, option, config=config, dtype=weights)
+    if adapter:
+        model = _load_adapter(model, adapter, option)
+    elif adapt:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, task_type="FEATURE_EXTRACTION")
+        model = get_peft_model(model, lora)
+        if Path(base).is_dir():  # the adapter finds it from wherever it is loaded
+            model.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
     return TurnEncoder(model, tokenizer, max_length, name)
+
+
+def _adapted_model(folder: str, option: str) -> str:
+    """The hub id or folder of the model that the adapter in `folder` is for."""
+    try:
+        base = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{option} {folder}: adapter_config.json in it names no base_model_name_or_path")
+    return base
+
+
+def _load_adapter(model, folder: str, option: str):
+    """`model` with the adapter that `folder` holds, ready to be trained further."""
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    from runs import first_line
+
+    if not (Path(folder) / "adapter_model.safetensors").is_file():  # never a pickled one
+        raise UserError(f"{option} {folder}: expected adapter_model.safetensors beside adapter_config.json, found none")
+    try:
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        raise UserError(f"{option} {folder}: this adapter could not be loaded: {first_line(error)}") from None
 
 
 def quiet_transformers() -> None:
@@ -368,16 +636,18 @@ def quiet_transformers() -> None:
 
 
 def load_encoder_of_head(head: RewardHead, path: str | Path, max_length: int, named: str | None) -> TurnEncoder:
-    """The encoder that the head at `path` was trained on; says so where the user `named` another.
+    """The encoder that the head at `path` was trained on; says so where the user `named` another. Of a published head,
+    which records none, it is the named one.
 
     Raises:
         UserError: if it cannot be loaded or does not fit the head.
     """
-    name = encoder_of_head(head, path)
-    if named and Path(named).resolve() != Path(name).resolve():
-        print(
-            f"--lang_model_path {named} is not used: {path} was trained on the encoder {name}, which is loaded instead"
-        )
+    if named and head.config.encoder is None:
+        name = named
+    else:
+        name = encoder_of_head(head, path)
+        if named and Path(named).resolve() != Path(name).resolve():
+            print(f"--lang_model_path {named} is not used: {path} was trained on {name}, which is loaded instead")
     encoder = load_encoder(name, max_length, f"the encoder that {path} was trained on,")
     if encoder.hidden_size != head.config.hidden:
         raise UserError(f"{path}: takes {head.config.hidden} features, its encoder {name} gives {encoder.hidden_size}")
@@ -562,20 +832,25 @@ MAX_NEW_TOKENS = 128  # the longest response
 
 
 class Policy(nn.Module):
-    """A LoRA-adapted causal language model with a value head; the reference policy is the same network, adapter off.
+    """A LoRA-adapted language model with a value head; the reference policy is the same network, adapter off.
 
     Args:
-        model: a `peft.PeftModel` around a causal language model. tokenizer: its tokenizer.
+        model: a `peft.PeftModel` around a causal language model or an encoder-decoder. tokenizer: its tokenizer.
+
+    Raises:
+        UserError: if the model computes its logits in a way that is not known here.
     """
 
     def __init__(self, model, tokenizer):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
+        self.has_encoder = bool(model.config.is_encoder_decoder)
         # starts at 0: the value of nothing learned yet
         self.value_head = nn.Linear(model.config.hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.eval()  # and so it stays: dropout would make the rollout's and the update's probabilities differ
+        self._check_logits()
 
     @property
     def device(self) -> torch.device:
@@ -584,8 +859,9 @@ class Policy(nn.Module):
 
     @property
     def max_prompt_tokens(self) -> int:
-        """What the position table leaves for a prompt, with room for the longest response."""
-        return getattr(self.model.config, "max_position_embeddings", 1 << 20) - MAX_NEW_TOKENS
+        """What the position table leaves for a prompt: of a causal model, with room for the longest response."""
+        positions = getattr(self.model.config, "max_position_embeddings", None) or 1 << 20
+        return positions if self.has_encoder else positions - MAX_NEW_TOKENS
 
     def trainable(self) -> list[nn.Parameter]:
         """The adapter's and the value head's parameters."""
@@ -596,18 +872,25 @@ class Policy(nn.Module):
         return self.model.disable_adapter()
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left-padded ids and mask (n, Q); a prompt that is too long loses what follows its instruction."""
-        limit, instruction = self.max_prompt_tokens, len(self.tokenizer(INSTRUCTION)["input_ids"])
-        encoded = [
-            tokens if len(tokens) <= limit else [*tokens[:instruction], *tokens[instruction - limit :]]
-            for tokens in self.tokenizer(list(prompts), verbose=False)["input_ids"]
-        ]
+        """Padded ids and mask (n, Q): on the left for a causal model, whose response follows, on the right for an
+        encoder. A prompt that is too long loses what follows its instruction."""
+        limit, instruction = self.max_prompt_tokens, self.tokenizer(INSTRUCTION)["input_ids"]
+        encoded = []
+        for tokens in self.tokenizer(list(prompts), verbose=False)["input_ids"]:
+            if len(tokens) > limit:
+                kept = min(
+                    sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(instruction, tokens, strict=False))),
+                    limit - 1,
+                )
+                tokens = [*tokens[:kept], *tokens[kept - limit :]]
+            encoded.append(tokens)
         longest = max(map(len, encoded))
         ids = torch.full((len(encoded), longest), self.pad)
         mask = torch.zeros_like(ids)
         for row, tokens in enumerate(encoded):
-            ids[row, longest - len(tokens) :] = torch.tensor(tokens)
-            mask[row, longest - len(tokens) :] = 1
+            place = slice(len(tokens)) if self.has_encoder else slice(longest - len(tokens), longest)
+            ids[row, place] = torch.tensor(tokens)
+            mask[row, place] = 1
         return ids.to(self.device), mask.to(self.device)
 
     @property
@@ -631,14 +914,12 @@ class Policy(nn.Module):
             top_k=0,
             top_p=1.0,
             max_new_tokens=max_new_tokens,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
             eos_token_id=self.end,
             pad_token_id=self.pad,
+            decoder_start_token_id=self.model.config.decoder_start_token_id if self.has_encoder else None,
         )
-        # so explicit because whatever is left out comes from the model's own generation_config
         output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        return output[:, ids.shape[1] :]
+        return output[:, 1 if self.has_encoder else ids.shape[1] :]
 
     def forward(self, query, query_mask, response, response_mask):
         """Log-probability of every response token, the value of the state before it, and the entropy there.
@@ -646,24 +927,62 @@ class Policy(nn.Module):
         Only the kept response positions get logits.
 
         Args:
-            query, query_mask: (n, Q) left-padded. response, response_mask: (n, R) right-padded.
+            query, query_mask: (n, Q) padded as `tokenize` does. response, response_mask: (n, R) right-padded.
 
         Returns:
             logprobs, values, entropies: (n, R) float32, 0 where not kept.
         """
-        ids = torch.cat([query, response], dim=1)
-        mask = torch.cat([query_mask, response_mask.to(query_mask.dtype)], dim=1)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        base = self.model.get_base_model()
-        body = getattr(base, base.base_model_prefix)
-        hidden = body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
-        hidden = hidden[:, query.shape[1] - 1 : -1]  # the state before each response token
+        hidden = self._states(query, query_mask, response, response_mask)
         kept = response_mask.bool()
         states, tokens = hidden[kept], response[kept]
-        logprobs, entropies = _token_logprobs(base.get_output_embeddings(), states, tokens)
+        logprobs, entropies = _token_logprobs(self._logits, self.model.config.vocab_size, states, tokens)
         values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(1)
         blank = torch.zeros(response.shape, device=response.device)
         return tuple(blank.masked_scatter(kept, x.float()) for x in (logprobs, values, entropies))
+
+    def _states(self, query, query_mask, response, response_mask) -> torch.Tensor:
+        """(n, R, hidden) the last hidden state before each response token."""
+        base = self.model.get_base_model()
+        if self.has_encoder:
+            encoded = base.get_encoder()(input_ids=query, attention_mask=query_mask).last_hidden_state
+            start = torch.full_like(response[:, :1], base.config.decoder_start_token_id)
+            return base.get_decoder()(
+                input_ids=torch.cat([start, response[:, :-1]], dim=1),
+                encoder_hidden_states=encoded,
+                encoder_attention_mask=query_mask,
+                use_cache=False,
+            ).last_hidden_state
+        ids = torch.cat([query, response], dim=1)
+        mask = torch.cat([query_mask, response_mask.to(query_mask.dtype)], dim=1)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        body = getattr(base, base.base_model_prefix)
+        hidden = body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        return hidden[:, query.shape[1] - 1 : -1]
+
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        """(m, vocabulary) of states (m, hidden), as the whole model makes them."""
+        base = self.model.get_base_model()
+        if getattr(base.config, "scale_decoder_outputs", False):  # T5 with tied embeddings
+            states = states * base.config.d_model**-0.5
+        logits = base.get_output_embeddings()(states)
+        bias = getattr(base, "final_logits_bias", None)  # BART's kind
+        return logits if bias is None else logits + bias
+
+    @torch.no_grad()
+    def _check_logits(self) -> None:
+        query = torch.tensor([[self.end, self.end]], device=self.device)
+        mask, response = torch.ones_like(query), query[:, :1]
+        if self.has_encoder:
+            start = torch.full_like(response, self.model.config.decoder_start_token_id)
+            expected = self.model(input_ids=query, attention_mask=mask, decoder_input_ids=start).logits[:, -1]
+        else:
+            expected = self.model(input_ids=query, attention_mask=mask).logits[:, -1]
+        found = self._logits(self._states(query, mask, response, torch.ones_like(response))[:, 0])
+        if not torch.allclose(found.float(), expected.float(), atol=0.05, rtol=0.02):
+            raise UserError(
+                f"--model_name: a model of the kind {self.model.config.model_type} changes its logits after its last "
+                "layer in a way that this program does not know; choose another policy"
+            )
 
     def save(self, folder: str | Path) -> None:
         """Writes a PEFT adapter with its tokenizer and `value_head.safetensors`, atomically."""
@@ -692,9 +1011,16 @@ class Policy(nn.Module):
         from runs import first_line
 
         try:
-            rank, mine = PeftConfig.from_pretrained(str(folder)).r, self.model.peft_config["default"].r
-            if rank != mine:
-                raise UserError(f"{folder}: an adapter of rank {rank}, the options ask for {mine} (see --no_accel)")
+            saved, mine = PeftConfig.from_pretrained(str(folder)), self.model.peft_config["default"]
+            if saved.r != mine.r:
+                raise UserError(
+                    f"{folder}: an adapter of rank {saved.r}, the options ask for {mine.r} (see --no_accel)"
+                )
+            if saved.base_model_name_or_path != mine.base_model_name_or_path:
+                print(
+                    f"Warning: {folder} was trained on {saved.base_model_name_or_path}, --model_name is "
+                    f"{mine.base_model_name_or_path}"
+                )
             set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device=str(self.device)))
             self.value_head.load_state_dict(load_file(Path(folder) / "value_head.safetensors"))
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -704,14 +1030,14 @@ class Policy(nn.Module):
 LOGITS_PER_CHUNK = 1 << 25  # 128 MiB of float32
 
 
-def _token_logprobs(head: nn.Module, states: torch.Tensor, tokens: torch.Tensor):
+def _token_logprobs(logits_of: Callable, vocabulary: int, states: torch.Tensor, tokens: torch.Tensor):
     """(m,) log-probabilities of `tokens` (m,) and (m,) entropies, from (m, hidden) states, a chunk at a time."""
 
     def chunk(part, chosen):
-        log_p = head(part).float().log_softmax(dim=-1)
+        log_p = logits_of(part).float().log_softmax(dim=-1)
         return log_p.gather(1, chosen[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=1)
 
-    size = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
+    size = max(1, LOGITS_PER_CHUNK // vocabulary)
     parts = [chunk(states[i : i + size], tokens[i : i + size]) for i in range(0, len(states), size)]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
@@ -726,9 +1052,23 @@ def load_policy(name: str, rank: int, alpha: int, dtype: torch.dtype) -> Policy:
         UserError: if the model cannot be loaded.
     """
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
     tokenizer = load_pretrained(AutoTokenizer, name, "--model_name")
-    model = load_pretrained(AutoModelForCausalLM, name, "--model_name", dtype=dtype)
-    adapter = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.05, task_type="CAUSAL_LM")
+    config = load_pretrained(AutoConfig, name, "--model_name")
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = load_pretrained(kind, name, "--model_name", dtype=dtype)
+    model.generation_config = (
+        GenerationConfig()
+    )  # of its own: beams, penalties, least lengths; here it is plain sampling
+    attention = {"q_proj", "v_proj"} if any(n.endswith("q_proj") for n, _ in model.named_modules()) else "all-linear"
+    adapter = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.05,
+        task_type="SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM",
+        target_modules=None if config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING else attention,
+        fan_in_fan_out=config.model_type == "gpt2",  # its layers keep their weights transposed
+    )
     return Policy(get_peft_model(model, adapter), tokenizer)

@@ -32,11 +32,19 @@ MARKERS = re.compile("User:|AI:")  # where a response stops being one turn
 
 
 class Prompt(NamedTuple):
-    """A state: the policy's input text, the context that the reward's encoder sees, and what the human answered."""
+    """A state of a real conversation.
+
+    Attributes:
+        text: the policy's input. context: what the reward's encoder sees. human: what the human answered.
+        trajectory: (context, response) of all agent turns of that trajectory (one tuple, shared by its prompts).
+        position: which of them this is; rewards that look back see those before it.
+    """
 
     text: str
     context: str
     human: str
+    trajectory: tuple[tuple[str, str], ...] = ()
+    position: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,17 +84,39 @@ class Rollout(NamedTuple):
 
 
 class RewardScorer:
-    """Scores responses by a reward head on its own encoder: (contexts, responses) -> (n,) float32."""
+    """Scores responses by a reward head on its own encoder: (prompts, responses) -> (n,) float32."""
 
     def __init__(self, encoder: TurnEncoder, head, autocast):
         self.encoder, self.head, self.autocast = encoder, head, autocast
+        self._seen: dict[tuple[str, str], torch.Tensor] = {}  # features of real turns, which come again and again
 
-    def __call__(self, contexts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
-        """Rewards of `responses` (without `AI:`) after `contexts`."""
-        pairs = [(context, f"AI: {response}") for context, response in zip(contexts, responses, strict=True)]
-        features = self.encoder.encode(self.encoder.tokenize(pairs), self.autocast)
-        with torch.inference_mode():
-            return self.head(features.to(self.encoder.device)).squeeze(1).float().cpu()
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
+        """Rewards of `responses` (without `AI:`) to `prompts`; of a sequential head (RUDDER's) given the agent turns
+        before them."""
+        pairs = [(prompt.context, f"AI: {response}") for prompt, response in zip(prompts, responses, strict=True)]
+        features = self._encode(pairs)
+        if self.head.sequential:
+            rewards = self._given_the_turns_before(prompts, features)
+        else:
+            rewards = self.head(features.to(self.encoder.device)).squeeze(1)
+        return rewards.float().cpu()
+
+    def _encode(self, pairs) -> torch.Tensor:
+        return self.encoder.encode(self.encoder.tokenize(pairs), self.autocast)
+
+    def _given_the_turns_before(self, prompts: Sequence[Prompt], features: torch.Tensor) -> torch.Tensor:
+        needed = {pair for prompt in prompts for pair in prompt.trajectory[: prompt.position]}
+        new = sorted(needed - self._seen.keys())
+        self._seen |= dict(zip(new, self._encode(new), strict=True))
+        lengths = [prompt.position + 1 for prompt in prompts]
+        turns = torch.zeros(len(prompts), max(lengths), features.shape[1])
+        for row, (prompt, feature) in enumerate(zip(prompts, features, strict=True)):
+            for t, pair in enumerate(prompt.trajectory[: prompt.position]):
+                turns[row, t] = self._seen[pair]
+            turns[row, prompt.position] = feature  # what is behind it does not matter: the head looks back only
+        rewards = self.head(turns.to(self.encoder.device)).squeeze(2)
+        return rewards[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
 
 
 def cut_response(tokens: list[int], text_of: Callable[[list[int]], str], end: int) -> tuple[int, str]:
@@ -122,11 +152,12 @@ class PPO:
     """The loop's state: policy, optimizer, KL controller, running moments of the score, and the random state.
 
     Args:
-        policy: what is trained. score: (contexts, responses) -> (n,) rewards. config: settings.
+        policy: what is trained. score: (prompts, responses) -> (n,) rewards, or
+            None to generate only. config: settings.
         accelerator: `accelerate.Accelerator`. seed: of lengths, minibatches and sampling.
     """
 
-    def __init__(self, policy: Policy, score: Callable, config: PPOConfig, accelerator, seed: int):
+    def __init__(self, policy: Policy, score: Callable | None, config: PPOConfig, accelerator, seed: int):
         from transformers.optimization import Adafactor
 
         self.policy, self.score, self.config, self.accelerator = policy, score, config, accelerator
@@ -155,9 +186,8 @@ class PPO:
         with self._timed("forward"):
             old = self.look(rollout)
         with self._timed("score"):
-            contexts = [prompt.context for prompt in prompts]
-            scores = self.score(contexts, rollout.texts)
-            human = self.score(contexts, [prompt.human for prompt in prompts])
+            scores = self.score(prompts, rollout.texts)
+            human = self.score(prompts, [prompt.human for prompt in prompts])
             normalized = self.moments.normalize(scores)
         rewards = token_rewards(
             normalized.to(rollout.mask.device), old["logprobs"], old["ref_logprobs"], rollout.mask, self.kl.beta
@@ -279,8 +309,9 @@ class PPO:
 
     @torch.no_grad()
     def evaluate(self, prompts: Sequence[Prompt], seed: int) -> tuple[dict[str, float], list[str]]:
-        """Mean reward and KL on held-out prompts, sampled with random numbers of its own, so that two policies are
-        compared on the same prompts, lengths and draws, and training goes on as if it had not happened."""
+        """Mean reward (without a scorer: none) and KL on held-out prompts, sampled with random numbers of its own, so
+        that two policies are compared on the same prompts, lengths and draws, and training goes on as if it had not
+        happened."""
         texts, kls = [], []
         rng = np.random.default_rng(seed)
         size = self.config.batch_size
@@ -293,10 +324,12 @@ class PPO:
                 seen = self.look(rollout)
                 kls.append(((seen["logprobs"] - seen["ref_logprobs"]) * rollout.mask).sum(dim=1).cpu())
                 texts += rollout.texts
-        scores = self.score([prompt.context for prompt in prompts], texts)
-        metrics = {
-            "reward": scores.mean().item(),
-            "reward_standard_error": scores.std(unbiased=False).item() / len(scores) ** 0.5,
+        metrics = {}
+        if self.score:
+            scores = self.score(prompts, texts)
+            metrics["reward"] = scores.mean().item()
+            metrics["reward_standard_error"] = scores.std(unbiased=False).item() / len(scores) ** 0.5
+        metrics |= {
             "kl": torch.cat(kls).mean().item(),
             "response_words": float(np.mean([len(text.split()) for text in texts])),
             "empty_share": float(np.mean([not text for text in texts])),

@@ -65,6 +65,14 @@ def make_accelerator(device: str, dtype: str, cpu_dtype: str = "auto"):
     return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if bfloat16 else "no")
 
 
+def frozen_dtype(accelerator):
+    """The type of weights that do not train: bfloat16 on a GPU that computes in it, else float32."""
+    import torch
+
+    half = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda"
+    return torch.bfloat16 if half else torch.float32
+
+
 def _computes_in_bfloat16(device: str) -> bool:
     import torch
 
@@ -190,6 +198,13 @@ class Tracker:
         import wandb
 
         self._run.log({key: wandb.Table(dataframe=table)}, step=step)
+
+    def log_bars(self, key: str, heights: dict[int, float]) -> None:
+        """Logs a bar chart of rewards by turn number."""
+        import wandb
+
+        table = wandb.Table(columns=["turn", "predicted reward"], data=[[str(n), r] for n, r in heights.items()])
+        self._run.log({key: wandb.plot.bar(table, "turn", "predicted reward", title="predicted reward by turn")})
 
     def summary(self, values: dict) -> None:
         """Sets the run's summary values."""

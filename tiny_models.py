@@ -13,6 +13,10 @@ from cli import UserError, new_parser, positive_int, run, seed
 BUILT = ("bart", "llama")
 VOCABULARY = {"bart": 2000, "llama": 4000}  # at most: a small corpus has fewer pieces
 MAX_TOKENS = 512
+FORMS = {  # of one text, and of a pair
+    "bart": ("<s> $A </s>", "<s> $A </s> </s> $B </s>"),
+    "llama": ("<s> $A", "<s> $A <s> $B"),
+}
 
 
 def build(data_dir: Path, out: Path, which: tuple[str, ...], seed: int, steps: int = 400) -> None:
@@ -46,7 +50,7 @@ def _train_bart(training, folder: Path, seed: int, steps: int) -> float:
 
     rng = np.random.default_rng(seed)
     texts = [turn_text(t.conversation, i, t.user, int(rng.integers(1, 5))) for t in training for i in t.agent_turns]
-    tokenizer = _tokenizer(texts, VOCABULARY["bart"], pair=True)
+    tokenizer = train_tokenizer(texts, VOCABULARY["bart"], FORMS["bart"])
     config = BartConfig(
         vocab_size=len(tokenizer), d_model=128, encoder_layers=2, decoder_layers=1, encoder_ffn_dim=256,
         decoder_ffn_dim=256, encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=MAX_TOKENS,
@@ -90,7 +94,7 @@ def _train_llama(training, folder: Path, seed: int, steps: int) -> float:
         context, response = turn_text(trajectory.conversation, index, trajectory.user, int(rng.integers(0, 11)))
         return prompt_text(context) + response.removeprefix("AI:") + "</s>"
 
-    tokenizer = _tokenizer([document(i) for i in range(len(places))], VOCABULARY["llama"], pair=False)
+    tokenizer = train_tokenizer([document(i) for i in range(len(places))], VOCABULARY["llama"], FORMS["llama"])
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True,
@@ -107,8 +111,8 @@ def _train_llama(training, folder: Path, seed: int, steps: int) -> float:
     return _fit(model, tokenizer, batch_loss, folder, steps, 2e-3)
 
 
-def _tokenizer(texts, vocabulary: int, pair: bool):
-    """A byte-level BPE trained on `texts`; with `pair` in BART's form `<s> a </s></s> b </s>`, else `<s> a`."""
+def train_tokenizer(texts, vocabulary: int, forms: tuple[str, str]):
+    """A byte-level BPE trained on `texts` (strings or pairs), which puts one text or a pair into `forms`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -124,10 +128,9 @@ def _tokenizer(texts, vocabulary: int, pair: bool):
     )
     flat = (part for text in texts for part in ([text] if isinstance(text, str) else text))
     tokenizer.train_from_iterator(flat, trainer)
-    forms = ("<s> $A </s>", "<s> $A </s> </s> $B </s>") if pair else ("<s> $A", "<s> $A <s> $B")
     tokenizer.post_processor = processors.TemplateProcessing(*forms, [("<s>", 0), ("</s>", 2)])
     names = dict(bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    if pair:
+    if forms == FORMS["bart"]:
         names |= dict(cls_token="<s>", sep_token="</s>", mask_token="<mask>")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -4,32 +4,41 @@
         --train_size 100 --train --val --small_model_shrink --affect_path devout-brook-114
 
 With `--affect_path RUN` the head and the encoder start from that stage-1 run and the loss is lambda GE + (1-lambda) LI;
-without it the loss is GE alone. The encoder is frozen, so every turn is encoded once.
+without it the loss is GE alone. The encoder is frozen, so every turn is encoded once; `--unfreeze` trains it too.
 """
 
 import json
 from pathlib import Path
 
 from cli import (
+    ADAPTED,
+    HEAD_OPTIONS,
     UserError,
     add_common_options,
     add_reward_options,
+    check_reward_options,
     fraction,
     head_name,
     named_encoder,
     new_parser,
+    positive_float,
     positive_int,
     run,
 )
 
-REDIST_TYPES = ("RRD",)
+REDIST_TYPES = {
+    "RRD": "random subsets of K turns estimate the return",
+    "IRCR": "every turn regresses to R/L",
+    "RUDDER": "an LSTM predicts the return after every turn; rewards are its differences",
+}
 
 
-def parse():
-    """The command line."""
+def build_parser():
+    """The options."""
     parser = new_parser("Stage 2: learn turn rewards from the score (GE), with stage 1's affect (GELI) or without.")
     add = parser.add_argument
-    add("--redist_type", choices=REDIST_TYPES, default="RRD", help="how the score is decomposed")
+    types = "; ".join(f"{name}: {what}" for name, what in REDIST_TYPES.items())
+    add("--redist_type", choices=REDIST_TYPES, default="RRD", help=f"how the score is decomposed. {types}")
     add("--affect_path", metavar="RUN", help="stage-1 run (name, or path of reward1_RUN) to start from; brings LI")
     add("--lambda", type=fraction, dest="ge_weight", metavar="L", help="weight of GE; 1 - L is LI's (default: 0.5)")
     add(
@@ -41,9 +50,18 @@ def parse():
     add("--reward_path", metavar="HEAD", help="with --val alone: the saved head to evaluate (run name or path)")
     add_reward_options(parser, epochs=4)
     add("--batch_size", type=positive_int, default=1, help="conversations a step")
-    add("--K", type=positive_int, default=160, help="turns of a trajectory in a step (all when there are fewer)")
+    add("--K", type=positive_int, default=160, help="RRD: turns of a trajectory in a step (all when there are fewer)")
+    add("--unfreeze", action="store_true", help="train the encoder too, and save it as lang_model_RUN")
+    add("--encoder_learning_rate", type=positive_float, default=5e-6, help="the encoder's, with --unfreeze")
     add_common_options(parser, learning_rate=5e-3, context_turns=20)
+    return parser
+
+
+def parse():
+    """The command line."""
+    parser = build_parser()
     args = parser.parse_args()
+    check_reward_options(parser, args)
     if not args.train and not args.val:
         parser.error("nothing to do: give --train, --val or both")
     if args.reward_path and args.train:
@@ -54,6 +72,11 @@ def parse():
         parser.error("--affect_path is where training starts; --val alone evaluates --reward_path")
     if args.ge_weight is not None and not args.affect_path:
         parser.error("--lambda weighs GE against LI, and LI comes with --affect_path")
+    if args.contrastive and not args.affect_path:
+        parser.error("--contrastive learns from the listener's affect: give --affect_path, as for all of LI")
+    for name in ("contrastive", "curriculum", "curriculum_exposure", "unfreeze"):
+        if getattr(args, name) and not args.train:
+            parser.error(f"--{name} changes training: give --train")
     args.ge_weight = 0.5 if args.ge_weight is None else args.ge_weight
     return args
 
@@ -69,42 +92,44 @@ def main() -> None:
     args = parse()
 
     from evaluation import evaluate, finish_run, head_rewards, load_data, write_validation
-    from models import load_reward_head
-    from runs import Tracker, make_accelerator, seed_everything
+    from models import load_encoder, load_reward_head
+    from runs import Tracker, frozen_dtype, make_accelerator, seed_everything
 
     seed_everything(args.seed)
     accelerator = make_accelerator(args.device, args.dtype)
     folder = Path(args.output_dir) / project_name(args)
     saved, path = load_saved(args)
+    args.li_signal = args.li_signal or (saved.config.li_signal if saved else "face")
     if saved and not args.train:  # a saved head is evaluated as it was trained
         args.context_turns, args.max_length = saved.config.context_turns, saved.config.max_length
         folder = Path(args.output_dir) / path.resolve().parent.name
     corpus, training, validation = load_data(args)
     if args.affect_path:
         warn_of_leaks(path, validation)
-    head, encoder, encoder_name = build(args, folder, saved, path)
+    encoder = find_encoder(args, saved, path, frozen_dtype(accelerator)).to(accelerator.device)
+    encoder_name = encoder.name
     tracker = Tracker(folder.name, folder, {**vars(args), "data": corpus.numbers()}, args.run_name)
+    head_path, encoder_path = folder / f"reward1_{tracker.name}", folder / f"lang_model_{tracker.name}"
+    head = new_head(args, folder, saved, encoder, encoder_path, training) if args.train else saved
 
-    encoder.to(accelerator.device)
-
-    def encode(turns, name):
-        return encoder.encode(encoder.tokenize(turns.texts), accelerator.autocast, progress=f"encoding {name}")
-
-    held_out = encode(validation, "validation") if args.val else None
+    turns = Encoded(args, encoder, accelerator.autocast)
     metrics, paths, rewards = {}, [], None
     if args.train:
-        head_path = folder / f"reward1_{tracker.name}"
-        features = encode(training, "training")
-        metrics |= train(args, head, training, features, validation, held_out, tracker, head_path)
+        metrics |= train(args, head, turns, training, validation, tracker, head_path, encoder_path)
         head = load_reward_head(head_path)  # the best, as it was written
         paths.append(head_path)
+        if args.unfreeze:
+            turns.encoder = load_encoder(str(encoder_path), args.max_length, dtype=frozen_dtype(accelerator))
+            turns.encoder.to(accelerator.device)
+            paths.append(encoder_path)
+    redist = head.config.redist_type
     if args.val:
-        rewards = head_rewards(head, held_out)
-        metrics["validation"] = evaluate(validation, rewards, args.ep_len)
+        rewards = head_rewards(head, turns.held_out(validation), validation)
+        metrics["validation"] = evaluate(validation, rewards, args.ep_len, redist)
         mean_score = training.scores.mean()
         metrics["validation"]["ge_loss_of_training_mean"] = float(((validation.scores - mean_score) ** 2).mean())
-        paths += write_validation(folder, tracker.name, validation, rewards, args.ep_len)
-    title = f"Stage 2 ({'GELI' if head.config.li else 'GE'}, {head.config.redist_type})"
+        paths += write_validation(folder, tracker.name, validation, rewards, args.ep_len, redist)
+    title = f"Stage 2 ({'GELI' if head.config.li else 'GE'}, {redist})"
     parts = (training, validation)
     finish_run(title, args, tracker, folder, corpus, parts, metrics, rewards, paths, stage=2, encoder=encoder_name)
 
@@ -153,40 +178,98 @@ def load_saved(args):
     saved = load_reward_head(path)
     if args.affect_path and saved.config.stage != 1:
         raise UserError(f"--affect_path {args.affect_path}: expected a stage-1 head, {path} is of stage 2")
+    learned = saved.config.reward_class
+    if args.reward_path and learned not in (None, args.reward_class):
+        raise UserError(f"{path}: was trained for {learned}, not {args.reward_class}: give --reward_class {learned}")
     return saved, path
 
 
-def build(args, folder: Path, saved, path: Path | None):
-    """The head to train or to evaluate, the encoder, and the encoder's hub id or folder."""
-    from models import RewardHead, RewardHeadConfig, encoder_reference, load_encoder, load_encoder_of_head
+def find_encoder(args, saved, path: Path | None, dtype):
+    """The encoder that the saved head at `path` was trained on, or else the one that the options name."""
+    from models import load_encoder, load_encoder_of_head
 
     if saved:
-        encoder = load_encoder_of_head(saved, path, args.max_length, args.lang_model_path)
-    else:
-        name, option = named_encoder(args)
-        encoder = load_encoder(name, args.max_length, option)
-    if not args.train:
-        return saved, encoder, encoder.name
-    config = RewardHeadConfig(
-        head=head_name(args),
-        hidden=encoder.hidden_size,
-        **encoder_reference(encoder.name, folder),
-        max_length=encoder.max_length,
-        context_turns=args.context_turns,
-        stage=2,
-        reward_class=args.reward_class,
-        redist_type=args.redist_type,
-        li=saved is not None,
+        return load_encoder_of_head(saved, path, args.max_length, args.lang_model_path)
+    name, option = named_encoder(args)
+    return load_encoder(name, args.max_length, option, adapt=args.unfreeze and args.model in ADAPTED, dtype=dtype)
+
+
+def new_head(args, folder: Path, saved, encoder, encoder_path: Path, training):
+    """The head to train: stage 1's, or a fresh one where there is none or the decomposition needs a kind of its own."""
+    from models import DECOMPOSITIONS, RewardHead, RewardHeadConfig, encoder_reference
+
+    own = DECOMPOSITIONS[args.redist_type].head
+    reference = {"encoder": encoder_path.name, "encoder_is_folder": True}
+    head = RewardHead(
+        RewardHeadConfig(
+            head=own or head_name(args),
+            hidden=encoder.hidden_size,
+            **(reference if args.unfreeze else encoder_reference(encoder.name, folder)),
+            max_length=encoder.max_length,
+            context_turns=args.context_turns,
+            stage=2,
+            reward_class=args.reward_class,
+            redist_type=args.redist_type,
+            li=saved is not None,
+            li_signal=args.li_signal,
+        )
     )
-    head = RewardHead(config)
-    if saved:
-        if saved.config.head != config.head:
-            raise UserError(
-                f"--affect_path {args.affect_path}: its head is of the kind {saved.config.head}, the options ask for "
-                f"{config.head}; give the options that it was trained with"
-            )
+    if own:
+        chosen = [f"--{name}" for name in HEAD_OPTIONS if getattr(args, name)]
+        if chosen:
+            print(f"{chosen[0]} is not used: {args.redist_type} has a network of its own")
+        head.start_at(float(training.scores.mean()))
+    elif saved and saved.config.head != head.config.head:
+        raise UserError(
+            f"--affect_path {args.affect_path}: its head is of the kind {saved.config.head}, the options ask for "
+            f"{head.config.head}; give the options that it was trained with"
+        )
+    elif saved:
         head.load_state_dict(saved.state_dict())
-    return head, encoder, encoder.name
+    return head
+
+
+class Encoded:
+    """Turns as features: of a frozen encoder computed once, of one that trains whenever asked.
+
+    Args:
+        args: the options. encoder: a `TurnEncoder`. autocast: a context-manager factory.
+    """
+
+    def __init__(self, args, encoder, autocast):
+        self.args, self.encoder, self.autocast = args, encoder, autocast
+        self._held_out = None
+
+    def prepare(self, training) -> None:
+        """Tokenises the training turns and, where the encoder is frozen, encodes them."""
+        texts = [training.texts]
+        if self.args.curriculum or self.args.curriculum_exposure:
+            texts.append(training.told_texts())
+        self._pairs = [self.encoder.tokenize(part) for part in texts]
+        if not self.args.unfreeze:
+            self._features = [self._encode(pairs, "training") for pairs in self._pairs]
+
+    def training(self, turns, told):
+        """(k, hidden) of the training turns `turns` (k,), those with `told` (k,) with the user's answer shown."""
+        import torch
+
+        if self.args.unfreeze:
+            pairs = [self._pairs[known][i] for i, known in zip(turns, told.astype(int), strict=True)]
+            return self.encoder.encode_with_gradients(pairs, self.autocast).cpu()
+        plain = self._features[0][turns]
+        if not told.any():
+            return plain
+        return torch.where(torch.from_numpy(told)[:, None], self._features[1][turns], plain)
+
+    def held_out(self, validation):
+        """(N, hidden) of the validation turns."""
+        if self._held_out is None or self.args.unfreeze:
+            pairs = self.encoder.tokenize(validation.texts)
+            self._held_out = self._encode(pairs, "validation")
+        return self._held_out
+
+    def _encode(self, pairs, name: str):
+        return self.encoder.encode(pairs, self.autocast, progress=f"encoding {name}")
 
 
 def warn_of_leaks(affect_head: Path, validation) -> None:
@@ -203,11 +286,9 @@ def warn_of_leaks(affect_head: Path, validation) -> None:
         )
 
 
-def train(args, head, training, features, validation, held_out, tracker, head_path) -> dict:
-    """Trains the head with linear decay to 0 on encoded turns, a few conversations a step; keeps the best by GE loss.
-
-    Args:
-        head: what is trained. training, validation: `TurnSet`s. features, held_out: their (N, hidden) features.
+def train(args, head, turns: Encoded, training, validation, tracker, head_path: Path, encoder_path: Path) -> dict:
+    """Trains the head (and, with `--unfreeze`, the encoder) with linear decay to 0, a few conversations a step; keeps
+    the best by GE loss.
 
     Returns:
         {"steps": int, "best_epoch": int, "best_ge_loss": float or None}.
@@ -215,6 +296,7 @@ def train(args, head, training, features, validation, held_out, tracker, head_pa
     import numpy as np
     import torch
 
+    from data_utils import told_share
     from evaluation import evaluate, head_rewards, wandb_validation
     from models import save_reward_head
     from runs import progress_bar
@@ -225,19 +307,24 @@ def train(args, head, training, features, validation, held_out, tracker, head_pa
     groups = list(conversations.values())
     rng = np.random.default_rng(args.seed)
     starts = range(0, len(groups), args.batch_size)
-    scales = (1.0, 1.0)
-    if args.loss_scale == "normalized":
-        scales = tuple(float(target.var()) or 1.0 for target in (training.scores, training.targets))
-    optimizer = torch.optim.AdamW(head.parameters(), lr=args.learning_rate)
+    scales = loss_scales(args, training)
+    turns.prepare(training)
+    parameters = [{"params": head.parameters(), "lr": args.learning_rate}]
+    if args.unfreeze:
+        parameters.append({"params": turns.encoder.trainable(), "lr": args.encoder_learning_rate})
+    optimizer = torch.optim.AdamW(parameters)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=args.epochs * len(starts))
     best = {"steps": args.epochs * len(starts), "best_epoch": 0, "best_ge_loss": None}
     step = 0
     for epoch in range(1, args.epochs + 1):
         head.train()
+        turns.encoder.train(args.unfreeze)
+        share = told_share(args.curriculum, args.curriculum_exposure, epoch, args.epochs)
         order = rng.permutation(len(groups))
         for start in progress_bar(starts, desc=f"stage 2, epoch {epoch}/{args.epochs}", unit="step"):
             chosen = [i for group in order[start : start + args.batch_size] for i in groups[group]]
-            loss, logged = batch_loss(args, head, training, features, chosen, scales, rng)
+            contrastive = args.contrastive and epoch % 2 == 0
+            loss, logged = batch_loss(args, head, turns, training, chosen, scales, rng, share, contrastive)
             if not torch.isfinite(loss):
                 raise UserError(f"the loss is not finite at step {step + 1}: try a lower --learning_rate")
             loss.backward()
@@ -246,7 +333,8 @@ def train(args, head, training, features, validation, held_out, tracker, head_pa
             optimizer.zero_grad()
             step += 1
             if start == starts[-1] and args.val:
-                metrics = evaluate(validation, head_rewards(head, held_out), args.ep_len)
+                rewards = head_rewards(head, turns.held_out(validation), validation)
+                metrics = evaluate(validation, rewards, args.ep_len, args.redist_type)
                 logged |= wandb_validation(metrics)
             tracker.log(logged, step)
         if args.val:
@@ -254,36 +342,63 @@ def train(args, head, training, features, validation, held_out, tracker, head_pa
                 continue
             best["best_ge_loss"] = metrics["ge_loss"]
         best["best_epoch"] = epoch
+        if args.unfreeze:
+            turns.encoder.save(encoder_path)
         save_reward_head(head, head_path)
     return best
 
 
-def batch_loss(args, head, training, features, chosen: list[int], scales: tuple[float, float], rng):
-    """The loss () of the trajectories `chosen`, and what is logged of it."""
+def loss_scales(args, training) -> tuple[float, float]:
+    """What GE's and LI's losses are divided by: with `--loss_scale normalized` the variances of their targets."""
+    import numpy as np
+
+    from evaluation import length_of
+    from models import DECOMPOSITIONS
+
+    if args.loss_scale == "raw":
+        return 1.0, 1.0
+    lengths = np.array([length_of(args.ep_len, n) for n in np.diff(training.offsets)])
+    targets = DECOMPOSITIONS[args.redist_type].target(training.scores, lengths)
+    return tuple(float(target.var()) or 1.0 for target in (targets, training.targets))
+
+
+def batch_loss(args, head, turns: Encoded, training, chosen: list[int], scales, rng, told_share, contrastive: bool):
+    """The loss () of the trajectories `chosen`, and what is logged of it.
+
+    Args:
+        scales: of the two losses. told_share: share of turns that show the user's answer. contrastive: add that loss.
+    """
     import numpy as np
     import torch
 
     from evaluation import affect_means, length_of
-    from models import DECOMPOSITIONS, draw_turns, geli_loss, li_loss, rrd_loss
+    from models import DECOMPOSITIONS, contrastive_term, draw_turns, geli_loss, li_loss
 
     decomposition = DECOMPOSITIONS[args.redist_type]
     weight = args.ge_weight if head.config.li else 1.0
-    losses, ge, li, rewards_seen, affects_seen = [], [], [], [], []
+    losses, ge, li, rewards_seen, hidden_seen, seen = [], [], [], [], [], []
     for i in chosen:
-        turns, score = training.turns_of(i), training.scores[i]
-        n_turns = turns.stop - turns.start
+        place, score = training.turns_of(i), training.scores[i]
+        n_turns = place.stop - place.start
         length = length_of(args.ep_len, n_turns)
         part = draw_turns(n_turns, args.K, rng) if decomposition.uses_subset else np.arange(n_turns)
-        part = part + turns.start
-        rewards = head(features[part]).squeeze(1)
+        part = part + place.start
+        told = rng.random(len(part)) < told_share if told_share else np.zeros(len(part), dtype=bool)
+        rewards, hidden = head(turns.training(part, told), with_hidden=True)
+        rewards = rewards.squeeze(1)
         li.append(li_loss(rewards, torch.from_numpy(training.targets[part])))
         losses.append(geli_loss(decomposition.loss(rewards, score, length), li[-1], weight, *scales))
-        ge.append(rrd_loss(rewards.detach(), score, length).item())
+        ge.append((score - decomposition.predicted_return(rewards.detach(), length).item()) ** 2)
         rewards_seen.append(rewards.detach().numpy())
-        affects_seen.append(training.affects[part])
+        hidden_seen.append(hidden)
+        seen.append(part)
+    part, loss = np.concatenate(seen), torch.stack(losses).mean()
     logged = {"train/loss": np.mean(ge), "train/shaped_loss": torch.stack(li).mean().item()}
-    logged |= affect_means(np.concatenate(rewards_seen), np.concatenate(affects_seen), "train_shape/train")
-    return torch.stack(losses).mean(), logged
+    logged |= affect_means(np.concatenate(rewards_seen), training.affects[part], "train_shape/train")
+    if contrastive:
+        term = contrastive_term(torch.cat(hidden_seen), training.labels[part])
+        loss, logged["train/contrastive_loss"] = loss + term, term.item()
+    return loss, logged
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ Trains the encoder and a reward head on every agent turn of both trajectories, a
 from pathlib import Path
 
 from cli import (
+    ADAPTED,
     UserError,
     add_common_options,
     add_reward_options,
+    check_reward_options,
     head_name,
     named_encoder,
     new_parser,
@@ -23,21 +25,36 @@ from cli import (
 VALIDATE_EVERY = 500  # steps
 
 
-def parse():
-    """The command line."""
+def build_parser():
+    """The options."""
     parser = new_parser("Stage 1: learn turn rewards from the listener's face (LI), encoder and head.")
     add_reward_options(parser, epochs=8)
     parser.add_argument("--batch_size", type=positive_int, default=32, help="turns a step")
     parser.add_argument("--K", type=positive_int, default=32, help="turns of each trajectory validated on in training")
+    parser.add_argument(
+        "--unfreeze", action="store_true", help="name the folder as published for it (the encoder always trains here)"
+    )
     add_common_options(parser, learning_rate=5e-6, context_turns=20)
-    return parser.parse_args()
+    return parser
+
+
+def parse():
+    """The command line."""
+    parser = build_parser()
+    args = parser.parse_args()
+    args.li_signal = args.li_signal or "face"
+    check_reward_options(parser, args)
+    return args
 
 
 def project_name(args) -> str:
     """wandb's project, which is also the folder's name."""
+    model = Path(args.model).name
+    if args.unfreeze:
+        return f"reward_function_{model}_160_scaled_{args.reward_class}"
     return (
-        f"SINGLE_INDEX_reward_function_{Path(args.model).name}_{args.reward_class}"
-        f"_contra_False_shrink_False_curriculum_False_curriculum_exposureFalse"
+        f"SINGLE_INDEX_reward_function_{model}_{args.reward_class}_contra_{args.contrastive}_shrink_{args.hard_shrink}"
+        f"_curriculum_{args.curriculum}_curriculum_exposure{args.curriculum_exposure}"
     )
 
 
@@ -47,13 +64,13 @@ def main() -> None:
 
     from evaluation import evaluate, finish_run, head_rewards, load_data, write_validation
     from models import RewardHead, RewardHeadConfig, load_encoder, load_reward_head
-    from runs import Tracker, make_accelerator, seed_everything
+    from runs import Tracker, frozen_dtype, make_accelerator, seed_everything
 
     seed_everything(args.seed)
     accelerator = make_accelerator(args.device, args.dtype)
     corpus, training, validation = load_data(args)
     name, option = named_encoder(args)
-    encoder = load_encoder(name, args.max_length, option)
+    encoder = load_encoder(name, args.max_length, option, adapt=args.model in ADAPTED, dtype=frozen_dtype(accelerator))
     folder = Path(args.output_dir) / project_name(args)
     tracker = Tracker(folder.name, folder, {**vars(args), "data": corpus.numbers()}, args.run_name)
     config = RewardHeadConfig(
@@ -65,6 +82,7 @@ def main() -> None:
         context_turns=args.context_turns,
         stage=1,
         reward_class=args.reward_class,
+        li_signal=args.li_signal,
     )
     head_path, encoder_path = folder / f"reward1_{tracker.name}", folder / f"lang_model_{tracker.name}"
 
@@ -73,11 +91,12 @@ def main() -> None:
     metrics = train(args, accelerator, encoder, head, training, validation, tracker, head_path, encoder_path)
     paths, rewards = [head_path, encoder_path], None
     if args.val:  # of what was written, not of what is in memory
-        encoder = load_encoder(str(encoder_path), args.max_length).to(accelerator.device)
+        encoder = load_encoder(str(encoder_path), args.max_length, dtype=frozen_dtype(accelerator))
+        encoder.to(accelerator.device)
         features = encoder.encode(encoder.tokenize(validation.texts), accelerator.autocast, progress="validation")
         rewards = head_rewards(load_reward_head(head_path), features)
         metrics["validation"] = evaluate(validation, rewards, args.ep_len)
-        paths += write_validation(folder, tracker.name, validation, rewards, args.ep_len)
+        paths += write_validation(folder, tracker.name, validation, rewards, args.ep_len, None)
     parts = (training, validation)
     finish_run("Stage 1 (LI)", args, tracker, folder, corpus, parts, metrics, rewards, paths, stage=1, encoder=name)
 
@@ -91,15 +110,18 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
     import numpy as np
     import torch
 
-    from data_utils import shuffled_batches
+    from data_utils import shuffled_batches, told_share
     from evaluation import affect_means, choose_turns, evaluate, head_rewards, length_of, wandb_validation
-    from models import li_loss, save_reward_head
+    from models import contrastive_term, li_loss, save_reward_head
     from runs import progress_bar
 
     pairs = encoder.tokenize(training.texts)
+    curriculum = args.curriculum or args.curriculum_exposure
+    told_pairs = encoder.tokenize(training.told_texts()) if curriculum else pairs
     lengths = np.array([len(pair.ids) for pair in pairs])
     rng = np.random.default_rng(args.seed)
-    batches = [batch for _ in range(args.epochs) for batch in shuffled_batches(lengths, args.batch_size, rng)]
+    epochs = range(1, args.epochs + 1)
+    batches = [(epoch, batch) for epoch in epochs for batch in shuffled_batches(lengths, args.batch_size, rng)]
     n_turns = np.diff(training.offsets)
     score = np.repeat(training.scores, n_turns)  # each turn's R and L, for the GE loss that is logged
     length = np.repeat([length_of(args.ep_len, n) for n in n_turns], n_turns)
@@ -107,17 +129,26 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
         chosen = choose_turns(validation, args.K, args.seed)
         chosen_pairs = encoder.tokenize([validation.texts[i] for i in np.flatnonzero(chosen)])
 
-    parameters = [*encoder.encoder.parameters(), *head.parameters()]
+    parameters = [*encoder.trainable(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
     encoder, head, optimizer = accelerator.prepare(encoder, head, optimizer)
     encoder.train()
     head.train()
     best = {"best_step": 0, "best_li_loss": None, "steps": len(batches)}
-    for step, batch in enumerate(progress_bar(batches, desc="stage 1", unit="step"), start=1):
+    for step, (epoch, batch) in enumerate(progress_bar(batches, desc="stage 1", unit="step"), start=1):
+        told = np.zeros(len(batch), dtype=bool)
+        if curriculum:
+            told = rng.random(len(batch)) < told_share(args.curriculum, args.curriculum_exposure, epoch, args.epochs)
+        shown = [(told_pairs if known else pairs)[i] for i, known in zip(batch, told, strict=True)]
         with accelerator.autocast():
-            rewards = head(encoder(**encoder.collate([pairs[i] for i in batch]))).squeeze(1).float()
+            rewards, hidden = head(encoder(**encoder.collate(shown)), with_hidden=True)
+        rewards = rewards.squeeze(1).float()
         loss = li_loss(rewards, torch.from_numpy(training.targets[batch]).to(rewards.device))
+        logged = {"train/shaped_loss": loss.item()}
+        if args.contrastive and epoch % 2 == 0:
+            term = contrastive_term(hidden, training.labels[batch])
+            loss, logged["train/contrastive_loss"] = loss + term, term.item()
         if not torch.isfinite(loss):
             raise UserError(f"the loss is not finite at step {step}: try a lower --learning_rate")
         accelerator.backward(loss)
@@ -127,17 +158,13 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
 
         predicted = rewards.detach().cpu().numpy()
         ge = np.mean((score[batch] - length[batch] * predicted) ** 2)  # RRD's loss with |I| = 1
-        logged = {
-            "train/loss": float(ge),
-            "train/shaped_loss": loss.item(),
-            "train/learning_rate": schedule.get_last_lr()[0],
-        }
+        logged |= {"train/loss": float(ge), "train/learning_rate": schedule.get_last_lr()[0]}
         logged |= affect_means(predicted, training.affects[batch], "train_shape/train")
         last = step == len(batches)
         if args.val and (step % VALIDATE_EVERY == 0 or last):
             rewards = np.zeros(len(validation), dtype=np.float32)
             rewards[chosen] = head_rewards(head, encoder.encode(chosen_pairs, accelerator.autocast))
-            metrics = evaluate(validation, rewards, args.ep_len, chosen)
+            metrics = evaluate(validation, rewards, args.ep_len, chosen=chosen)
             logged |= wandb_validation(metrics)
             if best["best_li_loss"] is None or metrics["li_loss"] < best["best_li_loss"]:
                 best |= {"best_step": step, "best_li_loss": metrics["li_loss"]}

@@ -7,24 +7,60 @@ Writes `rlmf_weights/{exp_name}_{model_name}_{step}/` every 10 steps: a PEFT ada
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 from cli import REWARD_CLASSES, UserError, add_common_options, file_name, new_parser, positive_int, run
 
-POLICIES = {"llama2": "meta-llama/Llama-2-7b-chat-hf", "llama": "huggyllama/llama-7b"}
+# alias of `--model_name` -> hub id
+POLICIES = {
+    "llama2": "meta-llama/Llama-2-7b-chat-hf",
+    "llama": "huggyllama/llama-7b",
+    "cosmo": "allenai/cosmo-xl",
+    "blenderbot-1b": "facebook/blenderbot-1B-distill",
+    "blenderbot-400m": "facebook/blenderbot-400M-distill",
+    "dialogpt": "microsoft/DialoGPT-large",
+}
 LOCAL_LLAMA = "./llama_hf"  # what `llama` means where it exists
 
-# --rf_model -> (pattern of the folder whose newest head is taken, how to make one)
+
+class RewardChoice(NamedTuple):
+    """A choice of `--rf_model`: patterns of the folders whose newest head is taken, how to make one, and the LI signal
+    that the head must have learned from (None: any)."""
+
+    folders: tuple[str, ...]
+    command: str
+    li_signal: str | None = None
+
+
+_STAGE_2 = "train_reward_GELI.py --train --affect_path RUN"
 RF_MODELS = {
-    "GELI": ("visual_feedback_baselines_*", "train_reward_GELI.py --train --affect_path RUN"),
-    "GE": ("baselines_*", "train_reward_GELI.py --train"),
-    "LI": ("SINGLE_INDEX_reward_function_*", "train_reward_LI_only.py"),
+    "GELI": RewardChoice(("visual_feedback_baselines_*",), _STAGE_2),
+    "GE": RewardChoice(("baselines_*",), "train_reward_GELI.py --train"),
+    "LI": RewardChoice(("*reward_function_*",), "train_reward_LI_only.py"),
+    "sentiment": RewardChoice(
+        ("*reward_function_*", "visual_feedback_baselines_*"),
+        "train_reward_LI_only.py --li_signal sentiment",
+        "sentiment",
+    ),
+    **{
+        f"VFRRD_{short}": RewardChoice(
+            (f"visual_feedback_baselines_*_{name}_baseline_*",), f"{_STAGE_2} --reward_class {name}"
+        )
+        for short, name in {
+            "funny": "you_are_funny",
+            "intelligent": "you_are_intelligent",
+            "humble": "you_are_humble",
+            "sync": "our_thoughts_synced_up_sr1",
+        }.items()
+    },
 }
+BASE = "base"  # the choice without training: the reference policy, measured with GELI's reward
 SAVE_EVERY = 10  # steps
 SAMPLES_SHOWN = 3
 
 
-def parse():
-    """The command line."""
+def build_parser():
+    """The options."""
     parser = new_parser("Stage 3: align a language model with a reward head by PPO.")
     add = parser.add_argument
     add("--model_name", default="llama", help=f"the policy: {', '.join(POLICIES)}, or any hub id or folder")
@@ -35,13 +71,18 @@ def parse():
         default="redistributed_reward",
         help="the turn reward of --rf_model, or a random number (a control: nothing should be learned)",
     )
-    add("--rf_model", choices=RF_MODELS, default="GELI", help="which newest reward head under --output_dir is used")
-    add("--reward_path", metavar="HEAD", help="one reward head instead: a run name or the path of a reward1_ file")
     add(
-        "--lang_model_path", help="accepted as in stages 1 and 2; a head that records its encoder is used with that one"
+        "--rf_model",
+        choices=(*RF_MODELS, BASE),
+        default="GELI",
+        help="which newest reward head under --output_dir is used; base: no training, the reference policy",
     )
+    add("--reward_path", metavar="HEAD", help="one reward head instead: a run name or the path of a reward1_ file")
+    add("--lang_model_path", help="encoder of a published head, which records none; of others their own is used")
     add("--train", action="store_true", help="train")
     add("--val", action="store_true", help="measure the mean reward on held-out prompts, before and after")
+    add("--generate", action="store_true", help="write the base and the tuned policy's responses to held-out prompts")
+    add("--ppo_off", action="store_true", help="with --train: roll out and score, without updates")
     add("--val_prompts", type=positive_int, default=96, help="how many held-out prompts")
     add("--batch_size", type=positive_int, default=24, help="prompts a step")
     add("--steps", type=positive_int, default=200, help="PPO steps")
@@ -57,9 +98,23 @@ def parse():
     add("--no_accel", action="store_true", help="one device, with LoRA r=24 alpha=48 instead of r=16 alpha=32")
     add("--run_name", type=file_name, help="name of the wandb run (default: wandb's, or one like it)")
     add_common_options(parser, learning_rate=1.4e-5, context_turns=10)
+    return parser
+
+
+def parse():
+    """The command line."""
+    parser = build_parser()
     args = parser.parse_args()
-    if not args.train and not args.val:
-        parser.error("nothing to do: give --train, --val or both")
+    if not (args.train or args.val or args.generate):
+        parser.error("nothing to do: give --train, --val or --generate")
+    if args.ppo_off and not args.train:
+        parser.error("--ppo_off is how --train rolls out without updates: give --train")
+    if args.rf_model == BASE:
+        if not (args.val or args.generate):
+            parser.error("--rf_model base is the reference policy, which is not trained: give --val or --generate")
+        if args.train:
+            print("--rf_model base is the reference policy: nothing is trained")
+        args.train = False
     return args
 
 
@@ -71,30 +126,34 @@ def main() -> None:
 
     seed_everything(args.seed)
     accelerator = make_accelerator(args.device, args.dtype, cpu_dtype="float32")
-    head_path = find_reward(args) if args.reward == "redistributed_reward" else None
+    scored = args.train or args.val
+    head_path = find_reward(args) if scored and args.reward == "redistributed_reward" else None
     prompts, held_out, counts = load_prompts(args)
     policy = build_policy(args, accelerator)
-    ppo = build_ppo(args, accelerator, policy, head_path)
+    ppo = build_ppo(args, accelerator, policy, build_score(args, accelerator, head_path) if scored else None)
     folder = Path(args.output_dir) / "rlmf_weights"
     stem = f"{args.exp_name}_{Path(args.model_name).name}"
+    tuned = args.rf_model != BASE and not args.ppo_off  # whether there is a policy besides the reference
+    if args.ppo_off or args.rf_model == BASE:
+        stem += "_ppo_off" if args.ppo_off else "_base"
     if args.train:
         set_aside(folder, stem)
-    else:
+    elif tuned:
         checkpoint = newest_checkpoint(folder, stem)
         policy.load(checkpoint)
         stem = f"{checkpoint.name}_val"
     tracker = Tracker("rlmf", folder, {**vars(args), "data": counts}, args.run_name)
 
     metrics, texts = {}, {}
-    if args.val:
+    look = args.val or args.generate
+    if look:
         with policy.reference():
-            metrics["before"], texts["before"] = ppo.evaluate(held_out, args.seed)
-        metrics["human"] = {
-            "reward": ppo.score([p.context for p in held_out], [p.human for p in held_out]).mean().item()
-        }
-    paths = train(args, ppo, prompts, tracker, folder, stem) if args.train else []
+            metrics["before"], texts["base"] = ppo.evaluate(held_out, args.seed)
     if args.val:
-        metrics["after"], texts["after"] = ppo.evaluate(held_out, args.seed)
+        metrics["human"] = {"reward": ppo.score(held_out, [p.human for p in held_out]).mean().item()}
+    paths = train(args, ppo, prompts, tracker, folder, stem) if args.train else []
+    if look and tuned:
+        metrics["after"], texts["tuned"] = ppo.evaluate(held_out, args.seed)
     paths += report(args, tracker, folder, stem, head_path, counts, metrics, texts, held_out)
     tracker.finish()
     print("\n".join(["Written:", *(f"  {path}" for path in paths)]))
@@ -102,20 +161,29 @@ def main() -> None:
 
 def find_reward(args) -> Path:
     """The reward head's file: `--reward_path`, or the newest of `--rf_model`'s kind; says which it took."""
+    from models import load_reward_head
     from train_reward_GELI import find_head, saved_heads
 
     if args.reward_path:
         path = find_head(args.reward_path, args.output_dir)
     else:
-        pattern, command = RF_MODELS[args.rf_model]
-        found = saved_heads(args.output_dir, pattern)
+        name = "GELI" if args.rf_model == BASE else args.rf_model
+        choice = RF_MODELS[name]
+        found = [path for pattern in choice.folders for path in saved_heads(args.output_dir, pattern)]
+        if choice.li_signal:
+            found = [path for path in found if load_reward_head(path).config.li_signal == choice.li_signal]
         if not found:
             raise UserError(
-                f"--rf_model {args.rf_model}: expected a reward head {pattern}/reward1_RUN under {args.output_dir}, "
-                f"found none; train one with {command}, or name one with --reward_path"
+                f"--rf_model {args.rf_model}: expected a reward head {' or '.join(choice.folders)}/reward1_RUN under "
+                f"{args.output_dir}, found none; train one with {choice.command}, or name one with --reward_path"
             )
         path = max(found, key=lambda p: (p.stat().st_mtime_ns, p.name))
-    print(f"Reward head: {path}")
+    config = load_reward_head(path).config
+    learned = f"LI from the {config.li_signal}" if config.li else "no LI"
+    print(
+        f"Reward head: {path} (stage {config.stage}, {config.redist_type or 'no decomposition'}, {learned}, "
+        f"{config.reward_class or 'class not recorded'})"
+    )
     return path
 
 
@@ -131,9 +199,12 @@ def load_prompts(args):
 
     def prompts_of(trajectories):
         for trajectory in trajectories:
-            for i in trajectory.agent_turns:
-                context, response = turn_text(trajectory.conversation, i, trajectory.user, args.context_turns)
-                yield Prompt(prompt_text(context), context, response.removeprefix("AI: "))
+            turns = tuple(
+                turn_text(trajectory.conversation, i, trajectory.user, args.context_turns)
+                for i in trajectory.agent_turns
+            )
+            for position, (context, response) in enumerate(turns):
+                yield Prompt(prompt_text(context), context, response.removeprefix("AI: "), turns, position)
 
     training, validation = (
         list(prompts_of(part)) for part in split(corpus, args.train_size or len(corpus.conversations))
@@ -141,7 +212,8 @@ def load_prompts(args):
     chosen = np.random.default_rng(args.seed).permutation(len(validation))[: args.val_prompts]
     held_out = [validation[i] for i in chosen]
     print(f"prompts: {len(training):,} for training, {len(held_out):,} of {len(validation):,} held out for validation")
-    for name, part, needed in (("training", training, args.train), ("held-out", held_out, args.val)):
+    looks = args.val or args.generate
+    for name, part, needed in (("training", training, args.train), ("held-out", held_out, looks)):
         if needed and not part:
             raise UserError(
                 f"--data_dir {args.data_dir}: no {name} prompt in {len(corpus.conversations)} conversations"
@@ -164,24 +236,27 @@ def build_policy(args, accelerator):
     return load_policy(name, rank, alpha, torch.bfloat16 if half else torch.float32).to(accelerator.device)
 
 
-def build_ppo(args, accelerator, policy, head_path: Path | None):
-    """The loop with its scorer: the head at `head_path`, or random numbers."""
+def build_score(args, accelerator, head_path: Path | None):
+    """(prompts, responses) -> rewards (n,): by the head at `head_path`, or random numbers."""
     import torch
 
     from models import load_encoder_of_head, load_reward_head
-    from ppo import PPO, PPOConfig, RewardScorer
+    from ppo import RewardScorer
 
-    config = PPOConfig(learning_rate=args.learning_rate, batch_size=args.batch_size)
     if head_path is None:
         generator = torch.Generator().manual_seed(args.seed)
+        return lambda prompts, responses: torch.rand(len(responses), generator=generator) * 2 - 1
+    head = load_reward_head(head_path, accelerator.device)
+    max_length = min(args.max_length, head.config.max_length)
+    encoder = load_encoder_of_head(head, head_path, max_length, args.lang_model_path)
+    return RewardScorer(encoder.to(accelerator.device), head, accelerator.autocast)
 
-        def score(contexts, responses):
-            return torch.rand(len(responses), generator=generator) * 2 - 1
-    else:
-        head = load_reward_head(head_path, accelerator.device)
-        max_length = min(args.max_length, head.config.max_length)
-        encoder = load_encoder_of_head(head, head_path, max_length, args.lang_model_path)
-        score = RewardScorer(encoder.to(accelerator.device), head, accelerator.autocast)
+
+def build_ppo(args, accelerator, policy, score):
+    """The loop."""
+    from ppo import PPO, PPOConfig
+
+    config = PPOConfig(learning_rate=args.learning_rate, batch_size=args.batch_size)
     return PPO(policy, score, config, accelerator, args.seed)
 
 
@@ -227,7 +302,7 @@ def train(args, ppo, prompts, tracker, folder: Path, stem: str) -> list[Path]:
         while len(order) < args.batch_size:
             order += rng.permutation(len(prompts)).tolist()
         batch, order = [prompts[i] for i in order[: args.batch_size]], order[args.batch_size :]
-        logged, texts = ppo.step(batch)
+        logged, texts = ppo.step(batch, update=not args.ppo_off)
         rows.append({"step": step, **logged})
         bar.set_postfix(reward=f"{logged['score_mean']:.3f}", kl=f"{logged['kl']:.2f}", refresh=False)
         if not np.isfinite(list(logged.values())).all():
@@ -240,16 +315,23 @@ def train(args, ppo, prompts, tracker, folder: Path, stem: str) -> list[Path]:
             table = pd.DataFrame({"prompt": [p.text for p in batch], "response": texts})
             tracker.log_table("ppo/responses", table, step)
         if step % SAVE_EVERY == 0 or step == args.steps:
-            checkpoint = folder / f"{stem}_{step}"
-            ppo.policy.save(checkpoint)
+            if not args.ppo_off:
+                checkpoint = folder / f"{stem}_{step}"
+                ppo.policy.save(checkpoint)
             with atomic_path(folder / f"{stem}_steps.csv") as temporary:
                 pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.6g")
     picture = plots.ppo(pd.DataFrame(rows), folder / f"{stem}_ppo.png")
-    return [checkpoint, folder / f"{stem}_steps.csv", picture]
+    return [*([checkpoint] if checkpoint else []), folder / f"{stem}_steps.csv", picture]
 
 
 def report(args, tracker, folder: Path, stem: str, head_path: Path, counts, metrics, texts, held_out) -> list[Path]:
-    """Prints the table and a few responses, and writes the run's record; returns the paths of what was written."""
+    """Prints the table and a few responses, and writes the run's record and, with `--generate`, all responses; returns
+    the paths of what was written.
+
+    Args:
+        metrics: `before` (the reference), `after` (the tuned policy) and `human`, where measured.
+        texts: responses of `base` and `tuned` to the `held_out` prompts, where generated.
+    """
     import pandas as pd
 
     from runs import atomic_path, format_table, versions, write_json
@@ -263,25 +345,26 @@ def report(args, tracker, folder: Path, stem: str, head_path: Path, counts, metr
     }
     paths = [folder / f"{stem}.json"]
     write_json(paths[0], record)
-    if not args.val:
+    if not texts:
         return paths
     tracker.summary({f"val/{when}_{key}": value for when, found in metrics.items() for key, value in found.items()})
-    measured = metrics["before"]
-    rows = [{"on held-out prompts": k, "before": measured[k], "after": metrics["after"][k]} for k in measured]
-    rows.append(
-        {"on held-out prompts": "reward of the human answers", "before": metrics["human"]["reward"], "after": None}
-    )
     table = pd.DataFrame({"prompt": [p.text for p in held_out], "human": [p.human for p in held_out], **texts})
-    responses = folder / f"{stem}_responses.csv"
-    with atomic_path(responses) as temporary:
-        temporary.touch(mode=0o600)  # conversations: for their owner only
-        table.to_csv(temporary, index=False)
     for row in table.head(SAMPLES_SHOWN).to_dict("records"):
-        print(
-            f"\n…{row['prompt'][-160:]}\n  human:  {row['human']}\n  before: {row['before']}\n  after:  {row['after']}"
-        )
-    print(format_table(rows, f"\nStage 3 (PPO), {stem}, reward {head_path.name if head_path else 'random'}"))
-    return [*paths, responses]
+        answers = "".join(f"\n  {who + ':':7}{row[who]}" for who in ("human", *texts))
+        print(f"\n…{row['prompt'][-160:]}{answers}")
+    before, after = metrics["before"], metrics.get("after", {})
+    rows = [{"on held-out prompts": key, "before": before[key], "after": after.get(key)} for key in before]
+    if "human" in metrics:
+        human = metrics["human"]["reward"]
+        rows.append({"on held-out prompts": "reward of the human answers", "before": human, "after": None})
+    reward = head_path.name if head_path else args.reward if args.val else "not measured"
+    print(format_table(rows, f"\nStage 3 (PPO), {stem}, reward {reward}"))
+    if args.generate:
+        paths.append(folder / f"{stem}_responses.csv")
+        with atomic_path(paths[-1]) as temporary:
+            temporary.touch(mode=0o600)  # conversations: for their owner only
+            table.to_csv(temporary, index=False)
+    return paths
 
 
 if __name__ == "__main__":

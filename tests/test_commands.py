@@ -51,7 +51,20 @@ def stage_2(out, sample, *more, check=0):
 
 def stage_3(out, sample, tiny, *more, check=0):
     words = STAGE_3.replace("--model_name llama", f"--model_name {tiny}/llama").replace("size 24", "size 6").split()
-    options = (*words, "--steps", 2, "--val_prompts", 6, "--data_dir", sample, "--output_dir", out, *QUICK, *more)
+    options = (
+        *words,
+        "--steps",
+        2,
+        "--val_prompts",
+        6,
+        "--generate",
+        "--data_dir",
+        sample,
+        "--output_dir",
+        out,
+        *QUICK,
+        *more,
+    )
     return run_script("train_rl_GELI.py", *options, check=check)
 
 
@@ -150,7 +163,7 @@ def test_stage_3_writes_adapters_that_peft_loads_and_says_which_head_it_took(tra
         assert steps[column].notna().all()
     responses = folder / "GELI_llama_responses.csv"
     assert responses.stat().st_mode & 0o077 == 0  # text is for its owner only
-    assert set(pd.read_csv(responses)) == {"prompt", "human", "before", "after"}
+    assert set(pd.read_csv(responses)) == {"prompt", "human", "base", "tuned"}
     assert (folder / "GELI_llama_ppo.png").is_file()
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import data_utils
 from candor_format import write_conversation
 from cli import UserError
-from data_utils import FACES, affect_of_turns, affect_targets
+from data_utils import FACES, affect_of_turns, face_reactions, li_targets, sentiment_reactions
 
 HAPPY, NEUTRAL, SAD, ANGRY = (FACES.index(name) for name in ("happiness", "neutral", "sadness", "anger"))
 
@@ -74,9 +74,19 @@ def test_alignment_equals_looking_at_every_frame(spans, n_frames, seed):
 
 def test_targets_of_each_reaction_type_and_of_negative_affect():
     affects, shares = [HAPPY, NEUTRAL, SAD, ANGRY, FACES.index("surprise")], [0.7, 0.1, 0.2, 0.0, 0.3]
-    assert affect_targets(affects, shares).tolist() == [1, 0, 0, 0, 0]
-    assert affect_targets(affects, shares, negative_affect="negative").tolist() == [1, 0, -1, -1, 0]
-    assert affect_targets(affects, shares, "mean") == pytest.approx([0.7, 0.1, 0.2, 0.0, 0.3])
+    faces = face_reactions(affects, shares)
+    assert li_targets(faces).tolist() == [1, 0, 0, 0, 0]
+    assert li_targets(faces, negative_affect="negative").tolist() == [1, 0, -1, -1, 0]
+    assert li_targets(faces, "mean") == pytest.approx([0.7, 0.1, 0.2, 0.0, 0.3])
+    assert li_targets(faces, "mean", "negative") == pytest.approx([0.7, 0.1, -1, -1, 0.3])
+
+
+def test_targets_from_sentiment():
+    said = sentiment_reactions(np.array([0.6, 0.04, -0.04, -0.3]))
+    assert li_targets(said).tolist() == [1, 0, 0, 0]
+    assert li_targets(said, negative_affect="negative").tolist() == [1, 0, 0, -1]
+    assert li_targets(said, "mean") == pytest.approx([0.6, 0.04, 0, 0])
+    assert said.labels.tolist() == [2, 1, 1, 0]
 
 
 WORDS = "one two three four five six"

@@ -9,15 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import (
+    DECOMPOSITIONS,
     AdaptiveKL,
     RunningMoments,
+    contrastive_term,
     draw_turns,
     gae,
     geli_loss,
+    ircr_loss,
     li_loss,
     ppo_loss,
     predicted_return,
     rrd_loss,
+    rudder_loss,
+    supervised_contrastive_loss,
     token_rewards,
     whiten,
 )
@@ -156,3 +161,62 @@ def test_running_moments_are_those_of_everything_seen(batches):
     if seen.std() > 1e-2:
         assert moments.std == pytest.approx(seen.std())
         assert normalized.numpy() == pytest.approx((np.array(batches[-1]) - seen.mean()) / seen.std(), abs=1e-4)
+
+
+def test_ircr_on_a_four_turn_trajectory():
+    # R/L = 32/160 = 0.2; errors -0.1, -0.4, 0.2, 0.3; squares 0.01 + 0.16 + 0.04 + 0.09 = 0.30; mean 0.075
+    assert ircr_loss(torch.tensor([0.1, -0.2, 0.4, 0.5]), 32, 160).item() == pytest.approx(0.075, rel=1e-5)
+
+
+def test_rudder_on_a_four_turn_trajectory():
+    # predictions after every turn 10, 30, 25, 40 -> rewards 10, 20, -5, 15, which sum to 40; R = 38
+    rewards = torch.tensor([10.0, 20, -5, 15])
+    # errors 28, 8, 13, -2: last squared 4; mean of 784, 64, 169, 4 is 255.25; 4 + 0.5 * 255.25 = 131.625
+    assert rudder_loss(rewards, 38, 160).item() == pytest.approx(131.625)
+    rudder = DECOMPOSITIONS["RUDDER"]
+    assert rudder.predicted_return(rewards, 160).item() == 40
+    assert rudder.loss is rudder_loss and not rudder.uses_subset
+
+
+def test_rudders_cells_by_hand():
+    from models import Differences, RudderCells
+
+    cells = RudderCells(1, cells=1)
+    with torch.no_grad():
+        for p, value in zip(cells.parameters(), (2.0, 0.0, 3.0, -1.0), strict=True):  # W, a; U, b
+            p.fill_(value)
+    # x = 1, then -0.5; h_0 = 0: gate sigmoid(-1) = 0.26894, input tanh(2) = 0.96403: c_1 = 0.25927, h_1 = 0.25361
+    # gate sigmoid(3 * 0.25361 - 1) = 0.44051, input tanh(-1) = -0.76159: c_2 = 0.25927 - 0.33549 = -0.07622
+    expected = [0.25361, np.tanh(-0.07622)]
+    assert cells(torch.tensor([[1.0], [-0.5]])).flatten().tolist() == pytest.approx(expected, abs=2e-5)
+    assert Differences()(torch.tensor([[10.0], [30], [25]])).flatten().tolist() == [10, 20, -5]
+
+
+def test_each_decompositions_target_is_what_its_loss_regresses_to():
+    scores, lengths = np.array([80.0, 40.0]), np.array([160.0, 80.0])
+    targets = {name: list(d.target(scores, lengths)) for name, d in DECOMPOSITIONS.items()}
+    assert targets == {"RRD": [80, 40], "IRCR": [0.5, 0.5], "RUDDER": [80, 40]}
+
+
+def test_the_contrastive_loss_by_hand():
+    # unit rows a = (1, 0), a' = (1, 0), b = (0, 1); temperature 0.5: similarities 2 (a, a'), 0 (with b)
+    hidden, labels = torch.tensor([[3.0, 0], [1, 0], [0, 2]]), torch.tensor([1, 1, 0])
+    # a and a' each: -log(e^2 / (e^2 + e^0)) = log(1 + e^-2) = 0.126928; b has nobody of its label
+    assert supervised_contrastive_loss(hidden, labels, 0.5).item() == pytest.approx(0.126928, abs=1e-5)
+    assert supervised_contrastive_loss(hidden, torch.tensor([0, 1, 2]), 0.5).item() == 0
+    assert contrastive_term(hidden, np.array([1, 1, 0])).item() == pytest.approx(
+        0.3 * supervised_contrastive_loss(hidden, labels, 0.3).item()
+    )
+
+
+def test_the_contrastive_loss_pulls_one_label_together():
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(12, 4, requires_grad=True), torch.arange(12) % 3
+    optimizer = torch.optim.SGD([hidden], lr=1.0)
+    for _ in range(100):
+        optimizer.zero_grad()
+        supervised_contrastive_loss(hidden, labels, 0.3).backward()
+        optimizer.step()
+    z = torch.nn.functional.normalize(hidden.detach(), dim=1)
+    same = labels[:, None] == labels[None]
+    assert (z @ z.T)[same].min() > (z @ z.T)[~same].max()

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from conftest import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -108,9 +109,15 @@ def test_a_head_survives_saving_and_comes_back_in_eval_mode(tmp_path, kind):
 def test_a_head_can_start_at_the_targets_mean(kind):
     head = RewardHead(head_config(head=kind)).eval()
     head.start_at(0.3)
-    assert head(torch.zeros(1, 16)).item() == pytest.approx(0.3, abs=0.15)  # the layers before it are not zero
-    torch.nn.init.zeros_([layer for layer in head.layers if isinstance(layer, torch.nn.Linear)][-1].weight)
-    assert head(torch.randn(1, 16)).item() == pytest.approx(0.3)
+    features = torch.randn(5, 16)
+    rewards = head(features).squeeze(1)
+    if head.sequential:  # the first prediction is 0.3, and nothing changes it
+        assert rewards.tolist() == pytest.approx([0.3, 0, 0, 0, 0], abs=1e-6)
+    else:
+        assert rewards.tolist() == pytest.approx([0.3] * 5, abs=1e-6)
+    head(features).sum().backward()
+    last = [layer for layer in head.layers if isinstance(layer, torch.nn.Linear)][-1]
+    assert last.weight.grad.abs().sum() > 0  # it learns from there
 
 
 def test_the_shrunken_head_is_bounded_and_drops_out_only_in_training():
@@ -269,3 +276,215 @@ def test_distinct_n_by_hand():
     assert distinct(["a b a", "a b"], 1) == pytest.approx(2 / 5)
     assert distinct(["a b a", "a b"], 2) == pytest.approx(2 / 3)  # ab, ba of ab, ba, ab
     assert distinct([""], 1) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads
+
+
+def shape_of(kind) -> list[str]:
+    def name(layer):
+        if isinstance(layer, torch.nn.Linear):
+            return f"{layer.in_features}>{layer.out_features}"
+        return type(layer).__name__
+
+    return [name(layer) for layer in RewardHead(head_config(head=kind)).layers]
+
+
+def test_each_heads_layers():
+    assert shape_of("default") == ["16>768", "ReLU", "768>128", "ReLU", "128>32", "ReLU", "32>1"]
+    assert shape_of("hard_shrink") == [*shape_of("default"), "GELU"]
+    norm = ["LayerNorm", "ReLU"]
+    assert shape_of("batch_norm") == ["16>768", *norm, "768>128", *norm, "128>32", *norm, "32>1"]
+    assert shape_of("small_model") == ["16>128", "ReLU", "128>32", "ReLU", "32>1"]
+    assert shape_of("small_model_shrink") == ["16>128", "Dropout", "ReLU", "128>1", "Dropout", "Tanh"]
+    assert shape_of("rudder") == ["RudderCells", "16>1", "Differences"]
+
+
+@pytest.mark.parametrize("kind", models.HEADS)
+def test_the_hidden_layer_of_a_head_is_what_its_last_linear_layer_sees(kind):
+    head = RewardHead(head_config(head=kind)).eval()
+    features = torch.randn(6, 16)
+    rewards, hidden = head(features, with_hidden=True)
+    last = [i for i, layer in enumerate(head.layers) if isinstance(layer, torch.nn.Linear)][-1]
+    assert torch.equal(head.layers[last:](hidden), rewards) and torch.equal(rewards, head(features))
+
+
+def test_rudders_rewards_sum_to_its_last_prediction_and_look_back_only():
+    head = RewardHead(head_config(head="rudder", redist_type="RUDDER")).eval()
+    assert head.sequential and not RewardHead(head_config()).sequential
+    features = torch.randn(9, 16)
+    predictions = head.layers[:2](features)
+    assert head(features).sum().item() == pytest.approx(predictions[-1].item(), abs=1e-5)
+    torch.testing.assert_close(head(features[:4]), head(features)[:4])
+    both = torch.stack([features, torch.randn(9, 16)])  # several trajectories at once
+    torch.testing.assert_close(head(both)[0], head(features))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoders of every architecture that an alias stands for
+
+PAIR_FORMS = {
+    "bart": "<s>{}</s></s>{}</s>",
+    "longformer": "<s>{}</s></s>{}</s>",
+    "longt5": "{}</s>{}</s>",
+    "llama-encoder": "<s>{}<s>{}</s>",  # its tokenizer puts no end token: one is added
+}
+
+
+@pytest.fixture(scope="module", params=PAIR_FORMS)
+def architecture(request, sample, tmp_path_factory):
+    """(kind, its encoder)"""
+    folder = small_model(request.param, tmp_path_factory.mktemp("small") / request.param, sample)
+    adapt = request.param == "llama-encoder"
+    torch.manual_seed(0)
+    return request.param, load_encoder(str(folder), adapt=adapt).eval()
+
+
+TURN = (" User: what do you enjoy the most about cooking?", "AI: I read that it has changed a lot")
+
+
+def test_every_architecture_gets_its_own_pair_form(architecture):
+    kind, encoder = architecture
+    pair = encoder.tokenize([TURN])[0]
+    assert encoder.tokenizer.decode(pair.ids) == PAIR_FORMS[kind].format(*TURN)
+    assert pair.ids[-1] == encoder.tokenizer.eos_token_id
+
+
+def test_every_architecture_keeps_the_response_when_it_cuts(architecture):
+    _, encoder = architecture
+    assert encoder.max_length == 256
+    pair = encoder.tokenize([(TURN[0] * 60, TURN[1])])[0]
+    assert len(pair.ids) == 256 and encoder.tokenizer.decode(pair.ids).endswith(TURN[1] + "</s>")
+    long = encoder.tokenize([(TURN[0], "AI: begin" + " on" * 600 + " end")])[0]
+    text = encoder.tokenizer.decode(long.ids)
+    assert len(long.ids) == 256 and text.endswith(" end</s>") and "begin" not in text and "User" not in text
+
+
+def test_every_architecture_is_read_at_the_last_end_token_whatever_the_padding(architecture):
+    _, encoder = architecture
+    pairs = encoder.tokenize([TURN, (TURN[0] * 9, TURN[1] * 2), ("", "AI: hm")])
+    features = encoder.encode(pairs)
+    for pair, feature in zip(pairs, features, strict=True):
+        ids = torch.tensor(pair.ids[None].astype(int))
+        hidden = encoder.encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+        torch.testing.assert_close(feature, hidden[-1], atol=2e-5, rtol=1e-4)
+
+
+def test_every_architecture_trains_and_survives_saving(architecture, tmp_path):
+    kind, encoder = architecture
+    pairs = encoder.tokenize([TURN, ("", "AI: hm")])
+    before, total = encoder.encode(pairs), sum(p.numel() for p in encoder.model.parameters())
+    optimizer = torch.optim.SGD(encoder.trainable(), lr=0.1)
+    for _ in range(2):  # LoRA's second factor starts at 0: one step does not reach the first
+        optimizer.zero_grad()
+        encoder.encode_with_gradients(pairs).square().sum().backward()
+        optimizer.step()
+    after = encoder.encode(pairs)
+    assert not torch.allclose(before, after)
+    encoder.save(tmp_path / "lang_model_x")
+    again = load_encoder(str(tmp_path / "lang_model_x"))
+    torch.testing.assert_close(again.encode(again.tokenize([TURN, ("", "AI: hm")])), after, atol=1e-6, rtol=1e-5)
+    if kind == "llama-encoder":  # an adapter alone: r=8, alpha=16, dropout 0.1
+        config = json.loads((tmp_path / "lang_model_x" / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 16, 0.1)
+        assert not (tmp_path / "lang_model_x" / "model.safetensors").exists()
+        assert sum(p.numel() for p in encoder.trainable()) < total / 3
+        assert again.trainable()  # a loaded adapter can be trained further
+
+
+def test_gradients_in_batches_are_those_of_one_batch(architecture):
+    _, encoder = architecture
+    pairs = encoder.tokenize([TURN, (TURN[0] * 4, TURN[1]), ("", "AI: hm")])
+    gradients = []
+    for tokens in (1, 1 << 20):
+        encoder.zero_grad()
+        features = encoder.encode_with_gradients(pairs, tokens_per_batch=tokens)
+        torch.testing.assert_close(features, encoder.encode(pairs), atol=2e-5, rtol=1e-4)
+        (features * torch.arange(3.0)[:, None]).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in encoder.trainable() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policies of every architecture that an alias stands for
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "t5", "t5-tied", "blenderbot"])
+def any_policy(request, sample, tmp_path_factory):
+    """A policy whose adapter has been changed, so that it differs from its reference."""
+    folder = small_model(request.param, tmp_path_factory.mktemp("policy") / request.param, sample)
+    policy = load_policy(str(folder), 4, 8, torch.float32)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in policy.trainable():
+            p.add_(0.1 * torch.randn_like(p))
+    return policy
+
+
+def whole_models_logits(policy, query, query_mask, response):
+    if policy.has_encoder:
+        start = torch.full((len(response), 1), policy.model.config.decoder_start_token_id)
+        inputs = torch.cat([start, response[:, :-1]], dim=1)
+        return policy.model(input_ids=query, attention_mask=query_mask, decoder_input_ids=inputs).logits
+    ids = torch.cat([query, response], dim=1)
+    return policy.model(input_ids=ids).logits[:, query.shape[1] - 1 : -1]
+
+
+def test_every_policys_log_probabilities_are_those_of_the_whole_model_alone_and_in_a_batch(any_policy):
+    query, query_mask = any_policy.tokenize(PROMPTS)
+    response, mask = responses_of(any_policy)
+    together = any_policy(query, query_mask, response, mask)
+    for row, n in enumerate((5, 9)):
+        alone = any_policy.tokenize(PROMPTS[row : row + 1])
+        part = response[row : row + 1, :n]
+        expected = torch.distributions.Categorical(logits=whole_models_logits(any_policy, *alone, part))
+        torch.testing.assert_close(together[0][row, :n], expected.log_prob(part)[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together[2][row, :n], expected.entropy()[0], atol=1e-5, rtol=1e-5)
+        values = any_policy(*alone, part, torch.ones(1, n))[1]
+        torch.testing.assert_close(together[1][row, :n], values[0], atol=1e-5, rtol=1e-5)
+
+
+def test_every_policys_samples_have_the_probabilities_that_it_says(any_policy):
+    """The first token's frequencies over many samples agree with the log-probabilities of the forward pass."""
+    query, query_mask = any_policy.tokenize(PROMPTS[:1] * 2000)
+    torch.manual_seed(0)
+    first = any_policy.generate(query, query_mask, 1)[:, 0]
+    tokens = torch.arange(any_policy.model.config.vocab_size)[:, None]
+    alone = [x.expand(len(tokens), -1) for x in any_policy.tokenize(PROMPTS[:1])]
+    with torch.no_grad():
+        p = any_policy(*alone, tokens, torch.ones_like(tokens).float())[0][:, 0].exp()
+    assert p.sum().item() == pytest.approx(1, abs=1e-4)
+    counts = torch.bincount(first, minlength=len(p))
+    assert ((counts - 2000 * p).abs() < 6 * (2000 * p).sqrt() + 3).all()
+
+
+def test_every_policys_reference_is_the_base_model_and_its_adapter_survives_saving(any_policy, tmp_path):
+    from peft import PeftModel
+
+    base_path = any_policy.model.peft_config["default"].base_model_name_or_path
+    kind = type(any_policy.model.get_base_model())
+    inputs = (*any_policy.tokenize(PROMPTS), *responses_of(any_policy))
+    with torch.no_grad(), any_policy.reference():
+        reference = any_policy(*inputs)[0]
+    untouched = load_policy(base_path, 4, 8, torch.float32)
+    torch.testing.assert_close(untouched(*inputs)[0], reference)
+    assert not torch.allclose(any_policy(*inputs)[0], reference)
+    any_policy.save(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(kind.from_pretrained(base_path), tmp_path / "adapter").eval()
+    again = models.Policy(loaded, any_policy.tokenizer)
+    torch.testing.assert_close(again(*inputs)[0], any_policy(*inputs)[0])
+
+
+def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused(any_policy, monkeypatch):
+    kind = type(any_policy.model.get_base_model())
+    whole = kind.forward
+
+    def scaled(self, *args, **kwargs):
+        output = whole(self, *args, **kwargs)
+        output.logits = 30 * torch.tanh(output.logits * 3)
+        return output
+
+    monkeypatch.setattr(kind, "forward", scaled)
+    with pytest.raises(UserError, match="changes its logits"):
+        any_policy._check_logits()

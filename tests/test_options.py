@@ -1,0 +1,535 @@
+"""Every option of the three commands, by what it does: each test fails if its option did nothing."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, call_script, run_script, small_model
+
+import models
+from data_utils import read_corpus, split, told_share
+
+QUICK = ("--context_turns", 2, "--learning_rate", 1e-3, "--train_size", 6, "--small_model_shrink", "--model", "convo")
+
+
+@pytest.fixture(scope="module")
+def stages(sample, tiny, tmp_path_factory):
+    """Functions that run stage 1, stage 2 (from stage 1's run `li`) and stage 3 in one output folder."""
+    out = tmp_path_factory.mktemp("out")
+    data = ("--data_dir", sample, "--output_dir", out)
+    encoder = ("--lang_model_path", tiny / "bart")
+
+    class Stages:
+        folder = out
+
+        def li(self, *more, encoder=encoder, quick=QUICK, check=0):
+            options = (*data, *encoder, *quick, "--epochs", 2, "--batch_size", 32, *more)
+            return call_script("train_reward_LI_only.py", *options, check=check)
+
+        def ge(self, *more, encoder=encoder, quick=QUICK, check=0):
+            return call_script("train_reward_GELI.py", *data, *encoder, *quick, "--epochs", 2, *more, check=check)
+
+        def geli(self, *more, **options):
+            return self.ge("--affect_path", "li", *more, encoder=(), **options)
+
+        def ppo(self, *more, check=0):
+            options = ("--model_name", tiny / "llama", "--steps", 1, "--batch_size", 2, "--val_prompts", 4)
+            return call_script("train_rl_GELI.py", *data, *options, "--context_turns", 2, *more, check=check)
+
+        def head(self, run):
+            return models.load_reward_head(self.path(run))
+
+        def path(self, run):
+            return next(path for path in out.glob(f"*/reward1_{run}"))
+
+        def record(self, run):
+            return json.loads(next(out.glob(f"*/reward1_{run}.json")).read_text())
+
+        def weights(self, run):
+            return torch.cat([p.flatten() for p in self.head(run).parameters()])
+
+    stages = Stages()
+    stages.li("--run_name", "li", "--val")
+    stages.geli("--train", "--val", "--run_name", "geli")
+    stages.ge("--train", "--val", "--run_name", "ge")
+    return stages
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads and losses
+
+
+@pytest.mark.parametrize("option", ["hard_shrink", "batch_norm", "small_model"])
+def test_each_head_trains_in_both_stages(stages, option):
+    quick = tuple(f"--{option}" if word == "--small_model_shrink" else word for word in QUICK)
+    stages.li("--run_name", f"li-{option}", quick=quick)
+    stages.ge("--train", "--affect_path", f"li-{option}", "--run_name", f"geli-{option}", encoder=(), quick=quick)
+    for run in (f"li-{option}", f"geli-{option}"):
+        assert stages.head(run).config.head == option
+    folder = stages.path(f"li-{option}").parent.name
+    assert ("shrink_True" in folder) == (option == "hard_shrink")
+
+
+def test_a_head_of_another_kind_than_stage_1s_is_refused(stages):
+    result = stages.geli("--train", quick=QUICK[:6], check=2)
+    assert "its head is of the kind small_model_shrink, the options ask for default" in result.stderr
+
+
+def test_contrastive_changes_training_from_the_second_epoch_on(stages):
+    stages.li("--run_name", "li-contra", "--contrastive")
+    assert "contra_True" in stages.path("li-contra").parent.name
+    assert not torch.equal(stages.weights("li-contra"), stages.weights("li"))
+    for epochs, same in ((1, True), (2, False)):
+        for run, more in ((f"plain{epochs}", ()), (f"contra{epochs}", ("--contrastive",))):
+            stages.geli("--train", "--epochs", epochs, "--run_name", run, *more)
+        assert torch.equal(stages.weights(f"plain{epochs}"), stages.weights(f"contra{epochs}")) == same
+    assert "--contrastive learns from the listener's affect" in stages.ge("--train", "--contrastive", check=2).stderr
+
+
+def test_the_curriculum_shows_the_answer_to_training_turns_only(stages, sample, monkeypatch):
+    seen = {True: 0, False: 0}
+    tokenize = models.TurnEncoder.tokenize
+
+    def count(self, pairs):
+        for _, response in pairs:
+            seen["User's rating: " in response] += 1
+        return tokenize(self, pairs)
+
+    monkeypatch.setattr(models.TurnEncoder, "tokenize", count)
+    for run, options in {
+        "curriculum": ("--curriculum",),
+        "exposure": ("--curriculum_exposure",),
+        "both": ("--curriculum", "--curriculum_exposure"),
+    }.items():
+        stages.geli("--train", "--val", "--run_name", run, *options)
+    training, validation = (
+        sum(len(t.agent_turns) for t in part) for part in split(read_corpus(sample, "overall_affect"), 6)
+    )
+    assert seen == {True: 3 * training, False: 3 * (training + validation)}  # validation never shows it
+    assert len({tuple(stages.weights(run).tolist()) for run in ("geli", "curriculum", "exposure")}) == 3
+    assert torch.equal(stages.weights("both"), stages.weights("exposure"))  # exposure says how often
+    stages.li("--run_name", "li-told", "--curriculum")
+    stages.li("--run_name", "li-exposed", "--curriculum_exposure")
+    assert "curriculum_True_curriculum_exposureFalse" in stages.path("li-told").parent.name
+    assert "curriculum_False_curriculum_exposureTrue" in stages.path("li-exposed").parent.name
+    assert len({tuple(stages.weights(run).tolist()) for run in ("li", "li-told", "li-exposed")}) == 3
+
+
+def test_exposure_falls_linearly_from_1_to_0():
+    assert [told_share(False, True, epoch, 5) for epoch in range(1, 6)] == [1, 0.75, 0.5, 0.25, 0]
+    assert [told_share(True, False, epoch, 3) for epoch in range(1, 4)] == [1, 1, 1]
+    assert told_share(False, False, 1, 3) == 0 and told_share(False, True, 1, 1) == 1
+
+
+def test_unfreeze_trains_saves_and_hands_on_the_encoder(stages):
+    stages.geli("--train", "--val", "--run_name", "thawed", "--unfreeze", "--encoder_learning_rate", 1e-3)
+    path = stages.path("thawed")
+    name = models.encoder_of_head(stages.head("thawed"), path)
+    assert name == str(path.parent / "lang_model_thawed")
+    start = models.load_encoder(models.encoder_of_head(stages.head("li"), stages.path("li")))
+    moved = [
+        not torch.equal(a, b)
+        for a, b in zip(start.encoder.parameters(), models.load_encoder(name).encoder.parameters(), strict=True)
+    ]
+    assert sum(moved) > len(moved) / 2
+    stages.ge("--val", "--reward_path", "thawed", "--run_name", "thawed-again", encoder=())
+    assert stages.record("thawed-again")["metrics"]["validation"] == stages.record("thawed")["metrics"]["validation"]
+    run = stages.ppo("--val", "--train", "--reward_path", "thawed", "--exp_name", "thawed")
+    assert f"Reward head: {path}" in run.stdout
+    assert f"Reward head: {path}" not in stages.ppo("--val", "--train", "--reward_path", "geli").stdout
+
+
+def test_unfreeze_names_stage_1s_folder_as_published(stages):
+    stages.li("--run_name", "li-thawed", "--unfreeze")
+    assert stages.path("li-thawed").parent.name == "reward_function_convo_160_scaled_overall_affect"
+    stages.ge("--train", "--affect_path", "li-thawed", "--run_name", "after-thawed", encoder=())  # and stage 2 finds it
+    assert stages.head("after-thawed").config.li
+
+
+def test_loss_scale_lambda_and_ep_len_change_what_is_learned(stages):
+    runs = {
+        "normalized": ("--loss_scale", "normalized"),
+        "lambda0": ("--lambda", 0),
+        "lambda1": ("--lambda", 1),
+        "actual": ("--ep_len", "actual"),
+    }
+    for run, options in runs.items():
+        stages.geli("--train", "--val", "--run_name", run, *options)
+    found = {run: stages.record(run)["metrics"]["validation"] for run in (*runs, "geli")}
+    assert len({metrics["ge_loss"] for metrics in found.values()}) == len(found)
+    assert found["lambda0"]["li_loss"] < found["lambda1"]["li_loss"]
+    returns = np.array([7 * 2, 7 * 2])  # of 14 turns each person has 7: L is 7, so returns stay small
+    assert found["actual"]["ge_loss"] > 100 and returns.max() < 20
+
+
+def test_bar_chart_logs_rewards_by_turn_without_text_or_ids(stages):
+    stages.geli("--train", "--val", "--bar_chart", "--run_name", "bars")
+    tables = [json.loads(path.read_text()) for path in (stages.folder / "wandb").rglob("*.table.json")]
+    rewards = pd.read_csv(stages.path("bars").with_name("val_turn_rewards_bars.csv"))
+    assert len(tables) == 4  # the first four trajectories
+    bars = [[row[1] for row in table["data"]] for table in tables]
+    expected = [rows["reward"].tolist() for _, rows in rewards.groupby(["conversation_id", "flip"], sort=False)][:4]
+    for table, heights in zip(sorted(bars), sorted(expected), strict=True):
+        assert table == pytest.approx(heights, abs=1e-5)
+    for table in tables:
+        assert table["columns"] == ["turn", "predicted reward"]
+        assert [row[0] for row in table["data"]] == [str(n + 1) for n in range(len(table["data"]))]
+    assert "give --val" in stages.geli("--train", "--bar_chart", check=2).stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decompositions and LI signals
+
+
+@pytest.mark.parametrize("kind", ["IRCR", "RUDDER"])
+def test_each_decomposition_alone_and_with_li(stages, kind):
+    stages.ge("--train", "--val", "--redist_type", kind, "--run_name", f"ge-{kind}")
+    printed = stages.geli("--train", "--val", "--redist_type", kind, "--run_name", f"geli-{kind}").stdout
+    assert ("RUDDER has a network of its own" in printed) == (kind == "RUDDER")
+    for run, li in ((f"ge-{kind}", False), (f"geli-{kind}", True)):
+        config = stages.head(run).config
+        assert (config.redist_type, config.li) == (kind, li)
+        prefix = "visual_feedback_baselines" if li else "baselines"
+        assert stages.path(run).parent.name == f"{prefix}_convo_overall_affect_baseline_{kind}_K_160"
+        stages.ge("--val", "--reward_path", run, "--run_name", f"{run}-again", encoder=())
+        assert stages.record(f"{run}-again")["metrics"] == {"validation": stages.record(run)["metrics"]["validation"]}
+    assert not torch.equal(stages.weights(f"ge-{kind}"), stages.weights(f"geli-{kind}"))
+
+
+def test_rudders_l_ge_compares_the_sum_of_rewards_with_the_score(stages, sample):
+    stages.ge("--train", "--val", "--redist_type", "RUDDER", "--run_name", "rudder")
+    table = pd.read_csv(stages.path("rudder").with_name("val_turn_rewards_rudder.csv"))
+    scores = {
+        (t.conversation.id, t.user): t.score
+        for part in read_corpus(sample, "overall_affect").trajectories.values()
+        for t in part
+    }
+    errors = [(scores[key] - rows["reward"].sum()) ** 2 for key, rows in table.groupby(["conversation_id", "user_id"])]
+    assert stages.record("rudder")["metrics"]["validation"]["ge_loss"] == pytest.approx(np.mean(errors), rel=1e-3)
+
+
+def test_k_is_how_many_turns_rrd_draws(stages):
+    stages.ge("--train", "--K", 2, "--run_name", "k2")
+    stages.ge("--train", "--K", 99, "--run_name", "k99")
+    assert not torch.equal(stages.weights("k2"), stages.weights("ge"))
+    assert torch.equal(stages.weights("k99"), stages.weights("ge"))  # 160 and 99 are both more than there are
+
+
+def test_sentiment_targets_are_those_of_the_users_next_turn(stages, sample):
+    from textblob import TextBlob
+
+    stages.li("--run_name", "said", "--val", "--li_signal", "sentiment", "--negative_affect", "negative")
+    table = pd.read_csv(stages.path("said").with_name("val_turn_rewards_said.csv"), dtype={"turn_id": str})
+    for conversation, rows in table.groupby("conversation_id"):
+        transcript = pd.read_csv(
+            sample / conversation / "transcription" / "transcript_cliffhanger.csv", dtype={"turn_id": str}
+        )
+        for row in rows.itertuples():
+            later = transcript[(transcript["start"] > row.start) & (transcript["speaker"] == row.user_id)]
+            polarity = TextBlob(later["utterance"].iloc[0]).sentiment.polarity if len(later) else 0.0
+            assert row.target == (polarity > 0.05) - (polarity < -0.05)
+    assert set(table["target"]) == {-1, 0, 1}
+    assert stages.head("said").config.li_signal == "sentiment"
+    stages.ge("--train", "--affect_path", "said", "--run_name", "geli-said", encoder=())
+    assert stages.head("geli-said").config.li_signal == "sentiment"  # stage 2 follows its stage-1 run
+
+
+def test_sentiment_can_come_from_a_classifier(stages, sample, tiny, tmp_path):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    labels = {0: "NEGATIVE", 1: "neutral", 2: "POSITIVE"}
+    for name, id2label in (("good", labels), ("stars", {0: "1 star", 1: "2 stars", 2: "3 stars"})):
+        torch.manual_seed(0)
+        classifier = AutoModelForSequenceClassification.from_pretrained(tiny / "bart", id2label=id2label)
+        with torch.no_grad():
+            classifier.classification_head.out_proj.bias.copy_(torch.tensor([0.0, 0.0, 9.0]))
+        classifier.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(tiny / "bart").save_pretrained(tmp_path / name)
+    sentiment = ("--li_signal", "sentiment", "--sentiment_model")
+    stages.li("--run_name", "classified", "--val", *sentiment, tmp_path / "good")
+    table = pd.read_csv(stages.path("classified").with_name("val_turn_rewards_classified.csv"))
+    assert (table["target"] == 1).all()  # this one finds everything positive
+    refused = stages.li(*sentiment, tmp_path / "stars", check=2).stderr
+    assert "expected labels that begin with pos and neg, found 1 star" in refused
+    assert "is for --li_signal sentiment" in stages.li("--li_signal", "face", *sentiment[2:], "x", check=2).stderr
+
+
+def test_reaction_type_and_negative_affect_change_the_targets(stages, sample, tmp_path):
+    data = tmp_path / "candor"  # in the sample a face stays through a turn: here every third frame is neutral
+    shutil.copytree(sample, data)
+    for path in data.glob("*/audio_video_features.csv"):
+        table = pd.read_csv(path)
+        table.loc[::3, [name for name in table if name.startswith("prob_face_")]] = 0.0
+        table.loc[::3, "prob_face_neutral"] = 1.0
+        table.to_csv(path, index=False)
+    targets = {}
+    for run, options in {
+        "class": (),
+        "mean": ("--reaction_type", "mean"),
+        "negative": ("--negative_affect", "negative"),
+    }.items():
+        stages.li("--run_name", f"target-{run}", "--val", "--epochs", 1, "--data_dir", data, *options)
+        table = pd.read_csv(stages.path(f"target-{run}").with_name(f"val_turn_rewards_target-{run}.csv"))
+        targets[run] = set(table["target"])
+    assert targets["class"] == {0, 1} and targets["negative"] == {-1, 0, 1}
+    assert len(targets["mean"]) > 2 and all(0 <= value <= 1 for value in targets["mean"])
+
+
+@pytest.mark.parametrize("transcript", ["audiophile", "backbiter"])
+def test_each_transcript_is_the_one_that_is_read(stages, sample, tmp_path, transcript):
+    shutil.copytree(sample, tmp_path / "candor")
+    for path in (tmp_path / "candor").glob("*/transcription/transcript_cliffhanger.csv"):
+        path.rename(path.with_name(f"transcript_{transcript}.csv"))
+    data = ("--data_dir", tmp_path / "candor", "--epochs", 1)
+    message = stages.li(*data, check=2).stderr
+    assert "transcript_cliffhanger.csv: no such file (40)" in message
+    stages.li(*data, "--transcript", transcript, "--run_name", f"li-{transcript}")
+    assert stages.record(f"li-{transcript}")["data"]["conversations"] == 40
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoders
+
+
+def test_max_length_cuts_what_the_encoder_sees_and_is_remembered(stages):
+    stages.li("--run_name", "short", "--max_length", 24)
+    assert stages.head("short").config.max_length == 24
+    assert not torch.equal(stages.weights("short"), stages.weights("li"))
+    assert "at least 5 tokens are needed" in stages.li("--max_length", 4, check=2).stderr
+
+
+def test_dtype_and_device_are_those_that_are_asked_for(stages):
+    for dtype in ("float32", "bfloat16"):
+        stages.li("--run_name", dtype, "--dtype", dtype, "--device", "cpu")
+    assert not torch.equal(stages.weights("float32"), stages.weights("bfloat16"))
+    if not torch.cuda.is_available():
+        assert "--device cuda: this machine has none" in stages.li("--device", "cuda", check=2).stderr
+
+
+def test_llama2_is_adapted_not_rewritten(stages, sample, tmp_path):
+    folder = small_model("llama-encoder", tmp_path / "llama", sample)
+    options = ("--model", "LLAMA2", "--lang_model_path", folder)
+    stages.li("--run_name", "lora", "--val", encoder=options, quick=QUICK[:-2])
+    saved = stages.path("lora").with_name("lang_model_lora")
+    assert (saved / "adapter_model.safetensors").is_file() and not (saved / "model.safetensors").exists()
+    stages.ge("--train", "--val", "--affect_path", "lora", "--run_name", "geli-lora", encoder=())
+    assert stages.record("geli-lora")["metrics"]["validation"]["li_loss"] >= 0
+    stages.ge("--train", "--affect_path", "lora", "--unfreeze", "--run_name", "lora-thawed", encoder=())
+    assert stages.path("lora-thawed").with_name("lang_model_lora-thawed").joinpath("adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["longformer", "longt5"])
+def test_other_encoders_train_and_freeze(stages, sample, tmp_path, kind):
+    alias = {"longformer": "longformer", "longt5": "longT5"}[kind]
+    folder = small_model(kind, tmp_path / kind, sample)
+    options = ("--model", alias, "--lang_model_path", folder)
+    stages.li("--run_name", f"li-{kind}", "--epochs", 1, encoder=options, quick=QUICK[:-2])
+    assert stages.path(f"li-{kind}").parent.name.startswith(f"SINGLE_INDEX_reward_function_{alias}_")
+    stages.ge(
+        "--train", "--affect_path", f"li-{kind}", "--run_name", f"geli-{kind}", encoder=options[:2], quick=QUICK[:-2]
+    )
+    assert stages.path(f"geli-{kind}").parent.name.startswith(f"visual_feedback_baselines_{alias}_")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reward classes
+
+
+def test_every_reward_class_has_its_scale(tmp_path):
+    from candor_format import write_conversation
+    from cli import REWARD_CLASSES
+    from data_utils import make_trajectory, read_conversation
+
+    answers = {name: 60 + i if scale == 1 else 1 + i % 7 for i, (name, scale) in enumerate(REWARD_CLASSES.items())}
+    turns = [("u", 0, 3, "hello there my good old friend"), ("v", 3, 6, "hi")]
+    faces = [("u", 0, 6, "neutral"), ("v", 0, 6, "happiness")]
+    write_conversation(tmp_path / "c", turns, faces, {"u": answers, "v": answers})
+    conversation = read_conversation(tmp_path / "c")
+    assert len(REWARD_CLASSES) == 17
+    for name, answer in answers.items():
+        expected = answer if name in ("conversationalist", "good_for_advice") else 10 * answer
+        assert make_trajectory(conversation, False, name).score == expected
+
+
+def test_a_class_that_the_survey_lacks_is_an_error_that_lists_those_present(stages, sample, tmp_path):
+    for folder in sorted(path for path in sample.iterdir() if path.is_dir())[:3]:
+        shutil.copytree(folder, tmp_path / folder.name)
+        survey = pd.read_csv(tmp_path / folder.name / "survey.csv")
+        survey[["user_id", "overall_affect", "i_like_you"]].to_csv(tmp_path / folder.name / "survey.csv", index=False)
+    message = stages.li("--reward_class", "you_are_warm", "--data_dir", tmp_path, check=2).stderr
+    assert "has that column; present: i_like_you, overall_affect" in message
+
+
+def test_a_saved_head_is_not_measured_against_another_question(stages):
+    result = stages.ge("--val", "--reward_path", "geli", "--reward_class", "i_like_you", encoder=(), check=2)
+    assert "was trained for overall_affect, not i_like_you: give --reward_class overall_affect" in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 3
+
+
+def test_every_choice_of_reward_finds_its_head_and_says_which(stages):
+    from train_rl_GELI import RF_MODELS
+
+    stages.li("--run_name", "rl-said", "--li_signal", "sentiment")
+    stages.li("--run_name", "rl-li", "--epochs", 1)
+    stages.ge("--train", "--run_name", "rl-ge")
+    vfrrd = {
+        "VFRRD_funny": "you_are_funny",
+        "VFRRD_intelligent": "you_are_intelligent",
+        "VFRRD_humble": "you_are_humble",
+        "VFRRD_sync": "our_thoughts_synced_up_sr1",
+    }
+    runs = {"sentiment": "rl-said", "LI": "rl-li", "GE": "rl-ge", **{name: f"rl-{name}" for name in vfrrd}}
+    for choice, reward_class in vfrrd.items():
+        assert (
+            f"--rf_model {choice}: expected a reward head visual_"
+            in stages.ppo("--val", "--train", "--rf_model", choice, check=2).stderr
+        )
+        stages.geli("--train", "--run_name", runs[choice], "--reward_class", reward_class)
+    stages.geli("--train", "--run_name", "rl-geli")
+    runs["GELI"] = "rl-geli"
+    assert set(runs) == set(RF_MODELS)
+    for choice, run in runs.items():
+        printed = stages.ppo("--train", "--ppo_off", "--rf_model", choice).stdout
+        assert f"Reward head: {stages.path(run)} (" in printed
+
+
+def test_rudder_scores_a_response_given_the_agent_turns_before_it(stages, sample):
+    from contextlib import nullcontext
+
+    from data_utils import turn_text
+    from ppo import Prompt, RewardScorer
+
+    stages.ge("--train", "--redist_type", "RUDDER", "--run_name", "rudder-rl")
+    path = stages.path("rudder-rl")
+    head = models.load_reward_head(path)
+    encoder = models.load_encoder(models.encoder_of_head(head, path)).eval()
+    trajectory = next(iter(read_corpus(sample, "overall_affect").trajectories.values()))[0]
+    turns = tuple(turn_text(trajectory.conversation, i, trajectory.user, 2) for i in trajectory.agent_turns)
+    prompts = [Prompt("", context, response[4:], turns, t) for t, (context, response) in enumerate(turns)]
+    score = RewardScorer(encoder, head, nullcontext)
+    whole = head(encoder.encode(encoder.tokenize(turns))).squeeze(1)  # one trajectory, turn after turn
+    for order in (list(range(len(turns))), list(range(len(turns)))[::-1]):
+        asked = [prompts[i] for i in order]
+        found = score(asked, [prompt.human for prompt in asked])
+        torch.testing.assert_close(found, whole[order], atol=1e-4, rtol=1e-4)
+    other = score([prompts[5], prompts[5]._replace(trajectory=turns[::-1])], ["hello there"] * 2)
+    assert other[0] != other[1]  # the turns before it count
+    stages.ppo("--train", "--val", "--reward_path", "rudder-rl", "--exp_name", "rudder")
+
+
+def test_ppo_off_changes_nothing_and_saves_no_adapter(stages):
+    stages.ppo("--train", "--val", "--ppo_off", "--exp_name", "off", "--steps", 2)
+    weights = stages.folder / "rlmf_weights"
+    assert not [path for path in weights.glob("off_*") if path.is_dir()]
+    steps = pd.read_csv(weights / "off_llama_ppo_off_steps.csv")
+    assert len(steps) == 2 and steps["kl"].abs().max() < 1e-4 and "policy_loss" not in steps
+    metrics = json.loads((weights / "off_llama_ppo_off.json").read_text())["metrics"]
+    assert set(metrics) == {"before", "human"}
+    assert "give --train" in stages.ppo("--val", "--ppo_off", check=2).stderr
+
+
+def test_generate_writes_both_policies_answers_side_by_side(stages):
+    stages.ppo("--train", "--exp_name", "both", "--learning_rate", 1e-2, "--steps", 3)
+    stages.ppo("--generate", "--exp_name", "both")  # the newest checkpoint; no reward is needed
+    path = stages.folder / "rlmf_weights" / "both_llama_3_val_responses.csv"
+    table = pd.read_csv(path, keep_default_na=False)
+    assert list(table) == ["prompt", "human", "base", "tuned"] and len(table) == 4
+    assert (table["base"] != table["tuned"]).any()
+    assert path.stat().st_mode & 0o077 == 0
+    assert not (stages.folder / "rlmf_weights" / "both_llama_responses.csv").exists()
+
+
+def test_base_is_the_reference_policy_and_is_not_trained(stages):
+    printed = stages.ppo("--rf_model", "base", "--train", "--val", "--generate", "--exp_name", "b").stdout
+    assert "nothing is trained" in printed and "Reward head: " in printed
+    weights = stages.folder / "rlmf_weights"
+    assert sorted(path.name for path in weights.glob("b_*")) == ["b_llama_base.json", "b_llama_base_responses.csv"]
+    assert set(json.loads((weights / "b_llama_base.json").read_text())["metrics"]) == {"before", "human"}
+    assert "give --val or --generate" in stages.ppo("--rf_model", "base", "--train", check=2).stderr
+
+
+def test_no_accel_has_the_larger_adapter(stages):
+    for options, rank, alpha in (((), 16, 32), (("--no_accel", "--peft"), 24, 48)):
+        stages.ppo("--train", "--exp_name", f"rank{rank}", *options)
+        config = stages.folder / "rlmf_weights" / f"rank{rank}_llama_1" / "adapter_config.json"
+        found = json.loads(config.read_text())
+        assert (found["r"], found["lora_alpha"], found["lora_dropout"]) == (rank, alpha, 0.05)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5", "blenderbot"])
+def test_other_policies_train_from_the_command_line(stages, sample, tmp_path, kind):
+    folder = small_model(kind, tmp_path / kind, sample)
+    stages.ppo("--model_name", folder, "--train", "--val", "--exp_name", "x", "--steps", 2)
+    steps = pd.read_csv(stages.folder / "rlmf_weights" / f"x_{kind}_steps.csv")
+    assert abs(steps["kl"][0]) < 1e-4 and steps["kl"][1] != 0
+    stages.ppo("--model_name", folder, "--val", "--exp_name", "x")  # and its adapter is found and fits
+
+
+def test_aliases_stand_for_the_published_models(monkeypatch, sample, tmp_path):
+    from cli import ENCODERS
+    from train_rl_GELI import POLICIES
+
+    assert ENCODERS == {
+        "convo": "kabita-choudhary/finetuned-bart-for-conversation-summary",
+        "longformer": "allenai/longformer-base-4096",
+        "longT5": "Stancld/longt5-tglobal-large-16384-pubmed-3k_steps",
+        "LLAMA2": "meta-llama/Llama-2-7b-chat-hf",
+    }
+    asked = []
+
+    def load(auto_class, name, option, **_):
+        asked.append(name)
+        raise KeyboardInterrupt  # far enough
+
+    monkeypatch.setattr(models, "load_pretrained", load)
+    monkeypatch.chdir(tmp_path)
+    data = ("--data_dir", sample, "--output_dir", tmp_path)
+    for alias in ENCODERS:
+        call_script("train_reward_LI_only.py", "--model", alias, *data, check=130)
+    assert asked == list(ENCODERS.values())
+    asked.clear()
+    names = {
+        "llama2": "meta-llama/Llama-2-7b-chat-hf",
+        "llama": "huggyllama/llama-7b",
+        "cosmo": "allenai/cosmo-xl",
+        "blenderbot-1b": "facebook/blenderbot-1B-distill",
+        "blenderbot-400m": "facebook/blenderbot-400M-distill",
+        "dialogpt": "microsoft/DialoGPT-large",
+    }
+    assert names == POLICIES
+    for alias in names:
+        call_script("train_rl_GELI.py", "--model_name", alias, "--generate", *data, check=130)
+    (tmp_path / "llama_hf").mkdir()
+    call_script("train_rl_GELI.py", "--model_name", "llama", "--generate", *data, check=130)
+    assert asked == [*names.values(), "./llama_hf"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README's table
+
+
+def test_the_readmes_table_of_options_is_that_of_the_parsers():
+    from options_table import options_table
+
+    assert options_table() in (ROOT / "README.md").read_text()
+
+
+def test_every_option_is_known_to_this_file_or_the_other_tests():
+    """An option that no test names is an option that no test would miss."""
+    from options_table import all_options
+
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    parametrized = {"--hard_shrink", "--batch_norm", "--small_model"}  # built from a list of names
+    missing = [option for option in all_options() if option not in tests and option not in parametrized]
+    assert not missing
+
+
+def test_a_mistaken_option_is_one_line():
+    result = run_script("train_reward_LI_only.py", "--small_model", "--hard_shrink", check=2)
+    assert "not allowed with argument" in result.stderr and result.stderr.count("\n") == 1
