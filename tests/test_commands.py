@@ -326,7 +326,7 @@ def test_without_data_the_error_is_one_line(script, trained, tmp_path):
         (
             "train_rl_GELI.py",
             "--train --rf_model LI",
-            "--rf_model LI: expected a reward head SINGLE_INDEX_reward_function_*",
+            "--rf_model LI: expected a reward head *reward_function_*/reward1_RUN",
         ),
         ("sample_candor.py", ".", "expected a new or empty folder"),
         ("casino_to_candor.py", ". out", "expected casino_train.json"),

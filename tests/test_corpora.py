@@ -122,7 +122,7 @@ def test_faces_follow_the_hidden_reward_noisily_and_with_bias(planted):
 
 def test_no_training_script_knows_of_the_hidden_rewards():
     readers = [p.name for p in Path(ROOT).glob("*.py") if "truth.csv" in p.read_text()]
-    assert sorted(readers) == ["demo_report.py", "sample_candor.py"]
+    assert sorted(readers) == ["compare.py", "demo_report.py", "sample_candor.py"]
 
 
 def test_small_models_are_the_same_every_time(sample, tmp_path):
