@@ -142,6 +142,7 @@ def add_common_options(parser: argparse.ArgumentParser, learning_rate: float, co
         default="auto",
         help="of forward and backward passes; auto is bfloat16 where the hardware has it (weights stay float32)",
     )
+    add("--no_cache", action="store_true", help="neither use nor write OUTPUT_DIR/cache")
     add("--log_text", action="store_true", help="log conversations' text and ids to wandb (never otherwise)")
 
 
@@ -187,6 +188,12 @@ def add_reward_options(parser: argparse.ArgumentParser, epochs: int) -> None:
         action="store_true",
         help="show the answer with a probability that falls from 1 to 0 over the epochs",
     )
+    add(
+        "--tokens_per_batch",
+        type=positive_int,
+        help="padded tokens that the encoder takes at once (default: what fits into memory)",
+    )
+    add("--compile", action="store_true", help="torch.compile the encoder (slow to start, then faster on a GPU)")
     add("--bar_chart", action="store_true", help="log bar charts of predicted reward by turn to wandb (with --val)")
     heads = parser.add_argument_group("reward head (default: h-768-128-32-1, ReLU)").add_mutually_exclusive_group()
     for name, what in HEAD_OPTIONS.items():
@@ -198,6 +205,11 @@ def named_encoder(args: argparse.Namespace) -> tuple[str, str]:
     if args.lang_model_path:
         return args.lang_model_path, "--lang_model_path"
     return ENCODERS.get(args.model, args.model), "--model"
+
+
+def cache_folder(args: argparse.Namespace) -> Path | None:
+    """Where what was read and encoded is kept, if it is."""
+    return None if args.no_cache else Path(args.output_dir) / "cache"
 
 
 def head_name(args: argparse.Namespace) -> str:

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,8 +34,7 @@ class Dropped(Exception):
     """A conversation that cannot be used; the message is the reason."""
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """One turn.
 
     Attributes:
@@ -332,31 +332,68 @@ def _sound_rows(table):
 
 def _read_faces(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """User id -> (m,) seconds ascending and (m, 8) face probabilities, of the frames with no empty cell."""
+    names = [f"prob_face_{face}" for face in FACES]
+    users, times, probabilities = _fast_faces(path, names) or _careful_faces(path, names)
+    seconds = _seconds(times)
+    whole = np.isfinite(seconds) & np.isfinite(probabilities).all(axis=1)
+    faces = {}
+    for user in dict.fromkeys(users):
+        rows = np.flatnonzero(whole & (users == user))
+        if user and len(rows):
+            rows = rows[np.argsort(seconds[rows], kind="stable")]
+            faces[user] = (seconds[rows], probabilities[rows])
+    return faces
+
+
+def _fast_faces(path: Path, names: list[str]):
+    """The columns of a sound file: users (m,), times (m,) as text, probabilities (m, 8). None for a file that is not
+    quite regular, of which `_careful_faces` says what it is."""
+    import pyarrow as pa
+    from pyarrow import csv
+
+    columns = ["user_id", "timedelta", *names]
+    types = {"user_id": pa.string(), "timedelta": pa.string(), **dict.fromkeys(names, pa.float64())}
+    try:
+        table = csv.read_csv(
+            path,
+            read_options=csv.ReadOptions(use_threads=False),
+            convert_options=csv.ConvertOptions(column_types=types, include_columns=columns),
+        )
+    except (pa.ArrowException, OSError):
+        return None
+    users = table["user_id"].combine_chunks().dictionary_encode()
+    known = np.array([str(user).strip() for user in users.dictionary.to_pylist()], dtype=object)
+    if not len(known):
+        return None
+    times = table["timedelta"].to_pandas()
+    probabilities = np.column_stack([table[name].to_numpy() for name in names])
+    return known[users.indices.to_numpy()], times, probabilities
+
+
+def _careful_faces(path: Path, names: list[str]):
+    """As `_fast_faces`, of any file that can be read at all.
+
+    Raises:
+        Dropped: of others.
+    """
     import pandas as pd
 
-    names = [f"prob_face_{face}" for face in FACES]
-    table = _read_csv(path, ("user_id", "timedelta", *names), dtype={"user_id": str, "timedelta": str})
-    seconds = _seconds(table["timedelta"])
+    table = _read_csv(path, ("user_id", "timedelta", *names), dtype=str, keep_default_na=False)
     probabilities = table[names].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
-    whole = np.isfinite(seconds) & np.isfinite(probabilities).all(axis=1) & table["user_id"].notna().to_numpy()
-    faces = {}
-    for user, rows in table[whole].groupby("user_id").indices.items():
-        rows = np.flatnonzero(whole)[rows]
-        rows = rows[np.argsort(seconds[rows], kind="stable")]
-        faces[user.strip()] = (seconds[rows], probabilities[rows])
-    return faces
+    users = table["user_id"].str.strip().to_numpy(dtype=object)
+    return users, table["timedelta"], probabilities
 
 
 def _seconds(column) -> np.ndarray:
     """(m,) seconds of `0 days 00:01:07` or `67.0`; NaN where it is neither."""
     import pandas as pd
 
-    seconds = pd.to_numeric(column, errors="coerce").to_numpy(dtype=float)
+    codes, texts = pd.factorize(column)  # both speakers have a row for every second: half as many to parse
+    seconds = pd.to_numeric(texts, errors="coerce").to_numpy(dtype=float, copy=True)
     other = np.isnan(seconds)
     if other.any():
-        seconds = seconds.copy()
-        seconds[other] = pd.to_timedelta(column[other], errors="coerce").dt.total_seconds()
-    return seconds
+        seconds[other] = pd.to_timedelta(texts[other], errors="coerce").total_seconds()
+    return np.append(seconds, np.nan)[codes]  # an empty cell has the code -1
 
 
 def _read_survey(path: Path) -> tuple[dict[str, dict[str, float]], frozenset[str]]:
@@ -439,22 +476,25 @@ def _by_count(reasons: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(reasons).items(), key=lambda item: (-item[1], item[0])))
 
 
-def read_corpus(data_dir: str | Path, reward_class: str, transcript: str = "cliffhanger") -> Corpus:
+def read_corpus(
+    data_dir: str | Path, reward_class: str, transcript: str = "cliffhanger", cache: str | Path | None = None
+) -> Corpus:
     """Reads every conversation folder below `data_dir`, in an order that does not depend on the file system.
+
+    Args:
+        cache: a folder that keeps what was read (see `cache.ConversationCache`); None for none.
 
     Raises:
         UserError: if there is no folder, nothing usable in it, or nobody was asked `reward_class`.
     """
-    from runs import progress_bar
-
     data_dir = Path(data_dir)
     folders = sorted((p for p in _list(data_dir) if p.is_dir()), key=lambda p: split_key(p.name))
     conversations, dropped = [], {}
-    for folder in progress_bar(folders, desc="reading conversations", unit="conversation"):
-        try:
-            conversations.append(read_conversation(folder, transcript))
-        except Dropped as reason:
-            dropped[folder.name] = str(reason)
+    for folder, found in zip(folders, _read_all(folders, data_dir, transcript, cache), strict=True):
+        if isinstance(found, Conversation):
+            conversations.append(found)
+        else:
+            dropped[folder.name] = found
     if not conversations:
         raise UserError(_nothing_usable(data_dir, dropped, transcript))
 
@@ -475,6 +515,47 @@ def read_corpus(data_dir: str | Path, reward_class: str, transcript: str = "clif
     if not any(trajectories.values()):
         raise UserError(f"--reward_class {reward_class}: no survey.csv under {data_dir} has an answer to it")
     return Corpus(conversations, dropped, dropped_trajectories, trajectories)
+
+
+def _read_all(folders: list[Path], data_dir: Path, transcript: str, cache) -> list[Conversation | str]:
+    """Of each folder its conversation, or the reason why it was dropped."""
+    from cache import ConversationCache
+
+    kept = ConversationCache(cache, data_dir, transcript) if cache else None
+    found = {folder: kept.get(folder) for folder in folders} if kept else dict.fromkeys(folders)
+    missing = [folder for folder, conversation in found.items() if conversation is None]
+    signatures = {folder: kept.signature(folder) for folder in missing} if kept else {}
+    found |= zip(missing, _read_many(missing, transcript), strict=True)
+    if kept and (missing or kept.has_more_than(folders)):
+        kept.write({folder: (signatures.get(folder), found[folder]) for folder in folders})
+    return list(found.values())
+
+
+PARALLEL_FROM = 100  # folders; below that, starting processes takes longer than reading
+
+
+def _read_many(folders: list[Path], transcript: str) -> Iterable[Conversation | str]:
+    """Reads folders, many of them in as many processes as there are cores."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    from runs import available_cores, progress_bar
+
+    read = partial(_read_or_reason, transcript=transcript)
+    bar = partial(progress_bar, total=len(folders), desc="reading conversations", unit="conversation")
+    if len(folders) < PARALLEL_FROM or available_cores() == 1:
+        yield from bar(map(read, folders))
+        return
+    # spawned, because forking a process that has started threads can hang
+    with ProcessPoolExecutor(available_cores(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from bar(pool.map(read, folders, chunksize=16))
+
+
+def _read_or_reason(folder: Path, transcript: str) -> Conversation | str:
+    try:
+        return read_conversation(folder, transcript)
+    except Dropped as reason:
+        return str(reason)
 
 
 def _list(data_dir: Path) -> list[Path]:

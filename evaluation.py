@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import UserError
+from cli import UserError, cache_folder
 from data_utils import AFFECT_GROUPS, FACES, HAPPINESS, Corpus, TurnSet, read_corpus, split
 from runs import atomic_path, format_table, versions, write_json
 
@@ -27,7 +27,7 @@ LI_SIGNALS = {"face": lambda args: None, "sentiment": _sentiment}
 
 def load_data(args) -> tuple[Corpus, TurnSet, TurnSet]:
     """The corpus that the command line names, with its training and validation turns; prints what was dropped."""
-    corpus = read_corpus(args.data_dir, args.reward_class, args.transcript)
+    corpus = read_corpus(args.data_dir, args.reward_class, args.transcript, cache_folder(args))
     print(corpus.describe())
     parts = split(corpus, args.train_size)
     sentiment = LI_SIGNALS[args.li_signal](args)
@@ -43,6 +43,15 @@ def load_data(args) -> tuple[Corpus, TurnSet, TurnSet]:
                 f"({len(corpus.conversations)} conversations are usable; at least 2 are needed)"
             )
     return corpus, training, validation
+
+
+def place_encoder(encoder, args, accelerator):
+    """Puts an encoder on its device, with the options of the command line that say how it is run."""
+    encoder.tokens_per_batch = args.tokens_per_batch
+    encoder.to(accelerator.device)
+    if args.compile:
+        encoder.compile()
+    return encoder
 
 
 def affect_means(rewards: np.ndarray, affects: np.ndarray, prefix: str) -> dict[str, float]:

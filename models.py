@@ -454,6 +454,26 @@ class TurnEncoder(nn.Module):
                 "special tokens and one of text"
             )
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._suffix[-1]
+        self.tokens_per_batch: int | None = None  # None: by memory
+        self._run: Callable | None = None
+
+    def compile(self) -> None:
+        """Runs the encoder through `torch.compile` from now on; what is saved stays the same."""
+        self._run = torch.compile(self.encoder, dynamic=True)
+
+    def token_budget(self, gradients: bool = False) -> int:
+        """Padded tokens that go through the encoder at once: `tokens_per_batch`, else what a part of this machine's
+        memory holds, but no more than is of use. It does not depend on what else is in memory, so results do not."""
+        if self.tokens_per_batch:
+            return self.tokens_per_batch
+        layer = 4 * 24 * self.hidden_size  # bytes a token: activations of a layer, its feed-forward four times as wide
+        layers = getattr(self.model.config, "num_hidden_layers", 12) if gradients else 1
+        if self.device.type == "cuda":
+            memory, most = 0.4 * torch.cuda.get_device_properties(self.device).total_memory, 1 << 18
+        else:
+            memory, most = 0.25 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 1 << 13
+        fits = int(memory / layer / layers)
+        return max(fits if gradients else min(fits, most), self.max_length)
 
     @property
     def encoder(self) -> nn.Module:
@@ -509,15 +529,16 @@ class TurnEncoder(nn.Module):
 
     def forward(self, input_ids, attention_mask, **segments) -> torch.Tensor:
         """(n, hidden) representations: the last hidden state at each row's last end token."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
+        run = self._run or self.encoder
+        hidden = run(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
         last = attention_mask.sum(dim=1) - 1  # every pair ends in its end token
         return hidden[torch.arange(len(last), device=hidden.device), last]
 
-    def encode_with_gradients(self, pairs: Sequence[TokenPair], autocast=nullcontext, tokens_per_batch: int = 16384):
-        """(n, hidden) float32 representations that gradients flow through, in batches of similar lengths.
+    def encode_with_gradients(self, pairs: Sequence[TokenPair], autocast=nullcontext):
+        """(n, hidden) float32 representations that gradients flow through.
 
-        Of each batch only the input is kept: the backward pass computes it again, with the same dropout, so memory does
-        not grow with n.
+        What does not fit into memory at once goes through in batches of similar lengths. Of these only the input is
+        kept: the backward pass computes them again, with the same dropout, so memory does not grow with n.
         """
         from torch.utils.checkpoint import checkpoint
 
@@ -525,16 +546,20 @@ class TurnEncoder(nn.Module):
             with autocast():
                 return self(**self.collate([pairs[i] for i in batch])).float()
 
-        batches = token_batches(np.array([len(pair.ids) for pair in pairs]), tokens_per_batch)
+        lengths = np.array([len(pair.ids) for pair in pairs])
+        if lengths.max() * len(lengths) <= self.token_budget(gradients=True):
+            return features(np.arange(len(pairs)))
+        batches = token_batches(lengths, self.token_budget(gradients=True))
         rows = torch.cat([checkpoint(features, batch, use_reentrant=False) for batch in batches])
         return rows[torch.from_numpy(np.argsort(np.concatenate(batches))).to(rows.device)]
 
     @torch.no_grad()  # not inference_mode: what comes out may be trained on
-    def encode(self, pairs: Sequence[TokenPair], autocast=nullcontext, tokens_per_batch: int = 16384, progress=None):
+    def encode(self, pairs: Sequence[TokenPair], autocast=nullcontext, progress=None, on_batch=None):
         """(n, hidden) float32 representations on the CPU, encoded in eval mode in batches of similar lengths.
 
         Args:
             pairs: n tokenised pairs. autocast: a context-manager factory. progress: description of a progress bar.
+            on_batch: called with the indices of a batch and its features, as soon as there are some.
         """
         from runs import progress_bar
 
@@ -543,9 +568,11 @@ class TurnEncoder(nn.Module):
         features = torch.empty(len(pairs), self.hidden_size)
         lengths = np.array([len(pair.ids) for pair in pairs])
         with progress_bar(total=len(pairs), desc=progress, unit="turn", disable=progress is None) as bar:
-            for batch in token_batches(lengths, tokens_per_batch):
+            for batch in token_batches(lengths, self.token_budget()):
                 with autocast():
                     features[batch] = self(**self.collate([pairs[i] for i in batch])).float().cpu()
+                if on_batch:
+                    on_batch(batch, features[batch])
                 bar.update(len(batch))
         self.train(was_training)
         return features

@@ -123,6 +123,18 @@ def write_json(path: str | Path, value: object) -> None:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
 
 
+def device_name(device) -> str:
+    """What a result's last digits may depend on."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+
+
+def available_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result may depend on."""
     packages = "torch transformers tokenizers peft accelerate safetensors numpy pandas scikit-learn wandb".split()

@@ -8,6 +8,7 @@ without it the loss is GE alone. The encoder is frozen, so every turn is encoded
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 from cli import (
@@ -16,6 +17,7 @@ from cli import (
     UserError,
     add_common_options,
     add_reward_options,
+    cache_folder,
     check_reward_options,
     fraction,
     head_name,
@@ -91,7 +93,7 @@ def main() -> None:
     """Parse, build, train, evaluate, write."""
     args = parse()
 
-    from evaluation import evaluate, finish_run, head_rewards, load_data, write_validation
+    from evaluation import evaluate, finish_run, head_rewards, load_data, place_encoder, write_validation
     from models import load_encoder, load_reward_head
     from runs import Tracker, frozen_dtype, make_accelerator, seed_everything
 
@@ -106,21 +108,21 @@ def main() -> None:
     corpus, training, validation = load_data(args)
     if args.affect_path:
         warn_of_leaks(path, validation)
-    encoder = find_encoder(args, saved, path, frozen_dtype(accelerator)).to(accelerator.device)
+    encoder = place_encoder(find_encoder(args, saved, path, frozen_dtype(accelerator)), args, accelerator)
     encoder_name = encoder.name
     tracker = Tracker(folder.name, folder, {**vars(args), "data": corpus.numbers()}, args.run_name)
     head_path, encoder_path = folder / f"reward1_{tracker.name}", folder / f"lang_model_{tracker.name}"
     head = new_head(args, folder, saved, encoder, encoder_path, training) if args.train else saved
 
-    turns = Encoded(args, encoder, accelerator.autocast)
+    turns = Encoded(args, encoder, accelerator)
     metrics, paths, rewards = {}, [], None
     if args.train:
         metrics |= train(args, head, turns, training, validation, tracker, head_path, encoder_path)
         head = load_reward_head(head_path)  # the best, as it was written
         paths.append(head_path)
         if args.unfreeze:
-            turns.encoder = load_encoder(str(encoder_path), args.max_length, dtype=frozen_dtype(accelerator))
-            turns.encoder.to(accelerator.device)
+            best = load_encoder(str(encoder_path), args.max_length, dtype=frozen_dtype(accelerator))
+            turns.encoder = place_encoder(best, args, accelerator)
             paths.append(encoder_path)
     redist = head.config.redist_type
     if args.val:
@@ -230,15 +232,22 @@ def new_head(args, folder: Path, saved, encoder, encoder_path: Path, training):
 
 
 class Encoded:
-    """Turns as features: of a frozen encoder computed once, of one that trains whenever asked.
+    """Turns as features: of a frozen encoder computed once and kept on disk, of one that trains whenever asked.
 
     Args:
-        args: the options. encoder: a `TurnEncoder`. autocast: a context-manager factory.
+        args: the options. encoder: a `TurnEncoder`. accelerator: `accelerate.Accelerator`.
     """
 
-    def __init__(self, args, encoder, autocast):
-        self.args, self.encoder, self.autocast = args, encoder, autocast
-        self._held_out = None
+    def __init__(self, args, encoder, accelerator):
+        from cache import FeatureCache, encoder_fingerprint
+        from runs import device_name
+
+        self.args, self.encoder, self.autocast = args, encoder, accelerator.autocast
+        self._held_out, self._cache = None, None
+        folder = cache_folder(args)
+        if folder and not args.unfreeze:
+            numerics = f"{device_name(accelerator.device)} {accelerator.mixed_precision}"
+            self._cache = FeatureCache(folder / "features", encoder_fingerprint(encoder, numerics))
 
     def prepare(self, training) -> None:
         """Tokenises the training turns and, where the encoder is frozen, encodes them."""
@@ -269,7 +278,8 @@ class Encoded:
         return self._held_out
 
     def _encode(self, pairs, name: str):
-        return self.encoder.encode(pairs, self.autocast, progress=f"encoding {name}")
+        encode = partial(self.encoder.encode, autocast=self.autocast, progress=f"encoding {name}")
+        return self._cache.encode(pairs, encode) if self._cache else encode(pairs)
 
 
 def warn_of_leaks(affect_head: Path, validation) -> None:

@@ -62,7 +62,7 @@ def main() -> None:
     """Parse, build, train, evaluate, write."""
     args = parse()
 
-    from evaluation import evaluate, finish_run, head_rewards, load_data, write_validation
+    from evaluation import evaluate, finish_run, head_rewards, load_data, place_encoder, write_validation
     from models import RewardHead, RewardHeadConfig, load_encoder, load_reward_head
     from runs import Tracker, frozen_dtype, make_accelerator, seed_everything
 
@@ -71,6 +71,7 @@ def main() -> None:
     corpus, training, validation = load_data(args)
     name, option = named_encoder(args)
     encoder = load_encoder(name, args.max_length, option, adapt=args.model in ADAPTED, dtype=frozen_dtype(accelerator))
+    place_encoder(encoder, args, accelerator)
     folder = Path(args.output_dir) / project_name(args)
     tracker = Tracker(folder.name, folder, {**vars(args), "data": corpus.numbers()}, args.run_name)
     config = RewardHeadConfig(
@@ -92,7 +93,7 @@ def main() -> None:
     paths, rewards = [head_path, encoder_path], None
     if args.val:  # of what was written, not of what is in memory
         encoder = load_encoder(str(encoder_path), args.max_length, dtype=frozen_dtype(accelerator))
-        encoder.to(accelerator.device)
+        place_encoder(encoder, args, accelerator)
         features = encoder.encode(encoder.tokenize(validation.texts), accelerator.autocast, progress="validation")
         rewards = head_rewards(load_reward_head(head_path), features)
         metrics["validation"] = evaluate(validation, rewards, args.ep_len)
@@ -141,8 +142,9 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
         if curriculum:
             told = rng.random(len(batch)) < told_share(args.curriculum, args.curriculum_exposure, epoch, args.epochs)
         shown = [(told_pairs if known else pairs)[i] for i, known in zip(batch, told, strict=True)]
+        features = encoder.encode_with_gradients(shown, accelerator.autocast)
         with accelerator.autocast():
-            rewards, hidden = head(encoder(**encoder.collate(shown)), with_hidden=True)
+            rewards, hidden = head(features, with_hidden=True)
         rewards = rewards.squeeze(1).float()
         loss = li_loss(rewards, torch.from_numpy(training.targets[batch]).to(rewards.device))
         logged = {"train/shaped_loss": loss.item()}

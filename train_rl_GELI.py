@@ -9,7 +9,7 @@ Writes `rlmf_weights/{exp_name}_{model_name}_{step}/` every 10 steps: a PEFT ada
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import REWARD_CLASSES, UserError, add_common_options, file_name, new_parser, positive_int, run
+from cli import REWARD_CLASSES, UserError, add_common_options, cache_folder, file_name, new_parser, positive_int, run
 
 # alias of `--model_name` -> hub id
 POLICIES = {
@@ -194,7 +194,7 @@ def load_prompts(args):
     from data_utils import prompt_text, read_corpus, split, turn_text
     from ppo import Prompt
 
-    corpus = read_corpus(args.data_dir, args.reward_class, args.transcript)
+    corpus = read_corpus(args.data_dir, args.reward_class, args.transcript, cache_folder(args))
     print(corpus.describe())
 
     def prompts_of(trajectories):

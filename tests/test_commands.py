@@ -51,20 +51,8 @@ def stage_2(out, sample, *more, check=0):
 
 def stage_3(out, sample, tiny, *more, check=0):
     words = STAGE_3.replace("--model_name llama", f"--model_name {tiny}/llama").replace("size 24", "size 6").split()
-    options = (
-        *words,
-        "--steps",
-        2,
-        "--val_prompts",
-        6,
-        "--generate",
-        "--data_dir",
-        sample,
-        "--output_dir",
-        out,
-        *QUICK,
-        *more,
-    )
+    data = ("--data_dir", sample, "--output_dir", out)
+    options = (*words, "--steps", 2, "--val_prompts", 6, "--generate", *data, *QUICK, *more)
     return run_script("train_rl_GELI.py", *options, check=check)
 
 

@@ -1,0 +1,228 @@
+"""What need not be computed twice: encoded turns and read conversations, kept on disk under `{output_dir}/cache/`.
+
+Files appear there whole or not at all, so runs at the same time and runs that are killed do no harm; a file that is
+damaged, or was made of anything else than what is asked for, is not used. Both are data, never code.
+"""
+
+import hashlib
+import json
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data_utils
+from data_utils import FEATURES_FILE, SURVEY_FILE, Conversation, Turn
+from runs import atomic_path, first_line, versions
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations as they were read
+
+
+class ConversationCache:
+    """Everything that was read of a data folder, in one columnar file, a row a conversation.
+
+    A row is used while none of its conversation's three files has changed (by size and times), and the file while the
+    code that reads conversations has not. It holds text: only its owner can read it.
+
+    Args:
+        folder: of all caches. data_dir, transcript: what is read.
+    """
+
+    def __init__(self, folder: str | Path, data_dir: Path, transcript: str):
+        self.transcript = transcript
+        what = repr((str(Path(data_dir).resolve()), transcript)).encode("utf-8", "surrogateescape")
+        self.path = Path(folder) / f"conversations-{hashlib.sha256(what).hexdigest()[:16]}.parquet"
+        self._code = hashlib.sha256(b"".join(Path(m).read_bytes() for m in (data_utils.__file__, __file__))).hexdigest()
+        self._rows = self._read()
+
+    def signature(self, folder: Path) -> str:
+        """Size and times of a conversation's files."""
+        paths = (folder / "transcription" / f"transcript_{self.transcript}.csv", folder / FEATURES_FILE)
+        found = []
+        for path in (*paths, folder / SURVEY_FILE):
+            try:
+                stat = path.stat()
+                found.append((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+            except OSError:
+                found.append(None)
+        return json.dumps(found)
+
+    def get(self, folder: Path) -> Conversation | str | None:
+        """The conversation, or why it was dropped; None if it has to be read."""
+        row = self._rows.get(folder.name)
+        return row[1] if row and row[0] == self.signature(folder) else None
+
+    def has_more_than(self, folders: Iterable[Path]) -> bool:
+        """Whether it holds a conversation that is in none of the folders any more."""
+        return bool(self._rows.keys() - {folder.name for folder in folders})
+
+    def write(self, found: dict[Path, tuple[str | None, Conversation | str]]) -> None:
+        """Replaces the file. `found`: folder -> (signature from before it was read; None: as known), what was read."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        rows = []
+        for folder, (signature, content) in found.items():
+            signature = signature or self._rows[folder.name][0]
+            row = {"folder": folder.name.encode("utf-8", "surrogateescape"), "signature": signature}
+            if isinstance(content, str):
+                rows.append({**row, "dropped": content})
+                continue
+            speakers = {user: i for i, user in enumerate(content.speakers)}
+            about = {
+                "speakers": content.speakers,
+                "answers": content.answers,
+                "questions": sorted(content.questions),
+                "skipped": content.skipped_turns,
+            }
+            turns = zip(*content.turns, strict=True)
+            columns = dict(zip(Turn._fields, map(list, turns), strict=True))
+            columns["speaker"] = [speakers[user] for user in columns["speaker"]]  # the same two ids, again and again
+            rows.append({**row, "about": json.dumps(about), **columns})
+        number, text = pa.list_(pa.float64()), pa.list_(pa.string())
+        small = pa.list_(pa.int32())
+        types = {"turn_id": text, "speaker": small, "start": number, "stop": number, "utterance": text}
+        types |= {"n_words": small, "affect": small, "happy_share": number}
+        columns = {
+            "folder": pa.binary(),
+            "signature": pa.string(),
+            "dropped": pa.string(),
+            "about": pa.string(),
+            **types,
+        }
+        table = pa.Table.from_pylist(rows, pa.schema(columns.items(), metadata={"code": self._code}))
+        with atomic_path(self.path) as temporary:
+            temporary.touch(mode=0o600)
+            parquet.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+
+    def _read(self) -> dict[str, tuple[str, Conversation | str]]:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        try:
+            file = parquet.ParquetFile(self.path, page_checksum_verification=True)
+            if (file.schema_arrow.metadata or {}).get(b"code", b"").decode() != self._code:
+                return {}
+            columns = file.read().to_pydict()
+            return dict(map(_conversation, *columns.values()))
+        except FileNotFoundError:
+            return {}
+        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, IndexError) as error:
+            print(f"Cache: {self.path} is not used ({first_line(error)})")
+            return {}
+
+
+def _conversation(folder: bytes, signature: str, dropped: str | None, about: str | None, *columns):
+    """A row of the file: (folder's name, (signature, the conversation or why it was dropped))."""
+    name = folder.decode("utf-8", "surrogateescape")
+    if dropped is not None:
+        return name, (signature, dropped)
+    known = json.loads(about)
+    turn_ids, speaker, *rest = columns
+    speakers = tuple(known["speakers"])
+    turns = tuple(map(Turn, turn_ids, [speakers[i] for i in speaker], *rest))
+    questions, skipped = frozenset(known["questions"]), Counter(known["skipped"])
+    return name, (signature, Conversation(name, speakers, turns, known["answers"], questions, skipped))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features of encoded turns
+
+FLUSH_SECONDS = 60  # what a killed run may lose
+
+
+def encoder_fingerprint(encoder, numerics: str) -> str:
+    """A hash of everything that a turn's features depend on but its tokens: weights, architecture, numerics, versions.
+
+    Args:
+        encoder: a `models.TurnEncoder`. numerics: device and type of the forward pass.
+    """
+    found = hashlib.sha256()
+    found.update(repr((numerics, encoder.model.config.to_json_string(), type(encoder.model).__name__)).encode())
+    found.update(repr([versions()[package] for package in ("torch", "transformers")]).encode())
+    for name, tensor in sorted(encoder.encoder.state_dict().items()):
+        found.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:32]
+
+
+def _digest(pair) -> bytes:
+    """16 bytes that name a tokenised pair, whatever text and tokenizer it came from."""
+    return hashlib.blake2b(pair.ids.tobytes() + pair.first_segment.to_bytes(4, "little"), digest_size=16).digest()
+
+
+class FeatureCache:
+    """Features of tokenised pairs by one encoder, in memory and in `folder`.
+
+    Args:
+        folder: of all features. fingerprint: of the encoder (`encoder_fingerprint`).
+    """
+
+    def __init__(self, folder: Path, fingerprint: str):
+        self.folder, self.fingerprint = Path(folder) / fingerprint, fingerprint
+        self._features: dict[bytes, torch.Tensor] = {}
+        for path in sorted(self.folder.glob("*.safetensors")) if self.folder.is_dir() else ():
+            self._read(path)
+
+    def encode(self, pairs: Sequence, encode: Callable) -> torch.Tensor:
+        """(n, hidden) features of `pairs`, each distinct pair encoded at most once, ever.
+
+        Args:
+            pairs: n tokenised pairs. encode: (pairs, on_batch) -> features of those that are missing;
+                on_batch(indices, features) is called as they come.
+        """
+        digests = [_digest(pair) for pair in pairs]
+        missing = {digest: pair for digest, pair in zip(digests, pairs, strict=True) if digest not in self._features}
+        names, fresh, last = list(missing), [], time.monotonic()
+
+        def on_batch(indices, features):
+            nonlocal fresh, last
+            fresh += [(names[i], feature) for i, feature in zip(indices, features, strict=True)]
+            if time.monotonic() - last > FLUSH_SECONDS:
+                self._write(fresh)
+                fresh, last = [], time.monotonic()
+
+        if missing:
+            features = encode(list(missing.values()), on_batch=on_batch)
+            self._features.update(zip(names, features, strict=True))
+            self._write(fresh)
+        return torch.stack([self._features[digest] for digest in digests]) if digests else torch.empty(0, 0)
+
+    def _write(self, found: list[tuple[bytes, torch.Tensor]]) -> None:
+        """One new file with these features."""
+        from safetensors.torch import save_file
+
+        if not found:
+            return
+        digests = torch.from_numpy(np.frombuffer(b"".join(name for name, _ in found), dtype=np.uint8).copy())
+        tensors = {"digests": digests.view(-1, 16), "features": torch.stack([feature for _, feature in found])}
+        with atomic_path(self.folder / f"{secrets.token_hex(8)}.safetensors") as temporary:
+            save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint, "checksum": _checksum(tensors)})
+
+    def _read(self, path: Path) -> None:
+        """Takes in what a file holds, if it is whole and of this encoder; else says so and leaves it."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                metadata, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in ("digests", "features")}
+            if metadata.get("fingerprint") != self.fingerprint or metadata.get("checksum") != _checksum(tensors):
+                raise ValueError("its content is not what was written")
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            print(f"Cache: {path} is not used ({first_line(error)})")
+            return
+        names = tensors["digests"].numpy().tobytes()
+        self._features.update((names[16 * i : 16 * i + 16], row) for i, row in enumerate(tensors["features"]))
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for _, tensor in sorted(tensors.items()):
+        found.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
+        found.update(tensor.contiguous().numpy().data)
+    return found.hexdigest()
