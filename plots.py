@@ -72,3 +72,18 @@ def ppo(steps, path: Path) -> Path:
     kl.plot(steps["step"], steps["kl"], color="#b33a3a")
     kl.set(xlabel="step", ylabel="KL to the reference (nats a response)")
     return _save(figure, path)
+
+
+def reading(rows: list[dict], published: float, path: Path) -> Path:
+    """Milliseconds a conversation by the number read, cold and warm, beside the published way's."""
+    figure, axes = _figure(1, 1, 5.4, 3.2)
+    axis = axes[0, 0]
+    n = [row["conversations"] for row in rows]
+    axis.axhline(published, color="#999999", ls="--", label="as published")
+    for name, color in (("cold", "#4a78b5"), ("warm", "#2e8b57")):
+        axis.plot(n, [row[f"{name} ms each"] for row in rows], "o-", color=color, label=name)
+    axis.set(xscale="log", yscale="log", xlabel="conversations", ylabel="ms a conversation")
+    axis.set_xticks(n, map(str, n))
+    axis.minorticks_off()
+    axis.legend(frameon=False)
+    return _save(figure, path)

@@ -1,0 +1,141 @@
+"""Reading CANDOR: ours, cold and warm, against reading whole tables and filtering them for every turn.
+
+    python benchmarks/reading.py [--conversations 1656] [--picture docs/reading.png]
+
+Work: conversations of 320 transcript rows, and 1,900 seconds x 2 speakers x 70 columns of features. Peer: the published
+reading and alignment (`as_published.read_conversation`), on a few of the same conversations, since it takes long.
+Prints seconds a conversation, ratios, and the peak memory of all processes together; checks that both give the same
+affects for the same turns.
+"""
+
+import argparse
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import as_published
+import numpy as np
+import psutil
+
+from data_utils import FACES, read_corpus, split_key
+from runs import available_cores, format_table
+
+ROWS, SECONDS, COLUMNS = 320, 1900, 70
+WORDS = "well I think that we could maybe go and see it because you know it was really nice of them to say so".split()
+PEER_CONVERSATIONS = 8
+
+
+def write_corpus(folder: Path, conversations: int) -> None:
+    """Conversations of CANDOR's size, different in every cell that is read."""
+    rng = np.random.default_rng(0)
+    faces = [f"prob_face_{face}" for face in FACES]
+    others = [f"feature_{i}" for i in range(COLUMNS - len(faces) - 2)]
+    fillers = [  # cells that nobody reads
+        [",".join(f"{x:.6f}" for x in row) for row in rng.random((2 * SECONDS, len(others)))] for _ in range(2)
+    ]
+    stamps = [f"0 days {s // 3600:02d}:{s // 60 % 60:02d}:{s % 60:02d}" for s in range(SECONDS)]
+    for n in range(conversations):
+        path = folder / f"{rng.integers(1 << 60):016x}"
+        (path / "transcription").mkdir(parents=True)
+        users = [f"user-{n}-{i}" for i in range(2)]
+        stops = np.sort(rng.choice(np.arange(3, 10 * SECONDS - 10), ROWS, replace=False)) / 10
+        starts = np.concatenate([[0.0], stops[:-1] + 0.1])
+        lines = ["turn_id,speaker,start,stop,utterance,interval,delta,questions,end_question,overlap,n_words"]
+        for i, (start, stop, words) in enumerate(zip(starts, stops, rng.integers(3, 25, ROWS), strict=True)):
+            text = " ".join(rng.choice(WORDS, words))
+            lines.append(f"{i},{users[i % 2]},{start:.2f},{max(start, stop):.2f},{text},,,0,False,False,{words}")
+        (path / "transcription" / "transcript_cliffhanger.csv").write_text("\n".join(lines))
+        frames = rng.random((2 * SECONDS, len(faces)))
+        cells = [",".join(map("{:.6f}".format, row)) for row in frames]
+        lines = [",".join(["user_id", "timedelta", *faces, *others])]
+        filler = fillers[n % len(fillers)]
+        rows = zip(np.repeat(users, SECONDS), stamps * 2, cells, filler, strict=True)
+        lines += [",".join(row) for row in rows]
+        (path / "audio_video_features.csv").write_text("\n".join(lines))
+        questions = ["overall_affect", *(f"question_{i}" for i in range(239))]
+        answers = [",".join([user, *map(str, rng.integers(1, 10, len(questions)))]) for user in users]
+        (path / "survey.csv").write_text("\n".join([",".join(["user_id", *questions]), *answers]))
+
+
+class PeakMemory:
+    """Peak of the resident memory of this process and its children, in GiB, sampled every 20 ms."""
+
+    def __enter__(self):
+        self.peak, self._done = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self):
+        me = psutil.Process()
+        while not self._done.wait(0.02):
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    total += process.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue
+            self.peak = max(self.peak, total / 2**30)
+
+
+def timed(function, *arguments, **options):
+    """Seconds, and what the function returned."""
+    start = time.perf_counter()
+    result = function(*arguments, **options)
+    return time.perf_counter() - start, result
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--conversations", type=int, default=1656)
+    parser.add_argument("--picture", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "candor"
+        print(f"Writing {args.conversations} conversations …", flush=True)
+        write_corpus(folder, args.conversations)
+        names = sorted(path.name for path in folder.iterdir())
+        sizes = sorted({n for n in (50, 200, 800, args.conversations) if n <= args.conversations})
+
+        rows, peaks = [], []
+        for n in sizes:
+            part = Path(temporary) / f"candor-{n}"
+            part.mkdir()
+            for name in names[:n]:
+                (part / name).symlink_to(folder / name)
+            with PeakMemory() as memory:
+                cold, corpus = timed(read_corpus, part, "overall_affect", cache=Path(temporary) / f"cache-{n}")
+                warm, again = timed(read_corpus, part, "overall_affect", cache=Path(temporary) / f"cache-{n}")
+            assert corpus == again and len(corpus.conversations) == n
+            rows.append({"conversations": n, "cold s": cold, "cold ms each": 1e3 * cold / n, "warm s": warm,
+                         "warm ms each": 1e3 * warm / n, "peak GiB": memory.peak})  # fmt: skip
+            peaks.append(memory.peak)
+
+        kept = {c.id: c for c in corpus.conversations}
+        chosen = sorted(names, key=split_key)[:PEER_CONVERSATIONS]
+        as_published.read_conversation(folder / chosen[0])  # so that imports are not counted
+        seconds, peer = timed(lambda: [as_published.read_conversation(folder / name) for name in chosen])
+        for name, turns in zip(chosen, peer, strict=True):
+            assert turns == [(t.turn_id, t.speaker, FACES[t.affect]) for t in kept[name].turns]
+        published = 1e3 * seconds / len(chosen)
+    last = rows[-1]
+    print(format_table(rows, f"\nOurs, {available_cores()} cores"))
+    print(f"\nAs published: {published:.0f} ms each (of {len(chosen)}), same affects for the same turns")
+    print(
+        f"Cold: {published / last['cold ms each']:.1f} times faster; warm: {published / last['warm ms each']:.0f} times"
+    )
+    print(f"Peak memory: {max(peaks):.2f} GiB")
+    if args.picture:
+        import plots
+
+        print(f"Written: {plots.reading(rows, published, args.picture)}")
+
+
+if __name__ == "__main__":
+    main()
