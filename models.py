@@ -931,9 +931,14 @@ class Policy(nn.Module):
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end
 
     @torch.no_grad()
-    def generate(self, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-        """Samples responses at temperature 1 from the whole distribution: (n, R) ids, padded behind the end token."""
-        from transformers import GenerationConfig
+    def generate(self, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, done=None) -> torch.Tensor:
+        """Samples responses at temperature 1 from the whole distribution: (n, R) ids, padded behind the end token.
+
+        Args:
+            ids, mask: (n, Q) as `tokenize` gives them. done: responses so far (n, r) -> (n,) which need not go on;
+                these are padded too.
+        """
+        from transformers import GenerationConfig, StoppingCriteriaList
 
         config = GenerationConfig(
             do_sample=True,
@@ -945,8 +950,14 @@ class Policy(nn.Module):
             pad_token_id=self.pad,
             decoder_start_token_id=self.model.config.decoder_start_token_id if self.has_encoder else None,
         )
-        output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        return output[:, 1 if self.has_encoder else ids.shape[1] :]
+        before = 1 if self.has_encoder else ids.shape[1]  # what `generate` returns before the response
+        criteria = StoppingCriteriaList()
+        if done:
+            criteria.append(lambda sequences, scores, **_: done(sequences[:, before:]).to(sequences.device))
+        output = self.model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria
+        )
+        return output[:, before:]
 
     def forward(self, query, query_mask, response, response_mask):
         """Log-probability of every response token, the value of the state before it, and the entropy there.

@@ -29,6 +29,7 @@ from models import (
 )
 
 MARKERS = re.compile("User:|AI:")  # where a response stops being one turn
+MARKER_TOKENS = 8  # a marker lies within this many tokens, whatever the tokenizer
 
 
 class Prompt(NamedTuple):
@@ -79,8 +80,10 @@ class Rollout(NamedTuple):
     texts: list[str]
 
     def rows(self, chosen) -> tuple[torch.Tensor, ...]:
-        """The model's inputs for some of the responses."""
-        return self.query[chosen], self.query_mask[chosen], self.response[chosen], self.mask[chosen]
+        """The model's inputs for some of the responses; columns of their queries that are all padding are left out."""
+        mask = self.query_mask[chosen]
+        used = mask.any(dim=0)
+        return self.query[chosen][:, used], mask[:, used], self.response[chosen], self.mask[chosen]
 
 
 class RewardScorer:
@@ -119,24 +122,32 @@ class RewardScorer:
         return rewards[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
 
 
-def cut_response(tokens: list[int], text_of: Callable[[list[int]], str], end: int) -> tuple[int, str]:
-    """How many tokens of a response are kept, and its text.
+def cut_responses(response: torch.Tensor, texts_of: Callable, end: int) -> tuple[torch.Tensor, list[str]]:
+    """How many tokens of each response are kept, and its text.
 
-    It ends with the first end token, which is kept (ending was the policy's choice) but is not text, or before the
-    first `User:` or `AI:`. At least one token is kept: a response that is empty after cutting carries its score on
+    A response ends with the first end token, which is kept (ending was the policy's choice) but is not text, or before
+    the first `User:` or `AI:`. At least one token is kept: a response that is empty after cutting carries its score on
     its first token, and is scored as empty text.
+
+    Args:
+        response: (n, R) ids. texts_of: lists of ids -> their texts, without special tokens. end: the end token.
+
+    Returns:
+        (n,) tokens kept, and n texts.
     """
-    if end in tokens:
-        tokens = tokens[: tokens.index(end) + 1]
-    text = text_of(tokens)
-    marker = MARKERS.search(text)
-    if not marker:
-        return len(tokens), text.strip()
-    low, high = 0, len(tokens)  # the most tokens whose text stays before the marker
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(text_of(tokens[:middle])) <= marker.start() else (low, middle - 1)
-    return max(low, 1), text[: marker.start()].strip()
+    ended = response == end
+    places = torch.arange(1, response.shape[1] + 1, device=response.device)
+    kept = torch.where(ended, places, response.shape[1]).min(dim=1).values.cpu()
+    rows = [row[:n] for row, n in zip(response.tolist(), kept.tolist(), strict=True)]
+    texts = texts_of(rows)
+    for i, text in enumerate(texts):
+        marker = MARKERS.search(text)
+        if marker:  # the most tokens whose text stays before it
+            prefixes = texts_of([rows[i][:n] for n in range(len(rows[i]) + 1)])
+            kept[i] = max([1, *(n for n, prefix in enumerate(prefixes) if len(prefix) <= marker.start())])
+            text = text[: marker.start()]
+        texts[i] = text.strip()
+    return kept, texts
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
@@ -181,8 +192,9 @@ class PPO:
             prompts: n prompts. update: False rolls out and scores only.
         """
         self._seconds = {}
+        limit = self.draw_length()
         with self._timed("generate"):
-            rollout = self.rollout(prompts, self.draw_length())
+            rollout = self.rollout(prompts, limit)
         with self._timed("forward"):
             old = self.look(rollout)
         with self._timed("score"):
@@ -205,7 +217,8 @@ class PPO:
             "value_mean": masked_mean(old["values"], rollout.mask).item(),
             "explained_variance": _explained_variance(old["values"], returns, rollout.mask),
             "response_length_mean": lengths.mean().item(),
-            "ended_share": (_ended(rollout, self.policy.end)).float().mean().item(),
+            "ended_share": _ended(rollout, self.policy.end).float().mean().item(),
+            "cut_at_length_share": (lengths == limit).float().mean().item(),
             "empty_share": np.mean([not text for text in rollout.texts]),
             "distinct_1": distinct(rollout.texts, 1),
             "distinct_2": distinct(rollout.texts, 2),
@@ -223,18 +236,17 @@ class PPO:
     def rollout(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Rollout:
         """Samples a response to every prompt and cuts it."""
         query, query_mask = self.policy.tokenize([prompt.text for prompt in prompts])
-        response = self.policy.generate(query, query_mask, max_new_tokens)
-        mask = torch.zeros(response.shape, device=response.device)
-        texts = []
-        for row, tokens in enumerate(response.tolist()):
-            kept, text = cut_response(tokens, self._text, self.policy.end)
-            mask[row, :kept] = 1
-            texts.append(text)
-        width = int(mask.sum(dim=1).max())
-        return Rollout(query, query_mask, response[:, :width], mask[:, :width], texts)
+        response = self.policy.generate(query, query_mask, max_new_tokens, self._reached_a_marker)
+        kept, texts = cut_responses(response, self._texts, self.policy.end)
+        mask = (torch.arange(int(kept.max()), device=response.device) < kept[:, None].to(response.device)).float()
+        return Rollout(query, query_mask, response[:, : mask.shape[1]], mask, texts)
 
-    def _text(self, tokens: list[int]) -> str:
-        return self.policy.tokenizer.decode(tokens, skip_special_tokens=True)
+    def _texts(self, tokens) -> list[str]:
+        return self.policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def _reached_a_marker(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(n,) whether the next speaker has begun in the responses so far (n, R): what follows would be cut off."""
+        return torch.tensor([bool(MARKERS.search(text)) for text in self._texts(tokens[:, -MARKER_TOKENS:])])
 
     @torch.no_grad()
     def look(self, rollout: Rollout) -> dict[str, torch.Tensor]:
@@ -337,6 +349,54 @@ class PPO:
             "distinct_2": distinct(texts, 2),
         }
         return metrics, texts
+
+
+def diagnose(steps: Sequence[dict[str, float]], config: PPOConfig, window: int = 20) -> list[str]:
+    """What is going wrong, in words, from what the last steps logged; empty when nothing is.
+
+    Args:
+        steps: what `PPO.step` returned, in order. config: of the loop. window: steps that are looked at.
+    """
+    if len(steps) < window:
+        return []
+    last, first = steps[-window:], steps[: max(3, window // 4)]
+
+    def mean(rows, name):
+        return float(np.mean([row[name] for row in rows if name in row] or [np.nan]))
+
+    found = []
+    kl = mean(last[-window // 4 :], "kl")
+    if kl > 5 * config.target_kl_response:
+        found.append(
+            f"KL runs away: {kl:.1f} nats a response, the target is {config.target_kl_response:g}: so far from the "
+            "reference the reward is not to be trusted; lower --learning_rate"
+        )
+    entropy, before = mean(last[-window // 4 :], "entropy"), mean(first, "entropy")
+    if entropy < 0.2 * before:
+        found.append(
+            f"entropy collapses: {entropy:.2f} nats a token, {before:.2f} at the start: the policy says few things; "
+            "lower --learning_rate, or stop earlier"
+        )
+    if mean(last, "cut_at_length_share") > 0.98:
+        found.append(
+            "all responses are cut at their length limit: the policy never ends a turn; its model may lack an end "
+            "token, or was not trained to use it"
+        )
+    spread = mean(last, "score_std")
+    if spread < 1e-3 or abs(mean(last, "score_mean")) > 0.98:
+        found.append(
+            f"scores are saturated: mean {mean(last, 'score_mean'):.3f}, standard deviation {spread:.4f}: there is "
+            "nothing left to learn from them"
+        )
+    losses = [row["value_loss"] for row in last if "value_loss" in row]
+    if len(losses) == window and mean(last, "explained_variance") < -0.5:
+        early, late = np.mean(losses[: window // 2]), np.mean(losses[window // 2 :])
+        if late >= early:
+            found.append(
+                f"the value loss does not fall ({early:.3f}, then {late:.3f}) and values predict worse than a "
+                "constant: advantages are noise; lower --learning_rate"
+            )
+    return found
 
 
 def _explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:

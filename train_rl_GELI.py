@@ -292,11 +292,12 @@ def train(args, ppo, prompts, tracker, folder: Path, stem: str) -> list[Path]:
     import pandas as pd
 
     import plots
+    from ppo import diagnose
     from runs import atomic_path, progress_bar
 
     rng = np.random.default_rng(args.seed)
     order: list[int] = []
-    rows, checkpoint = [], None
+    rows, checkpoint, said = [], None, set()
     bar = progress_bar(range(1, args.steps + 1), desc="stage 3 (PPO)", unit="step")
     for step in bar:
         while len(order) < args.batch_size:
@@ -311,6 +312,11 @@ def train(args, ppo, prompts, tracker, folder: Path, stem: str) -> list[Path]:
                 f"not finite at step {step}: {bad}; try a lower --learning_rate (last checkpoint: {checkpoint})"
             )
         tracker.log({f"ppo/{key}": value for key, value in logged.items()}, step)
+        for trouble in diagnose(rows, ppo.config):
+            kind = trouble.split(":")[0].split(" (")[0]
+            if kind not in said:  # once a run
+                said.add(kind)
+                bar.write(f"Step {step}: {trouble}.")
         if args.log_text:
             table = pd.DataFrame({"prompt": [p.text for p in batch], "response": texts})
             tracker.log_table("ppo/responses", table, step)

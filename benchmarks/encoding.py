@@ -8,8 +8,8 @@ padded to 1,024 tokens, through encoder and decoder. Prints
 1. FLOPs of a bart-large shape, counted by torch on those lengths, and their ratio;
 2. seconds of a whole stage 2 on a small BART here: published; ours with an empty cache; ours again with another lambda
    and with another decomposition; and the validation L_GE of each;
-3. on a middle-sized BART: tokens/s of our encoding loop over those of bare encoder forwards on full, unpadded batches of
-   the same shape;
+3. on a middle-sized BART: tokens/s of our encoding loop over those of bare encoder forwards on full, unpadded batches
+   of the same shape;
 4. how far features depend on the batch that they are computed in.
 """
 

@@ -14,7 +14,7 @@ import models
 from cli import UserError
 from data_utils import INSTRUCTION, prompt_text
 from models import RewardHead, RewardHeadConfig, TurnEncoder, load_encoder, load_policy, load_reward_head
-from ppo import cut_response, distinct
+from ppo import cut_responses, distinct
 
 
 @pytest.fixture(scope="module")
@@ -252,9 +252,9 @@ def test_a_saved_policy_loads_with_peft_and_with_us(policy, tiny, tmp_path):
         torch.testing.assert_close(a, b)
 
 
-def spell(tokens: list[int]) -> str:
+def spell(rows: list[list[int]]) -> list[str]:
     """A tokenizer of one letter a token; 0 is the end token."""
-    return "".join(chr(token) for token in tokens if token)
+    return ["".join(chr(token) for token in row if token) for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,11 @@ def spell(tokens: list[int]) -> str:
     ],
 )
 def test_responses_are_cut_at_the_end_token_or_the_next_speaker(response, kept, text):
-    assert cut_response([ord(c) for c in response], spell, end=0) == (kept, text)
+    tokens = torch.tensor([[ord(c) for c in response], [ord("x")] * len(response)])
+    assert [list(column) for column in cut_responses(tokens, spell, end=0)] == [
+        [kept, len(response)],
+        [text, "x" * len(response)],
+    ]
 
 
 def test_distinct_n_by_hand():
