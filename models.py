@@ -856,6 +856,7 @@ class RunningMoments:
 
 
 MAX_NEW_TOKENS = 128  # the longest response
+DONE_EVERY = 4  # tokens between two looks at whether a response has gone on long enough
 
 
 class Policy(nn.Module):
@@ -931,33 +932,50 @@ class Policy(nn.Module):
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end
 
     @torch.no_grad()
-    def generate(self, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, done=None) -> torch.Tensor:
-        """Samples responses at temperature 1 from the whole distribution: (n, R) ids, padded behind the end token.
+    def generate(self, query: torch.Tensor, query_mask: torch.Tensor, max_new_tokens: int, done=None):
+        """Samples responses at temperature 1 from the whole distribution, until all have ended.
 
         Args:
-            ids, mask: (n, Q) as `tokenize` gives them. done: responses so far (n, r) -> (n,) which need not go on;
-                these are padded too.
-        """
-        from transformers import GenerationConfig, StoppingCriteriaList
+            query, query_mask: (n, Q) as `tokenize` gives them. done: responses so far (n, r) -> (n,) which need not go
+                on; asked now and then.
 
-        config = GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.end,
-            pad_token_id=self.pad,
-            decoder_start_token_id=self.model.config.decoder_start_token_id if self.has_encoder else None,
-        )
-        before = 1 if self.has_encoder else ids.shape[1]  # what `generate` returns before the response
-        criteria = StoppingCriteriaList()
-        if done:
-            criteria.append(lambda sequences, scores, **_: done(sequences[:, before:]).to(sequences.device))
-        output = self.model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria
-        )
-        return output[:, before:]
+        Returns:
+            (n, R) ids, padded behind the end token (or where `done` said so), and (n, R, hidden) the states that they
+            were drawn from, which `read` takes.
+        """
+        base, vocabulary = self.model.get_base_model(), self.model.config.vocab_size
+        cache, mask, inputs = None, query_mask, query
+        if self.has_encoder:
+            encoded = base.get_encoder()(input_ids=query, attention_mask=query_mask).last_hidden_state
+            inputs = torch.full_like(query[:, :1], base.config.decoder_start_token_id)
+        else:
+            body, positions = getattr(base, base.base_model_prefix), (mask.cumsum(dim=1) - 1).clamp(min=0)
+        response = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
+        ended, states = torch.zeros(len(query), dtype=torch.bool, device=query.device), []
+        for step in range(1, max_new_tokens + 1):
+            if self.has_encoder:
+                output = base.get_decoder()(
+                    input_ids=inputs, encoder_hidden_states=encoded, encoder_attention_mask=mask, past_key_values=cache,
+                    use_cache=True,
+                )  # fmt: skip
+            else:
+                output = body(
+                    input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                )
+                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+                positions = positions[:, -1:] + 1
+            cache, state = output.past_key_values, output.last_hidden_state[:, -1]
+            token = torch.multinomial(self._logits(state).float().softmax(dim=-1)[:, :vocabulary], 1).squeeze(1)
+            token = token.masked_fill(ended, self.pad)
+            inputs = token[:, None]
+            response = torch.cat([response, inputs], dim=1)
+            states.append(state)
+            ended |= token == self.end
+            if done and step % DONE_EVERY == 0:
+                ended |= done(response).to(ended.device)
+            if ended.all():
+                break
+        return response, torch.stack(states, dim=1)
 
     def forward(self, query, query_mask, response, response_mask):
         """Log-probability of every response token, the value of the state before it, and the entropy there.
@@ -970,7 +988,10 @@ class Policy(nn.Module):
         Returns:
             logprobs, values, entropies: (n, R) float32, 0 where not kept.
         """
-        hidden = self._states(query, query_mask, response, response_mask)
+        return self.read(self._states(query, query_mask, response, response_mask), response, response_mask)
+
+    def read(self, hidden: torch.Tensor, response: torch.Tensor, response_mask: torch.Tensor):
+        """As `forward`, from the (n, R, hidden) states before each response token."""
         kept = response_mask.bool()
         states, tokens = hidden[kept], response[kept]
         logprobs, entropies = _token_logprobs(self._logits, self.model.config.vocab_size, states, tokens)
@@ -1091,15 +1112,12 @@ def load_policy(name: str, rank: int, alpha: int, dtype: torch.dtype) -> Policy:
     """
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     tokenizer = load_pretrained(AutoTokenizer, name, "--model_name")
     config = load_pretrained(AutoConfig, name, "--model_name")
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = load_pretrained(kind, name, "--model_name", dtype=dtype)
-    model.generation_config = (
-        GenerationConfig()
-    )  # of its own: beams, penalties, least lengths; here it is plain sampling
     attention = {"q_proj", "v_proj"} if any(n.endswith("q_proj") for n, _ in model.named_modules()) else "all-linear"
     adapter = LoraConfig(
         r=rank,

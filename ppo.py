@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from models import (
+    DONE_EVERY,
     MAX_NEW_TOKENS,
     AdaptiveKL,
     Policy,
@@ -29,7 +30,7 @@ from models import (
 )
 
 MARKERS = re.compile("User:|AI:")  # where a response stops being one turn
-MARKER_TOKENS = 8  # a marker lies within this many tokens, whatever the tokenizer
+MARKER_TOKENS = 8 + DONE_EVERY  # of a response's end hold any marker that has come since the last look
 
 
 class Prompt(NamedTuple):
@@ -71,13 +72,15 @@ class PPOConfig:
 
 
 class Rollout(NamedTuple):
-    """Responses to a batch of prompts: (n, Q) left-padded queries, (n, R) responses, `mask` 1 on kept tokens."""
+    """Responses to a batch of prompts: (n, Q) padded queries, (n, R) responses, `mask` 1 on kept tokens; `states`
+    (n, R, hidden) that they were drawn from, where these have the update's numerics."""
 
     query: torch.Tensor
     query_mask: torch.Tensor
     response: torch.Tensor
     mask: torch.Tensor
     texts: list[str]
+    states: torch.Tensor | None = None
 
     def rows(self, chosen) -> tuple[torch.Tensor, ...]:
         """The model's inputs for some of the responses; columns of their queries that are all padding are left out."""
@@ -236,10 +239,13 @@ class PPO:
     def rollout(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Rollout:
         """Samples a response to every prompt and cuts it."""
         query, query_mask = self.policy.tokenize([prompt.text for prompt in prompts])
-        response = self.policy.generate(query, query_mask, max_new_tokens, self._reached_a_marker)
+        response, states = self.policy.generate(query, query_mask, max_new_tokens, self._reached_a_marker)
         kept, texts = cut_responses(response, self._texts, self.policy.end)
         mask = (torch.arange(int(kept.max()), device=response.device) < kept[:, None].to(response.device)).float()
-        return Rollout(query, query_mask, response[:, : mask.shape[1]], mask, texts)
+        width = mask.shape[1]
+        # in lower precision one token at a time rounds otherwise than all at once: then they are computed again
+        states = states[:, :width] if states.dtype == torch.float32 else None
+        return Rollout(query, query_mask, response[:, :width], mask, texts, states)
 
     def _texts(self, tokens) -> list[str]:
         return self.policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -255,7 +261,11 @@ class PPO:
         size = self.config.mini_batch_size
         for first in range(0, len(rollout.texts), size):
             inputs = rollout.rows(slice(first, first + size))
-            for name, value in zip(("logprobs", "values", "entropies"), self.policy(*inputs), strict=True):
+            if rollout.states is None:
+                seen = self.policy(*inputs)
+            else:
+                seen = self.policy.read(rollout.states[first : first + size], *inputs[2:])
+            for name, value in zip(("logprobs", "values", "entropies"), seen, strict=True):
                 columns[name].append(value)
             with self.policy.reference():
                 columns["ref_logprobs"].append(self.policy(*inputs)[0])

@@ -3,9 +3,10 @@
     python benchmarks/ppo_vs_trl.py [--steps 5] [--venv FOLDER]
 
 Work: a Llama of 6 layers x 256 with LoRA (r=16, query and value projections), 24 prompts, 48 new tokens, one PPO epoch,
-minibatches of 8, float32; (a) prompts of 96 tokens and a vocabulary of 4,000, (b) of 512 and 32,000. Both score by the same
-small network. TRL runs in a virtual environment of its own, which this script makes; the two take their steps in turn. Prints
-medians of seconds a step, of the peak memory above what the process held before it built its models, and ratios.
+minibatches of 8, float32; (a) prompts of 96 tokens and a vocabulary of 4,000, (b) of 512 and 32,000. Both score by the
+same small network. TRL runs in a virtual environment of its own, which this script makes; the two take their steps in
+turn. Prints medians of seconds a step, peaks of memory above what a process held before it built its models, and their
+ratios.
 """
 
 import argparse

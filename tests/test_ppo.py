@@ -63,7 +63,9 @@ def test_kl_is_0_at_the_start_and_the_reference_stays_where_it_is(model):
     ppo = make_ppo(model)
     rollout = ppo.rollout(some_prompts(), 12)
     old = ppo.look(rollout)
-    assert torch.equal(old["logprobs"], old["ref_logprobs"])
+    torch.testing.assert_close(old["logprobs"], old["ref_logprobs"], atol=5e-6, rtol=0)
+    exact = ppo.look(rollout._replace(states=None))
+    assert torch.equal(exact["logprobs"], exact["ref_logprobs"])
     shaken(ppo)
     again = ppo.look(rollout)
     assert torch.equal(again["ref_logprobs"], old["ref_logprobs"])
@@ -88,6 +90,16 @@ def test_the_kl_estimate_is_unbiased(model):
     samples = (old["logprobs"] - old["ref_logprobs"])[:, 0]
     assert exact > 0.05
     assert samples.mean().item() == pytest.approx(exact, abs=4 * samples.std().item() / 4000**0.5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "blenderbot"])
+def test_what_a_response_was_drawn_from_is_what_a_forward_pass_gives(kind, sample, tmp_path):
+    ppo = shaken(make_ppo(small_model(kind, tmp_path / kind, sample)))
+    rollout = ppo.rollout(some_prompts(), 12)
+    assert rollout.states is not None
+    drawn, passed = ppo.look(rollout), ppo.look(rollout._replace(states=None))
+    for name in drawn:
+        torch.testing.assert_close(drawn[name], passed[name], atol=5e-6, rtol=1e-5)
 
 
 def test_accumulated_gradients_are_those_of_one_large_batch(model):
@@ -153,8 +165,8 @@ def test_generation_stops_when_every_response_has_reached_a_marker(model):
 
     ppo._texts = texts
     query = ppo.policy.tokenize([prompt.text for prompt in some_prompts()])
-    assert ppo.policy.generate(*query, 12, ppo._reached_a_marker).shape[1] == 3
-    assert ppo.policy.generate(*query, 12).shape[1] == 12
+    assert ppo.policy.generate(*query, 12, ppo._reached_a_marker)[0].shape[1] == 4  # looked at every fourth token
+    assert ppo.policy.generate(*query, 12)[0].shape[1] == 12
 
 
 def test_padding_that_a_minibatch_does_not_need_is_left_out():
