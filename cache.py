@@ -96,7 +96,7 @@ class ConversationCache:
             **types,
         }
         table = pa.Table.from_pylist(rows, pa.schema(columns.items(), metadata={"code": self._code}))
-        with atomic_path(self.path) as temporary:
+        with atomic_path(self.path, everyone=True) as temporary:
             temporary.touch(mode=0o600)
             parquet.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
@@ -201,7 +201,7 @@ class FeatureCache:
             return
         digests = torch.from_numpy(np.frombuffer(b"".join(name for name, _ in found), dtype=np.uint8).copy())
         tensors = {"digests": digests.view(-1, 16), "features": torch.stack([feature for _, feature in found])}
-        with atomic_path(self.folder / f"{secrets.token_hex(8)}.safetensors") as temporary:
+        with atomic_path(self.folder / f"{secrets.token_hex(8)}.safetensors", everyone=True) as temporary:
             save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint, "checksum": _checksum(tensors)})
 
     def _read(self, path: Path) -> None:

@@ -235,6 +235,12 @@ def new_folder(path: Path) -> None:
         raise UserError(f"{path}: expected a new or empty folder, found files in it; name another or remove it")
 
 
+def _fail(error: Exception) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs an entry script's `main`: a `UserError` becomes one line on stderr and exit code 2."""
     # of libraries among themselves; no user can act on them
@@ -242,11 +248,9 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
     except OSError as error:  # a folder that cannot be written to, a full disk
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

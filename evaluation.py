@@ -54,6 +54,24 @@ def place_encoder(encoder, args, accelerator):
     return encoder
 
 
+def encode_together(encoder, pairs, accelerator, encode=None, progress: str | None = None):
+    """(n, hidden) features of `pairs`, of which every process encodes its share.
+
+    Args:
+        encode: pairs -> features, where that is not the encoder's own.
+    """
+    import torch
+
+    from runs import gather_shares, share
+
+    mine = share(pairs, accelerator)
+    features = encode(mine) if encode else encoder.encode(mine, accelerator.autocast, progress=progress)
+    if accelerator.num_processes == 1:
+        return features
+    rows = gather_shares(list(features.numpy()), accelerator)
+    return torch.from_numpy(np.stack(rows)) if rows else features
+
+
 def affect_means(rewards: np.ndarray, affects: np.ndarray, prefix: str) -> dict[str, float]:
     """Mean reward of the turns of each affect group that is present: {prefix}_{neg,pos,neut,sup}_mean."""
     masks = {name: np.isin(affects, group) for name, group in AFFECT_GROUPS.items()}

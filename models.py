@@ -734,16 +734,10 @@ def _pair_form(tokenizer) -> tuple[list[int], list[int], list[int], int]:
 # and behind the cut, and such places must not matter.
 
 
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of `values` where `mask` is 1."""
-    return (values * mask).sum() / mask.sum()
-
-
-def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`values` shifted and scaled to mean 0 and variance 1 over the kept places; 0 elsewhere."""
-    mean = masked_mean(values, mask)
-    variance = masked_mean((values - mean) ** 2, mask)
-    return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
+def whiten(values: torch.Tensor, mask: torch.Tensor, mean: float, variance: float) -> torch.Tensor:
+    """`values` shifted and scaled to mean 0 and variance 1, where they have this mean and variance over all kept places
+    (of all processes); 0 where not kept."""
+    return (values - mean) * (variance + 1e-8) ** -0.5 * mask
 
 
 def token_rewards(score: torch.Tensor, logprobs, ref_logprobs, mask, beta: float) -> torch.Tensor:
@@ -932,18 +926,20 @@ class Policy(nn.Module):
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end
 
     @torch.no_grad()
-    def generate(self, query: torch.Tensor, query_mask: torch.Tensor, max_new_tokens: int, done=None):
+    def generate(self, query: torch.Tensor, query_mask: torch.Tensor, uniforms: torch.Tensor, done=None):
         """Samples responses at temperature 1 from the whole distribution, until all have ended.
 
         Args:
-            query, query_mask: (n, Q) as `tokenize` gives them. done: responses so far (n, r) -> (n,) which need not go
-                on; asked now and then.
+            query, query_mask: (n, Q) as `tokenize` gives them.
+            uniforms: (n, r) in [0, 1): what chooses each of at most r tokens, so that a response does not depend on who
+                else is in the batch.
+            done: responses so far (n, r) -> (n,) which need not go on; asked now and then.
 
         Returns:
             (n, R) ids, padded behind the end token (or where `done` said so), and (n, R, hidden) the states that they
             were drawn from, which `read` takes.
         """
-        base, vocabulary = self.model.get_base_model(), self.model.config.vocab_size
+        base, uniforms = self.model.get_base_model(), uniforms.to(query.device, torch.float64)
         cache, mask, inputs = None, query_mask, query
         if self.has_encoder:
             encoded = base.get_encoder()(input_ids=query, attention_mask=query_mask).last_hidden_state
@@ -952,7 +948,7 @@ class Policy(nn.Module):
             body, positions = getattr(base, base.base_model_prefix), (mask.cumsum(dim=1) - 1).clamp(min=0)
         response = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
         ended, states = torch.zeros(len(query), dtype=torch.bool, device=query.device), []
-        for step in range(1, max_new_tokens + 1):
+        for step in range(1, uniforms.shape[1] + 1):
             if self.has_encoder:
                 output = base.get_decoder()(
                     input_ids=inputs, encoder_hidden_states=encoded, encoder_attention_mask=mask, past_key_values=cache,
@@ -965,7 +961,9 @@ class Policy(nn.Module):
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
                 positions = positions[:, -1:] + 1
             cache, state = output.past_key_values, output.last_hidden_state[:, -1]
-            token = torch.multinomial(self._logits(state).float().softmax(dim=-1)[:, :vocabulary], 1).squeeze(1)
+            reached = self._logits(state).double().softmax(dim=-1).cumsum(dim=-1)  # inverse transform sampling
+            goal = uniforms[:, step - 1 : step] * reached[:, -1:]
+            token = torch.searchsorted(reached, goal, right=True).squeeze(1).clamp(max=reached.shape[1] - 1)
             token = token.masked_fill(ended, self.pad)
             inputs = token[:, None]
             response = torch.cat([response, inputs], dim=1)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cli import UserError
 from models import (
     DONE_EVERY,
     MAX_NEW_TOKENS,
@@ -23,11 +24,11 @@ from models import (
     RunningMoments,
     TurnEncoder,
     gae,
-    masked_mean,
     ppo_loss,
     token_rewards,
     whiten,
 )
+from runs import gather_shares, share, sum_gradients
 
 MARKERS = re.compile("User:|AI:")  # where a response stops being one turn
 MARKER_TOKENS = 8 + DONE_EVERY  # of a response's end hold any marker that has come since the last look
@@ -183,63 +184,104 @@ class PPO:
             warmup_init=False,
         )
         self.optimizer = accelerator.prepare(optimizer)
+        if config.batch_size < accelerator.num_processes:
+            raise UserError(
+                f"--batch_size {config.batch_size}: expected at least one prompt for each of "
+                f"{accelerator.num_processes} processes"
+            )
         self.kl = AdaptiveKL(config.beta, config.target_kl_response, config.horizon)
         self.moments = RunningMoments()
-        self.rng = np.random.default_rng(seed)
+        self.rng, self.sampling = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
         self._seconds: dict[str, float] = {}
 
     def step(self, prompts: Sequence[Prompt], update: bool = True) -> tuple[dict[str, float], list[str]]:
         """One PPO step on a batch of prompts; returns what is logged, and the responses.
 
         Args:
-            prompts: n prompts. update: False rolls out and scores only.
+            prompts: n prompts, the same in every process; each rolls out and learns from its share.
+            update: False rolls out and scores only.
         """
         self._seconds = {}
-        limit = self.draw_length()
+        limit, mine = self.draw_length(), share(prompts, self.accelerator)
         with self._timed("generate"):
-            rollout = self.rollout(prompts, limit)
+            rollout = self.rollout(mine, share(self.draw_uniforms(len(prompts), limit), self.accelerator))
         with self._timed("forward"):
             old = self.look(rollout)
         with self._timed("score"):
-            scores = self.score(prompts, rollout.texts)
-            human = self.score(prompts, [prompt.human for prompt in prompts])
-            normalized = self.moments.normalize(scores)
-        rewards = token_rewards(
-            normalized.to(rollout.mask.device), old["logprobs"], old["ref_logprobs"], rollout.mask, self.kl.beta
+            scores = self.score(mine, rollout.texts)
+            human = self.score(mine, [prompt.human for prompt in mine])
+            all_scores = torch.tensor(gather_shares(scores.tolist(), self.accelerator))
+            normalized = share(self.moments.normalize(all_scores), self.accelerator)
+        mask, lengths = rollout.mask, rollout.mask.sum(dim=1)
+        rewards = token_rewards(normalized.to(mask.device), old["logprobs"], old["ref_logprobs"], mask, self.kl.beta)
+        advantages, returns = gae(rewards, old["values"], mask, self.config.gamma, self.config.lam)
+        error = (returns - old["values"]) * mask
+        total = self._sum(
+            {
+                "responses": torch.tensor(float(len(mine))),
+                "tokens": mask.sum(),
+                "human": human.sum(),
+                "kl": ((old["logprobs"] - old["ref_logprobs"]) * mask).sum(),
+                "entropy": (old["entropies"] * mask).sum(),
+                "value": (old["values"] * mask).sum(),
+                "return": (returns * mask).sum(),
+                "return_squared": (returns**2 * mask).sum(),
+                "error": error.sum(),
+                "error_squared": (error**2).sum(),
+                "advantage": (advantages * mask).sum(),
+                "advantage_squared": (advantages**2 * mask).sum(),
+                "ended": _ended(rollout, self.policy.end).sum(),
+                "at_length": (lengths == limit).sum(),
+            }
         )
-        advantages, returns = gae(rewards, old["values"], rollout.mask, self.config.gamma, self.config.lam)
-        kl = ((old["logprobs"] - old["ref_logprobs"]) * rollout.mask).sum(dim=1).mean().item()
-        lengths = rollout.mask.sum(dim=1)
+        n, tokens = total["responses"], total["tokens"]
+        texts = gather_shares(rollout.texts, self.accelerator)
+        kl, returned = total["kl"] / n, _variance(total, "return", tokens)
         logged = {
-            "score_mean": scores.mean().item(),
-            "score_std": scores.std(unbiased=False).item(),
-            "human_score_mean": human.mean().item(),
+            "score_mean": all_scores.mean().item(),
+            "score_std": all_scores.std(unbiased=False).item(),
+            "human_score_mean": total["human"] / n,
             "kl": kl,
             "beta": self.kl.beta,
-            "entropy": masked_mean(old["entropies"], rollout.mask).item(),
-            "value_mean": masked_mean(old["values"], rollout.mask).item(),
-            "explained_variance": _explained_variance(old["values"], returns, rollout.mask),
-            "response_length_mean": lengths.mean().item(),
-            "ended_share": _ended(rollout, self.policy.end).float().mean().item(),
-            "cut_at_length_share": (lengths == limit).float().mean().item(),
-            "empty_share": np.mean([not text for text in rollout.texts]),
-            "distinct_1": distinct(rollout.texts, 1),
-            "distinct_2": distinct(rollout.texts, 2),
+            "entropy": total["entropy"] / tokens,
+            "value_mean": total["value"] / tokens,
+            "explained_variance": 1 - _variance(total, "error", tokens) / returned if returned > 0 else 0.0,
+            "response_length_mean": tokens / n,
+            "ended_share": total["ended"] / n,
+            "cut_at_length_share": total["at_length"] / n,
+            "empty_share": float(np.mean([not text for text in texts])),
+            "distinct_1": distinct(texts, 1),
+            "distinct_2": distinct(texts, 2),
         }
         if update:
+            advantages = whiten(advantages, mask, total["advantage"] / tokens, _variance(total, "advantage", tokens))
             with self._timed("update"):
-                logged |= self.update(rollout, old, whiten(advantages, rollout.mask), returns)
+                logged |= self.update(rollout, old, advantages, returns, len(prompts))
             self.kl.update(kl, len(prompts))
-        return {**logged, **{f"seconds_{name}": value for name, value in self._seconds.items()}}, rollout.texts
+        return {**logged, **{f"seconds_{name}": value for name, value in self._seconds.items()}}, texts
+
+    def _sum(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Sums over all processes, in one message."""
+        stacked = torch.stack([value.detach().double().to(self.accelerator.device) for value in values.values()])
+        return dict(zip(values, self.accelerator.reduce(stacked, "sum").tolist(), strict=True))
+
+    def score_together(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
+        """(n,) scores, of which every process computes its share."""
+        mine = self.score(share(prompts, self.accelerator), share(responses, self.accelerator)).tolist()
+        return torch.tensor(gather_shares(mine, self.accelerator))
+
+    def draw_uniforms(self, n: int, limit: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """(n, limit) random numbers that choose the tokens of n responses, the same in every process."""
+        return torch.rand(n, limit, generator=generator or self.sampling, dtype=torch.float64)
 
     def draw_length(self) -> int:
         """The batch's limit of new tokens."""
         return int(self.rng.integers(self.config.min_new_tokens, self.config.max_new_tokens + 1))
 
-    def rollout(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Rollout:
-        """Samples a response to every prompt and cuts it."""
+    def rollout(self, prompts: Sequence[Prompt], uniforms: torch.Tensor) -> Rollout:
+        """Samples a response to every prompt, by its row of `uniforms` (n, most tokens), and cuts it."""
         query, query_mask = self.policy.tokenize([prompt.text for prompt in prompts])
-        response, states = self.policy.generate(query, query_mask, max_new_tokens, self._reached_a_marker)
+        response, states = self.policy.generate(query, query_mask, uniforms, self._reached_a_marker)
         kept, texts = cut_responses(response, self._texts, self.policy.end)
         mask = (torch.arange(int(kept.max()), device=response.device) < kept[:, None].to(response.device)).float()
         width = mask.shape[1]
@@ -271,14 +313,18 @@ class PPO:
                 columns["ref_logprobs"].append(self.policy(*inputs)[0])
         return {name: torch.cat(parts) for name, parts in columns.items()}
 
-    def update(self, rollout: Rollout, old: dict, advantages: torch.Tensor, returns: torch.Tensor) -> dict[str, float]:
-        """PPO epochs over the batch in minibatches; stops early when the policy has moved too far."""
-        config, n = self.config, len(rollout.texts)
+    def update(self, rollout: Rollout, old: dict, advantages, returns, n: int) -> dict[str, float]:
+        """PPO epochs over a batch in minibatches; stops early when the policy has moved too far.
+
+        Args:
+            rollout, old, advantages, returns: of this process' share of the batch. n: responses of all processes.
+        """
+        config = self.config
         totals: Counter = Counter()
         group_size = config.mini_batch_size * config.accumulation_steps
         stopped = False
         for _ in range(config.ppo_epochs):
-            order = self.rng.permutation(n)
+            order = self.rng.permutation(n)  # the same in every process
             for first in range(0, n, group_size):
                 group = order[first : first + group_size]
                 sums = self._optimizer_step(rollout, old, advantages, returns, group)
@@ -304,24 +350,29 @@ class PPO:
         }
 
     def _optimizer_step(self, rollout, old, advantages, returns, group) -> dict[str, float]:
-        """One optimizer step over the responses `group`, a minibatch of gradients at a time."""
-        config = self.config
-        tokens = rollout.mask[group].sum()
-        totals: Counter = Counter()
-        for first in range(0, len(group), config.mini_batch_size):
-            part = group[first : first + config.mini_batch_size]
+        """One optimizer step over the responses `group` (numbered over all processes), a minibatch at a time."""
+        config, device = self.config, rollout.mask.device
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        mine = group[group % processes == rank] // processes
+        tokens = self._sum({"tokens": rollout.mask[mine].sum()})["tokens"]
+        names = ("approx_kl", "policy_clipped", "value_clipped", "ratio", "policy_loss", "value_loss")
+        sums = {name: torch.zeros((), device=device) for name in names}
+        for first in range(0, len(mine), config.mini_batch_size):
+            part = mine[first : first + config.mini_batch_size]
             logprobs, values, _ = self.policy(*rollout.rows(part))
-            policy_loss, value_loss, sums = ppo_loss(
+            policy_loss, value_loss, found = ppo_loss(
                 logprobs, values, old["logprobs"][part], old["values"][part], advantages[part], returns[part],
                 rollout.mask[part], config.clip, config.value_clip, tokens,
             )  # fmt: skip
             self.accelerator.backward(policy_loss + config.value_coefficient * value_loss)
-            totals.update({name: value.item() for name, value in sums.items()})
-            totals.update({"policy_loss": policy_loss.item(), "value_loss": value_loss.item()})
-        squares = sum((p.grad.float() ** 2).sum() for p in self.policy.trainable() if p.grad is not None)
+            for name, value in {**found, "policy_loss": policy_loss, "value_loss": value_loss}.items():
+                sums[name] = sums[name] + value.detach()
+        trainable = self.policy.trainable()
+        sum_gradients(trainable, self.accelerator)
+        squares = sum((p.grad.float() ** 2).sum() for p in trainable if p.grad is not None)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return {**totals, "tokens": tokens.item(), "gradient_norm": squares.sqrt().item()}
+        return {**self._sum(sums), "tokens": tokens, "gradient_norm": squares.sqrt().item()}
 
     @contextmanager
     def _timed(self, phase: str):
@@ -335,24 +386,28 @@ class PPO:
         that two policies are compared on the same prompts, lengths and draws, and training goes on as if it had not
         happened."""
         texts, kls = [], []
-        rng = np.random.default_rng(seed)
+        rng, sampling = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
         size = self.config.batch_size
-        devices = [self.policy.device] if self.policy.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            for first in range(0, len(prompts), size):
-                limit = int(rng.integers(self.config.min_new_tokens, self.config.max_new_tokens + 1))
-                rollout = self.rollout(prompts[first : first + size], limit)
+        for first in range(0, len(prompts), size):
+            part = prompts[first : first + size]
+            limit = int(rng.integers(self.config.min_new_tokens, self.config.max_new_tokens + 1))
+            uniforms = self.draw_uniforms(len(part), limit, sampling)
+            mine = share(part, self.accelerator)
+            found, kl = [], []
+            if mine:
+                rollout = self.rollout(mine, share(uniforms, self.accelerator))
                 seen = self.look(rollout)
-                kls.append(((seen["logprobs"] - seen["ref_logprobs"]) * rollout.mask).sum(dim=1).cpu())
-                texts += rollout.texts
+                kl = ((seen["logprobs"] - seen["ref_logprobs"]) * rollout.mask).sum(dim=1).tolist()
+                found = rollout.texts
+            texts += gather_shares(found, self.accelerator)
+            kls += gather_shares(kl, self.accelerator)
         metrics = {}
         if self.score:
-            scores = self.score(prompts, texts)
+            scores = self.score_together(prompts, texts)
             metrics["reward"] = scores.mean().item()
             metrics["reward_standard_error"] = scores.std(unbiased=False).item() / len(scores) ** 0.5
         metrics |= {
-            "kl": torch.cat(kls).mean().item(),
+            "kl": float(np.mean(kls)),
             "response_words": float(np.mean([len(text.split()) for text in texts])),
             "empty_share": float(np.mean([not text for text in texts])),
             "distinct_1": distinct(texts, 1),
@@ -409,11 +464,9 @@ def diagnose(steps: Sequence[dict[str, float]], config: PPOConfig, window: int =
     return found
 
 
-def _explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over kept tokens; 0 when the returns do not vary."""
-    kept = mask.bool()
-    variance = returns[kept].var(unbiased=False)
-    return (1 - (returns - values)[kept].var(unbiased=False) / variance).item() if variance > 0 else 0.0
+def _variance(total: dict[str, float], name: str, n: float) -> float:
+    """Variance of n numbers from the sums of them and of their squares."""
+    return max(total[f"{name}_squared"] / n - (total[name] / n) ** 2, 0.0)
 
 
 def _ended(rollout: Rollout, end: int) -> torch.Tensor:

@@ -6,8 +6,9 @@ import platform
 import random
 import secrets
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -62,7 +63,15 @@ def make_accelerator(device: str, dtype: str, cpu_dtype: str = "auto"):
     if dtype == "auto" and (device == "cpu" or not (available["cuda"] or available["mps"])):
         dtype = cpu_dtype
     bfloat16 = dtype == "bfloat16" or (dtype == "auto" and _computes_in_bfloat16(device))
-    return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if bfloat16 else "no")
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if bfloat16 else "no")
+    if str(accelerator.distributed_type).split(".")[-1] in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise UserError(
+            f"accelerate is configured for {accelerator.distributed_type}: expected several whole copies of the model "
+            "(MULTI_GPU or MULTI_CPU); see accelerate_configs/"
+        )
+    if not is_writer():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+    return accelerator
 
 
 def frozen_dtype(accelerator):
@@ -84,15 +93,54 @@ def _computes_in_bfloat16(device: str) -> bool:
         return False
 
 
+def is_writer() -> bool:
+    """Whether this process is the one, of those that `accelerate launch` started, that writes and speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def share(items: Sequence, accelerator) -> Sequence:
+    """This process' items of a list that all processes have: every n-th one."""
+    return items[accelerator.process_index :: accelerator.num_processes]
+
+
+def gather_shares(mine: list, accelerator) -> list:
+    """The whole list, in its order, from every process' `share` of it (which may be of different lengths)."""
+    from accelerate.utils import gather_object
+
+    if accelerator.num_processes == 1:
+        return mine
+    parts = gather_object([mine])
+    whole = [None] * sum(map(len, parts))
+    for i, part in enumerate(parts):
+        whole[i :: len(parts)] = part
+    return whole
+
+
+def sum_gradients(parameters: Iterable, accelerator) -> None:
+    """Adds up the gradients of all processes; one that had nothing to do adds zeros, so that none waits for it."""
+    import torch
+
+    if accelerator.num_processes == 1:
+        return
+    parameters = list(parameters)
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    total = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters]), "sum")
+    for p, gradient in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+        p.grad.copy_(gradient.view_as(p))
+
+
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path` to write to; renamed to `path` on success, removed on failure."""
+def atomic_path(path: str | Path, everyone: bool = False) -> Iterator[Path]:
+    """Gives a temporary name beside `path` to write to; renamed to `path` on success, removed on failure. Of several
+    processes only the writer's file stays, unless `everyone`'s does."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp{path.suffix}"
     try:
         yield temporary
-        os.replace(temporary, path)
+        if everyone or is_writer():
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -106,6 +154,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     temporary.chmod(0o755)
     try:
         yield temporary
+        if not is_writer():
+            return
         if path.exists():
             old = temporary.with_suffix(".old")
             path.rename(old)
@@ -168,12 +218,23 @@ class Tracker:
         folder: where outputs go; `wandb/` lies beside it.
         config: what describes the run; no text or id of a conversation.
         run_name: a name to use, or None for wandb's own (offline: one like it, new in `folder`).
+        accelerator: `accelerate.Accelerator`; of several processes one tracks, and all know the name.
 
     Attributes:
         name: the run's name.
     """
 
-    def __init__(self, project: str, folder: Path, config: dict, run_name: str | None):
+    def __init__(self, project: str, folder: Path, config: dict, run_name: str | None, accelerator):
+        from accelerate.utils import broadcast_object_list
+
+        self._run = None
+        if is_writer():
+            self._start(project, folder, {**config, "processes": accelerator.num_processes}, run_name)
+        else:
+            self.name = ""
+        self.name = broadcast_object_list([self.name])[0]
+
+    def _start(self, project: str, folder: Path, config: dict, run_name: str | None) -> None:
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -203,28 +264,34 @@ class Tracker:
 
     def log(self, values: dict, step: int) -> None:
         """Logs `values` (scalars or wandb objects) at `step`."""
-        self._run.log(values, step=step)
+        if self._run:
+            self._run.log(values, step=step)
 
     def log_table(self, key: str, table, step: int) -> None:
         """Logs a pandas table that may hold text; only ever called with `--log_text`."""
         import wandb
 
-        self._run.log({key: wandb.Table(dataframe=table)}, step=step)
+        if self._run:
+            self._run.log({key: wandb.Table(dataframe=table)}, step=step)
 
     def log_bars(self, key: str, heights: dict[int, float]) -> None:
         """Logs a bar chart of rewards by turn number."""
         import wandb
 
+        if not self._run:
+            return
         table = wandb.Table(columns=["turn", "predicted reward"], data=[[str(n), r] for n, r in heights.items()])
         self._run.log({key: wandb.plot.bar(table, "turn", "predicted reward", title="predicted reward by turn")})
 
     def summary(self, values: dict) -> None:
         """Sets the run's summary values."""
-        self._run.summary.update(values)
+        if self._run:
+            self._run.summary.update(values)
 
     def finish(self) -> None:
         """Flushes and closes the run."""
-        self._run.finish()
+        if self._run:
+            self._run.finish()
 
 
 def _logged_in() -> bool:
@@ -265,9 +332,8 @@ def format_table(rows: list[dict], title: str = "") -> str:
 
 def progress_bar(*args, **kwargs):
     """tqdm on stderr, for what takes over a second; where nobody watches (a file, a pipe), a line now and then."""
-    import sys
-
     from tqdm import tqdm
 
     watched = sys.stderr.isatty()
+    kwargs["disable"] = kwargs.get("disable", False) or not is_writer()
     return tqdm(*args, dynamic_ncols=watched, mininterval=0.1 if watched else 30, delay=1, leave=False, **kwargs)

@@ -110,7 +110,7 @@ def main() -> None:
         warn_of_leaks(path, validation)
     encoder = place_encoder(find_encoder(args, saved, path, frozen_dtype(accelerator)), args, accelerator)
     encoder_name = encoder.name
-    tracker = Tracker(folder.name, folder, {**vars(args), "data": corpus.numbers()}, args.run_name)
+    tracker = Tracker(folder.name, folder, {**vars(args), "data": corpus.numbers()}, args.run_name, accelerator)
     head_path, encoder_path = folder / f"reward1_{tracker.name}", folder / f"lang_model_{tracker.name}"
     head = new_head(args, folder, saved, encoder, encoder_path, training) if args.train else saved
 
@@ -118,6 +118,7 @@ def main() -> None:
     metrics, paths, rewards = {}, [], None
     if args.train:
         metrics |= train(args, head, turns, training, validation, tracker, head_path, encoder_path)
+        accelerator.wait_for_everyone()
         head = load_reward_head(head_path)  # the best, as it was written
         paths.append(head_path)
         if args.unfreeze:
@@ -242,7 +243,7 @@ class Encoded:
         from cache import FeatureCache, encoder_fingerprint
         from runs import device_name
 
-        self.args, self.encoder, self.autocast = args, encoder, accelerator.autocast
+        self.args, self.encoder, self.accelerator = args, encoder, accelerator
         self._held_out, self._cache = None, None
         folder = cache_folder(args)
         if folder and not args.unfreeze:
@@ -264,7 +265,7 @@ class Encoded:
 
         if self.args.unfreeze:
             pairs = [self._pairs[known][i] for i, known in zip(turns, told.astype(int), strict=True)]
-            return self.encoder.encode_with_gradients(pairs, self.autocast).cpu()
+            return self.encoder.encode_with_gradients(pairs, self.accelerator.autocast).cpu()
         plain = self._features[0][turns]
         if not told.any():
             return plain
@@ -278,8 +279,12 @@ class Encoded:
         return self._held_out
 
     def _encode(self, pairs, name: str):
-        encode = partial(self.encoder.encode, autocast=self.autocast, progress=f"encoding {name}")
-        return self._cache.encode(pairs, encode) if self._cache else encode(pairs)
+        from evaluation import encode_together
+
+        encode = partial(self.encoder.encode, autocast=self.accelerator.autocast, progress=f"encoding {name}")
+        if self._cache:
+            encode = partial(self._cache.encode, encode=encode)
+        return encode_together(self.encoder, pairs, self.accelerator, encode)
 
 
 def warn_of_leaks(affect_head: Path, validation) -> None:
@@ -309,7 +314,7 @@ def train(args, head, turns: Encoded, training, validation, tracker, head_path: 
     from data_utils import told_share
     from evaluation import evaluate, head_rewards, wandb_validation
     from models import save_reward_head
-    from runs import progress_bar
+    from runs import progress_bar, sum_gradients
 
     conversations: dict[str, list[int]] = {}
     for i, trajectory in enumerate(training.trajectories):
@@ -329,15 +334,17 @@ def train(args, head, turns: Encoded, training, validation, tracker, head_path: 
     for epoch in range(1, args.epochs + 1):
         head.train()
         turns.encoder.train(args.unfreeze)
-        share = told_share(args.curriculum, args.curriculum_exposure, epoch, args.epochs)
+        told = told_share(args.curriculum, args.curriculum_exposure, epoch, args.epochs)
         order = rng.permutation(len(groups))
         for start in progress_bar(starts, desc=f"stage 2, epoch {epoch}/{args.epochs}", unit="step"):
             chosen = [i for group in order[start : start + args.batch_size] for i in groups[group]]
             contrastive = args.contrastive and epoch % 2 == 0
-            loss, logged = batch_loss(args, head, turns, training, chosen, scales, rng, share, contrastive)
-            if not torch.isfinite(loss):
+            loss, logged = batch_loss(args, head, turns, training, chosen, scales, rng, told, contrastive)
+            if loss.requires_grad:
+                loss.backward()
+            sum_gradients([p for group in optimizer.param_groups for p in group["params"]], turns.accelerator)
+            if not np.isfinite(logged["train/loss"] + logged["train/shaped_loss"]):
                 raise UserError(f"the loss is not finite at step {step + 1}: try a lower --learning_rate")
-            loss.backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -373,7 +380,7 @@ def loss_scales(args, training) -> tuple[float, float]:
 
 
 def batch_loss(args, head, turns: Encoded, training, chosen: list[int], scales, rng, told_share, contrastive: bool):
-    """The loss () of the trajectories `chosen`, and what is logged of it.
+    """This process' part of the loss () of the trajectories `chosen`, and what is logged of the whole.
 
     Args:
         scales: of the two losses. told_share: share of turns that show the user's answer. contrastive: add that loss.
@@ -383,31 +390,36 @@ def batch_loss(args, head, turns: Encoded, training, chosen: list[int], scales, 
 
     from evaluation import affect_means, length_of
     from models import DECOMPOSITIONS, contrastive_term, draw_turns, geli_loss, li_loss
+    from runs import gather_shares, share
 
     decomposition = DECOMPOSITIONS[args.redist_type]
     weight = args.ge_weight if head.config.li else 1.0
-    losses, ge, li, rewards_seen, hidden_seen, seen = [], [], [], [], [], []
+    drawn = []  # for all of them in every process, so that all draw the same
     for i in chosen:
-        place, score = training.turns_of(i), training.scores[i]
+        place = training.turns_of(i)
         n_turns = place.stop - place.start
-        length = length_of(args.ep_len, n_turns)
         part = draw_turns(n_turns, args.K, rng) if decomposition.uses_subset else np.arange(n_turns)
-        part = part + place.start
         told = rng.random(len(part)) < told_share if told_share else np.zeros(len(part), dtype=bool)
+        drawn.append((i, part + place.start, told, length_of(args.ep_len, n_turns)))
+    losses, hidden_seen, seen = [torch.zeros(())], [], []
+    for i, part, told, length in share(drawn, turns.accelerator):
         rewards, hidden = head(turns.training(part, told), with_hidden=True)
-        rewards = rewards.squeeze(1)
-        li.append(li_loss(rewards, torch.from_numpy(training.targets[part])))
-        losses.append(geli_loss(decomposition.loss(rewards, score, length), li[-1], weight, *scales))
-        ge.append((score - decomposition.predicted_return(rewards.detach(), length).item()) ** 2)
-        rewards_seen.append(rewards.detach().numpy())
+        rewards, score = rewards.squeeze(1), training.scores[i]
+        li = li_loss(rewards, torch.from_numpy(training.targets[part]))
+        losses.append(geli_loss(decomposition.loss(rewards, score, length), li, weight, *scales))
+        ge = (score - decomposition.predicted_return(rewards.detach(), length).item()) ** 2
         hidden_seen.append(hidden)
-        seen.append(part)
-    part, loss = np.concatenate(seen), torch.stack(losses).mean()
-    logged = {"train/loss": np.mean(ge), "train/shaped_loss": torch.stack(li).mean().item()}
-    logged |= affect_means(np.concatenate(rewards_seen), training.affects[part], "train_shape/train")
+        seen.append((part, ge, li.item(), rewards.detach().numpy()))
+    loss, term = torch.stack(losses).sum() / len(chosen), torch.zeros(())
+    if contrastive and seen:
+        labels = training.labels[np.concatenate([part for part, *_ in seen])]
+        term = contrastive_term(torch.cat(hidden_seen), labels) * len(seen) / len(chosen)
+        loss = loss + term
+    parts, ge, li, rewards = zip(*gather_shares(seen, turns.accelerator), strict=True)
+    logged = {"train/loss": float(np.mean(ge)), "train/shaped_loss": float(np.mean(li))}
     if contrastive:
-        term = contrastive_term(torch.cat(hidden_seen), training.labels[part])
-        loss, logged["train/contrastive_loss"] = loss + term, term.item()
+        logged["train/contrastive_loss"] = term.item()
+    logged |= affect_means(np.concatenate(rewards), training.affects[np.concatenate(parts)], "train_shape/train")
     return loss, logged
 
 

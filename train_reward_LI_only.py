@@ -62,7 +62,15 @@ def main() -> None:
     """Parse, build, train, evaluate, write."""
     args = parse()
 
-    from evaluation import evaluate, finish_run, head_rewards, load_data, place_encoder, write_validation
+    from evaluation import (
+        encode_together,
+        evaluate,
+        finish_run,
+        head_rewards,
+        load_data,
+        place_encoder,
+        write_validation,
+    )
     from models import RewardHead, RewardHeadConfig, load_encoder, load_reward_head
     from runs import Tracker, frozen_dtype, make_accelerator, seed_everything
 
@@ -73,7 +81,7 @@ def main() -> None:
     encoder = load_encoder(name, args.max_length, option, adapt=args.model in ADAPTED, dtype=frozen_dtype(accelerator))
     place_encoder(encoder, args, accelerator)
     folder = Path(args.output_dir) / project_name(args)
-    tracker = Tracker(folder.name, folder, {**vars(args), "data": corpus.numbers()}, args.run_name)
+    tracker = Tracker(folder.name, folder, {**vars(args), "data": corpus.numbers()}, args.run_name, accelerator)
     config = RewardHeadConfig(
         head=head_name(args),
         hidden=encoder.hidden_size,
@@ -91,10 +99,11 @@ def main() -> None:
     head.start_at(min(max(float(training.targets.mean()), -0.95), 0.95))
     metrics = train(args, accelerator, encoder, head, training, validation, tracker, head_path, encoder_path)
     paths, rewards = [head_path, encoder_path], None
+    accelerator.wait_for_everyone()
     if args.val:  # of what was written, not of what is in memory
         encoder = load_encoder(str(encoder_path), args.max_length, dtype=frozen_dtype(accelerator))
         place_encoder(encoder, args, accelerator)
-        features = encoder.encode(encoder.tokenize(validation.texts), accelerator.autocast, progress="validation")
+        features = encode_together(encoder, encoder.tokenize(validation.texts), accelerator, progress="validation")
         rewards = head_rewards(load_reward_head(head_path), features)
         metrics["validation"] = evaluate(validation, rewards, args.ep_len)
         paths += write_validation(folder, tracker.name, validation, rewards, args.ep_len, None)
@@ -112,9 +121,17 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
     import torch
 
     from data_utils import shuffled_batches, told_share
-    from evaluation import affect_means, choose_turns, evaluate, head_rewards, length_of, wandb_validation
-    from models import contrastive_term, li_loss, save_reward_head
-    from runs import progress_bar
+    from evaluation import (
+        affect_means,
+        choose_turns,
+        encode_together,
+        evaluate,
+        head_rewards,
+        length_of,
+        wandb_validation,
+    )
+    from models import contrastive_term, save_reward_head
+    from runs import gather_shares, progress_bar, share, sum_gradients
 
     pairs = encoder.tokenize(training.texts)
     curriculum = args.curriculum or args.curriculum_exposure
@@ -133,7 +150,7 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
     parameters = [*encoder.trainable(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
-    encoder, head, optimizer = accelerator.prepare(encoder, head, optimizer)
+    head.to(accelerator.device)
     encoder.train()
     head.train()
     best = {"best_step": 0, "best_li_loss": None, "steps": len(batches)}
@@ -141,31 +158,40 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
         told = np.zeros(len(batch), dtype=bool)
         if curriculum:
             told = rng.random(len(batch)) < told_share(args.curriculum, args.curriculum_exposure, epoch, args.epochs)
-        shown = [(told_pairs if known else pairs)[i] for i, known in zip(batch, told, strict=True)]
-        features = encoder.encode_with_gradients(shown, accelerator.autocast)
-        with accelerator.autocast():
-            rewards, hidden = head(features, with_hidden=True)
-        rewards = rewards.squeeze(1).float()
-        loss = li_loss(rewards, torch.from_numpy(training.targets[batch]).to(rewards.device))
-        logged = {"train/shaped_loss": loss.item()}
+        mine = share(np.arange(len(batch)), accelerator)  # every process its share of the batch
+        rewards, loss, terms = torch.zeros(0), torch.zeros(()), torch.zeros(2)
+        if len(mine):
+            shown = [(told_pairs if told[i] else pairs)[batch[i]] for i in mine]
+            features = encoder.encode_with_gradients(shown, accelerator.autocast)
+            with accelerator.autocast():
+                rewards, hidden = head(features, with_hidden=True)
+            rewards = rewards.squeeze(1).float()
+            targets = torch.from_numpy(training.targets[batch[mine]]).to(rewards.device)
+            li = ((rewards - targets) ** 2).sum() / len(batch)
+            term = torch.zeros_like(li)
+            if args.contrastive and epoch % 2 == 0:
+                term = contrastive_term(hidden, training.labels[batch[mine]]) * len(mine) / len(batch)
+            loss, terms = li + term, torch.stack([li.detach(), term.detach()]).cpu()
+            loss.backward()
+        sum_gradients(parameters, accelerator)
+        li_value, term_value = accelerator.reduce(terms.to(accelerator.device), "sum").tolist()
+        logged = {"train/shaped_loss": li_value}
         if args.contrastive and epoch % 2 == 0:
-            term = contrastive_term(hidden, training.labels[batch])
-            loss, logged["train/contrastive_loss"] = loss + term, term.item()
-        if not torch.isfinite(loss):
+            logged["train/contrastive_loss"] = term_value
+        if not np.isfinite(li_value + term_value):
             raise UserError(f"the loss is not finite at step {step}: try a lower --learning_rate")
-        accelerator.backward(loss)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
 
-        predicted = rewards.detach().cpu().numpy()
+        predicted = np.array(gather_shares(rewards.detach().tolist(), accelerator), dtype=np.float32)
         ge = np.mean((score[batch] - length[batch] * predicted) ** 2)  # RRD's loss with |I| = 1
         logged |= {"train/loss": float(ge), "train/learning_rate": schedule.get_last_lr()[0]}
         logged |= affect_means(predicted, training.affects[batch], "train_shape/train")
         last = step == len(batches)
         if args.val and (step % VALIDATE_EVERY == 0 or last):
             rewards = np.zeros(len(validation), dtype=np.float32)
-            rewards[chosen] = head_rewards(head, encoder.encode(chosen_pairs, accelerator.autocast))
+            rewards[chosen] = head_rewards(head, encode_together(encoder, chosen_pairs, accelerator))
             metrics = evaluate(validation, rewards, args.ep_len, chosen=chosen)
             logged |= wandb_validation(metrics)
             if best["best_li_loss"] is None or metrics["li_loss"] < best["best_li_loss"]:

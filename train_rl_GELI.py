@@ -122,10 +122,12 @@ def main() -> None:
     """Parse, build, train, evaluate, write."""
     args = parse()
 
-    from runs import Tracker, make_accelerator, seed_everything
+    from runs import Tracker, is_writer, make_accelerator, seed_everything
 
     seed_everything(args.seed)
     accelerator = make_accelerator(args.device, args.dtype, cpu_dtype="float32")
+    if args.no_accel and accelerator.num_processes > 1:
+        raise UserError("--no_accel is for one device: expected one process, found several; start it with python")
     scored = args.train or args.val
     head_path = find_reward(args) if scored and args.reward == "redistributed_reward" else None
     prompts, held_out, counts = load_prompts(args)
@@ -136,13 +138,13 @@ def main() -> None:
     tuned = args.rf_model != BASE and not args.ppo_off  # whether there is a policy besides the reference
     if args.ppo_off or args.rf_model == BASE:
         stem += "_ppo_off" if args.ppo_off else "_base"
-    if args.train:
+    if args.train and is_writer():
         set_aside(folder, stem)
-    elif tuned:
+    elif tuned and not args.train:
         checkpoint = newest_checkpoint(folder, stem)
         policy.load(checkpoint)
         stem = f"{checkpoint.name}_val"
-    tracker = Tracker("rlmf", folder, {**vars(args), "data": counts}, args.run_name)
+    tracker = Tracker("rlmf", folder, {**vars(args), "data": counts}, args.run_name, accelerator)
 
     metrics, texts = {}, {}
     look = args.val or args.generate
@@ -150,7 +152,8 @@ def main() -> None:
         with policy.reference():
             metrics["before"], texts["base"] = ppo.evaluate(held_out, args.seed)
     if args.val:
-        metrics["human"] = {"reward": ppo.score(held_out, [p.human for p in held_out]).mean().item()}
+        human = ppo.score_together(held_out, [p.human for p in held_out])
+        metrics["human"] = {"reward": human.mean().item()}
     paths = train(args, ppo, prompts, tracker, folder, stem) if args.train else []
     if look and tuned:
         metrics["after"], texts["tuned"] = ppo.evaluate(held_out, args.seed)
@@ -244,7 +247,7 @@ def build_score(args, accelerator, head_path: Path | None):
     from ppo import RewardScorer
 
     if head_path is None:
-        generator = torch.Generator().manual_seed(args.seed)
+        generator = torch.Generator().manual_seed(args.seed + accelerator.process_index)
         return lambda prompts, responses: torch.rand(len(responses), generator=generator) * 2 - 1
     head = load_reward_head(head_path, accelerator.device)
     max_length = min(args.max_length, head.config.max_length)

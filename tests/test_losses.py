@@ -99,7 +99,7 @@ def test_gae_equals_its_definition(length, gamma, lam, seed):
 
 def test_whitening_looks_at_kept_tokens_only():
     mask = torch.tensor([[1.0, 1, 0], [1, 0, 0]])
-    whitened = whiten(torch.tensor([[1.0, 3, 1000], [5, -1000, 0]]), mask)  # mean 3, variance 8/3
+    whitened = whiten(torch.tensor([[1.0, 3, 1000], [5, -1000, 0]]), mask, 3, 8 / 3)  # of 1, 3 and 5
     assert whitened.tolist() == [[pytest.approx(-(1.5**0.5)), 0, 0], [pytest.approx(1.5**0.5), 0, 0]]
 
 
@@ -136,7 +136,9 @@ def test_what_is_not_kept_cannot_matter(seed):
     def everything(logprobs, values, old_logprobs, old_values, reference, _):
         rewards = token_rewards(torch.tensor([1.0, 2.0]), old_logprobs, reference, mask, 0.15)
         advantages, returns = gae(rewards, old_values, mask, 1.0, 0.95)
-        losses = ppo_loss(logprobs, values, old_logprobs, old_values, whiten(advantages, mask), returns, mask, 0.2, 0.2)
+        kept = advantages[mask.bool()]
+        whitened = whiten(advantages, mask, kept.mean().item(), kept.var(unbiased=False).item())
+        losses = ppo_loss(logprobs, values, old_logprobs, old_values, whitened, returns, mask, 0.2, 0.2)
         return torch.stack([*losses[:2], *losses[2].values()])
 
     torch.testing.assert_close(everything(*tensors), everything(*(tensors + noise)), rtol=0, atol=0)

@@ -456,7 +456,7 @@ def test_every_policys_samples_have_the_probabilities_that_it_says(any_policy):
     """The first token's frequencies over many samples agree with the log-probabilities of the forward pass."""
     query, query_mask = any_policy.tokenize(PROMPTS[:1] * 2000)
     torch.manual_seed(0)
-    first = any_policy.generate(query, query_mask, 1)[0][:, 0]
+    first = any_policy.generate(query, query_mask, torch.rand(2000, 1))[0][:, 0]
     tokens = torch.arange(any_policy.model.config.vocab_size)[:, None]
     alone = [x.expand(len(tokens), -1) for x in any_policy.tokenize(PROMPTS[:1])]
     with torch.no_grad():

@@ -36,6 +36,10 @@ def some_prompts(n=8, seed=0):
     return prompts(np.random.default_rng(seed), n)
 
 
+def uniforms(n=8, length=12, seed=3):
+    return torch.rand(n, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def shaken(ppo: PPO) -> PPO:
     """With an adapter and values that are not zero any more."""
     generator = torch.Generator().manual_seed(5)
@@ -49,7 +53,7 @@ def shaken(ppo: PPO) -> PPO:
 def test_the_first_minibatchs_ratio_is_1(kind, sample, tmp_path):
     """Rollout and update have the same numerics, and no dropout."""
     ppo = shaken(make_ppo(small_model(kind, tmp_path / kind, sample)))
-    rollout = ppo.rollout(some_prompts(), 12)
+    rollout = ppo.rollout(some_prompts(), uniforms())
     old = ppo.look(rollout)
     for chosen in (np.array([6, 1, 3, 0]), np.array([2])):  # other neighbours, other padding
         logprobs, values, _ = ppo.policy(*rollout.rows(chosen))
@@ -61,13 +65,13 @@ def test_the_first_minibatchs_ratio_is_1(kind, sample, tmp_path):
 
 def test_kl_is_0_at_the_start_and_the_reference_stays_where_it_is(model):
     ppo = make_ppo(model)
-    rollout = ppo.rollout(some_prompts(), 12)
+    rollout = ppo.rollout(some_prompts(), uniforms())
     old = ppo.look(rollout)
     torch.testing.assert_close(old["logprobs"], old["ref_logprobs"], atol=5e-6, rtol=0)
     exact = ppo.look(rollout._replace(states=None))
     assert torch.equal(exact["logprobs"], exact["ref_logprobs"])
     shaken(ppo)
-    again = ppo.look(rollout)
+    again = ppo.look(rollout._replace(states=None))
     assert torch.equal(again["ref_logprobs"], old["ref_logprobs"])
     assert not torch.allclose(again["logprobs"], old["logprobs"])
 
@@ -85,17 +89,24 @@ def test_the_kl_estimate_is_unbiased(model):
             log_q = ppo.policy(*everything)[0][:, 0]
     exact = (log_p.exp() * (log_p - log_q)).sum().item()
     torch.manual_seed(0)
-    rollout = ppo.rollout(prompt * 4000, 1)
+    rollout = ppo.rollout(prompt * 4000, uniforms(4000, 1))
     old = ppo.look(rollout)
     samples = (old["logprobs"] - old["ref_logprobs"])[:, 0]
     assert exact > 0.05
     assert samples.mean().item() == pytest.approx(exact, abs=4 * samples.std().item() / 4000**0.5)
 
 
+def test_a_response_does_not_depend_on_who_else_is_in_the_batch(model):
+    ppo = shaken(make_ppo(model))
+    whole = ppo.rollout(some_prompts(), uniforms()).texts
+    part = ppo.rollout(some_prompts()[5:2:-1], uniforms()[[5, 4, 3]]).texts
+    assert part == whole[5:2:-1] and len(set(whole)) > 4
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "blenderbot"])
 def test_what_a_response_was_drawn_from_is_what_a_forward_pass_gives(kind, sample, tmp_path):
     ppo = shaken(make_ppo(small_model(kind, tmp_path / kind, sample)))
-    rollout = ppo.rollout(some_prompts(), 12)
+    rollout = ppo.rollout(some_prompts(), uniforms())
     assert rollout.states is not None
     drawn, passed = ppo.look(rollout), ppo.look(rollout._replace(states=None))
     for name in drawn:
@@ -106,7 +117,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(model):
     gradients = []
     for mini_batch, accumulation in ((8, 1), (2, 4), (3, 3)):
         ppo = shaken(make_ppo(model, mini_batch_size=mini_batch, accumulation_steps=accumulation))
-        rollout = ppo.rollout(some_prompts(), 12)
+        rollout = ppo.rollout(some_prompts(), uniforms())
         rollout.mask[2, 3:] = 0  # responses of different lengths
         old = {name: value + 0.1 * rollout.mask for name, value in ppo.look(rollout).items()}
         generator = torch.Generator().manual_seed(1)
@@ -127,7 +138,7 @@ def test_what_is_behind_the_cut_has_no_part_in_an_update(model):
     for noise in (False, True):
         ppo = shaken(make_ppo(model))
         torch.manual_seed(3)
-        rollout = ppo.rollout(some_prompts(), 12)
+        rollout = ppo.rollout(some_prompts(), uniforms())
         rollout.mask[:, 5:] = 0
         rollout.mask[1, 1:] = 0
         if noise:  # other tokens behind the cut, and in the padding of the prompts
@@ -138,7 +149,7 @@ def test_what_is_behind_the_cut_has_no_part_in_an_update(model):
         old = ppo.look(rollout)
         advantages = returns = rollout.mask * 0.5
         ppo.rng = np.random.default_rng(0)
-        ppo.update(rollout, old, advantages, returns)
+        ppo.update(rollout, old, advantages, returns, 8)
         changes.append(torch.cat([p.detach().flatten() for p in ppo.policy.trainable()]))
     torch.testing.assert_close(*changes, atol=1e-6, rtol=1e-5)
 
@@ -165,8 +176,10 @@ def test_generation_stops_when_every_response_has_reached_a_marker(model):
 
     ppo._texts = texts
     query = ppo.policy.tokenize([prompt.text for prompt in some_prompts()])
-    assert ppo.policy.generate(*query, 12, ppo._reached_a_marker)[0].shape[1] == 4  # looked at every fourth token
-    assert ppo.policy.generate(*query, 12)[0].shape[1] == 12
+    assert (
+        ppo.policy.generate(*query, uniforms(), ppo._reached_a_marker)[0].shape[1] == 4
+    )  # looked at every fourth token
+    assert ppo.policy.generate(*query, uniforms())[0].shape[1] == 12
 
 
 def test_padding_that_a_minibatch_does_not_need_is_left_out():
