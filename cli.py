@@ -154,6 +154,11 @@ def add_reward_options(parser: argparse.ArgumentParser, epochs: int) -> None:
     add("--lang_model_path", help="hub id or folder of an encoder instead of --model's own (default: --model's own)")
     add("--train_size", type=positive_int, default=500, help="training conversations (fewer if there are fewer)")
     add("--val", action="store_true", help="evaluate on the validation conversations")
+    add(
+        "--val_all",
+        action="store_true",
+        help="with --val: on every conversation behind the training ones, not on the last 50 (or tenth) alone",
+    )
     add("--train", action="store_true", help="train (stage 1 trains whether or not it is given)")
     add("--epochs", type=positive_int, default=epochs, help="passes over the training conversations")
     add("--run_name", type=file_name, help="name of the run (default: wandb's, or one like it)")
@@ -219,6 +224,8 @@ def head_name(args: argparse.Namespace) -> str:
 
 def check_reward_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuses options of the reward stages that would do nothing."""
+    if args.val_all and not args.val:
+        parser.error("--val_all says on what --val evaluates: give --val too")
     if args.bar_chart and not args.val:
         parser.error("--bar_chart draws the validation turns: give --val too")
     if args.sentiment_model and args.li_signal == "face":

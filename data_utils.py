@@ -607,17 +607,20 @@ def split_key(conversation_id: str) -> str:
     return hashlib.sha256(conversation_id.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def split(corpus: Corpus, train_size: int) -> tuple[list[Trajectory], list[Trajectory]]:
+def split(corpus: Corpus, train_size: int, all_others: bool = False) -> tuple[list[Trajectory], list[Trajectory]]:
     """Training and validation trajectories.
 
     Validation is the last 50 conversations in hash order (of fewer than 500, a tenth, at least one). Which these are
     does not depend on the reward class, so an encoder trained for one class has not seen another's validation set.
-    Training is the first `train_size` of the others that have a trajectory.
+    Training is the first `train_size` of the others that have a trajectory. With `all_others` validation is every
+    conversation behind those: many more, where training takes few.
     """
     ordered = corpus.conversations
     held_out = 50 if len(ordered) >= 500 else max(1, len(ordered) // 10)
-    training = [c.id for c in ordered[:-held_out] if corpus.trajectories[c.id]][:train_size]
-    validation = [c.id for c in ordered[-held_out:]]
+    usable = [place for place, c in enumerate(ordered[:-held_out]) if corpus.trajectories[c.id]]
+    training = [ordered[place].id for place in usable[:train_size]]
+    first = usable[:train_size][-1] + 1 if all_others and training else len(ordered) - held_out
+    validation = [c.id for c in ordered[first:]]
     return (
         [t for i in training for t in corpus.trajectories[i]],
         [t for i in validation for t in corpus.trajectories[i]],

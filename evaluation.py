@@ -29,7 +29,7 @@ def load_data(args) -> tuple[Corpus, TurnSet, TurnSet]:
     """The corpus that the command line names, with its training and validation turns; prints what was dropped."""
     corpus = read_corpus(args.data_dir, args.reward_class, args.transcript, cache_folder(args))
     print(corpus.describe())
-    parts = split(corpus, args.train_size)
+    parts = split(corpus, args.train_size, args.val_all)
     sentiment = LI_SIGNALS[args.li_signal](args)
     training, validation = (
         TurnSet.of(part, args.context_turns, args.reaction_type, args.negative_affect, sentiment) for part in parts

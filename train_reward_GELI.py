@@ -132,7 +132,8 @@ def main() -> None:
         mean_score = training.scores.mean()
         metrics["validation"]["ge_loss_of_training_mean"] = float(((validation.scores - mean_score) ** 2).mean())
         paths += write_validation(folder, tracker.name, validation, rewards, args.ep_len, redist)
-    title = f"Stage 2 ({'GELI' if head.config.li else 'GE'}, {redist})"
+    kind = f"{'GELI' if head.config.li else 'GE'}, {redist}" if head.config.stage == 2 else "LI"
+    title = f"Stage {head.config.stage} ({kind})"
     parts = (training, validation)
     finish_run(title, args, tracker, folder, corpus, parts, metrics, rewards, paths, stage=2, encoder=encoder_name)
 

@@ -199,6 +199,15 @@ def test_five_hundred_conversations_hold_out_fifty():
     assert [t.conversation.id for t in training] == [str(i) for i in range(100)]
 
 
+def test_all_others_can_be_validated_on(sample):
+    corpus = data_utils.read_corpus(sample, "overall_affect")
+    training, validation = data_utils.split(corpus, 10)
+    same, others = data_utils.split(corpus, 10, all_others=True)
+    ids = [list(dict.fromkeys(t.conversation.id for t in part)) for part in (training, same, validation, others)]
+    assert ids[0] == ids[1] and len(ids[2]) == 4 and len(ids[3]) == 30
+    assert ids[3][-4:] == ids[2] and not set(ids[0]) & set(ids[3])
+
+
 def test_splits_do_not_depend_on_the_folders_order_nor_overlap(tmp_path, monkeypatch):
     corpus = corpus_of(tmp_path, 30)
     expected = [[t.key for t in part] for part in data_utils.split(corpus, 10)]

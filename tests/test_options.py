@@ -301,6 +301,13 @@ def test_max_length_cuts_what_the_encoder_sees_and_is_remembered(stages):
     assert "at least 5 tokens are needed" in stages.li("--max_length", 4, check=2).stderr
 
 
+def test_val_all_validates_on_every_conversation_that_is_not_trained_on(stages):
+    stages.ge("--val", "--val_all", "--reward_path", "geli", "--run_name", "all", encoder=())
+    assert len(stages.record("all")["validation_conversations"]) == 34
+    assert len(stages.record("geli")["validation_conversations"]) == 4
+    assert "give --val too" in stages.geli("--train", "--val_all", check=2).stderr
+
+
 def test_dtype_and_device_are_those_that_are_asked_for(stages):
     for dtype in ("float32", "bfloat16"):
         stages.li("--run_name", dtype, "--dtype", dtype, "--device", "cpu")
