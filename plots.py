@@ -66,10 +66,12 @@ def ppo(steps, path: Path) -> Path:
     figure, axes = _figure(1, 2, 9, 3.2)
     score, kl = axes[0]
     score.plot(steps["step"], steps["score_mean"], label="policy", color="#2e8b57")
-    score.plot(steps["step"], steps["human_score_mean"], label="human answer", color="#999999", lw=0.9)
+    if "human_score_mean" in steps:
+        score.plot(steps["step"], steps["human_score_mean"], label="human answer", color="#999999", lw=0.9)
     score.set(xlabel="step", ylabel="mean reward")
     score.legend(frameon=False)
-    kl.plot(steps["step"], steps["kl"], color="#b33a3a")
+    if "kl" in steps:
+        kl.plot(steps["step"], steps["kl"], color="#b33a3a")
     kl.set(xlabel="step", ylabel="KL to the reference (nats a response)")
     return _save(figure, path)
 
@@ -85,5 +87,18 @@ def reading(rows: list[dict], published: float, path: Path) -> Path:
     axis.set(xscale="log", yscale="log", xlabel="conversations", ylabel="ms a conversation")
     axis.set_xticks(n, map(str, n))
     axis.minorticks_off()
+    axis.legend(frameon=False)
+    return _save(figure, path)
+
+
+def curves(rewards: dict[str, list[list[float]]], target: float, path: Path) -> Path:
+    """Mean reward by step of several algorithms, a line a seed."""
+    figure, axes = _figure(1, 1, 6, 3.2)
+    axis = axes[0, 0]
+    axis.axhline(target, color="#999999", ls="--", lw=0.8)
+    for (name, lines), color in zip(rewards.items(), ("#2e8b57", "#4a78b5", "#b33a3a"), strict=False):
+        for i, line in enumerate(lines):
+            axis.plot(range(1, len(line) + 1), line, color=color, lw=1, label=None if i else name)
+    axis.set(xlabel="step", ylabel="mean reward (optimum 1)")
     axis.legend(frameon=False)
     return _save(figure, path)

@@ -82,6 +82,14 @@ def build_parser():
     add("--train", action="store_true", help="train")
     add("--val", action="store_true", help="measure the mean reward on held-out prompts, before and after")
     add("--generate", action="store_true", help="write the base and the tuned policy's responses to held-out prompts")
+    add(
+        "--algo",
+        choices=("ppo", "rloo", "grpo"),
+        default="ppo",
+        help="ppo is this repository's own loop; rloo and grpo are TRL's trainers",
+    )
+    add("--num_generations", type=positive_int, default=4, help="rloo, grpo: responses to each prompt of a step")
+    add("--trl", nargs="+", metavar="NAME=VALUE", help="rloo, grpo: options of TRL's configuration, as use_vllm=true")
     add("--ppo_off", action="store_true", help="with --train: roll out and score, without updates")
     add("--val_prompts", type=positive_int, default=96, help="how many held-out prompts")
     add("--batch_size", type=positive_int, default=24, help="prompts a step")
@@ -107,6 +115,10 @@ def parse():
     args = parser.parse_args()
     if not (args.train or args.val or args.generate):
         parser.error("nothing to do: give --train, --val or --generate")
+    if args.algo == "ppo" and args.trl:
+        parser.error("--trl are options of TRL's trainers: give --algo rloo or --algo grpo")
+    if args.algo != "ppo" and args.ppo_off:
+        parser.error("--ppo_off is for --algo ppo")
     if args.ppo_off and not args.train:
         parser.error("--ppo_off is how --train rolls out without updates: give --train")
     if args.rf_model == BASE:
@@ -154,7 +166,11 @@ def main() -> None:
     if args.val:
         human = ppo.score_together(held_out, [p.human for p in held_out])
         metrics["human"] = {"reward": human.mean().item()}
-    paths = train(args, ppo, prompts, tracker, folder, stem) if args.train else []
+    paths = []
+    if args.train:
+        recorder = Recorder(args, ppo, tracker, folder, stem)
+        (train if args.algo == "ppo" else train_by_trl)(args, ppo, prompts, recorder)
+        paths = recorder.finish()
     if look and tuned:
         metrics["after"], texts["tuned"] = ppo.evaluate(held_out, args.seed)
     paths += report(args, tracker, folder, stem, head_path, counts, metrics, texts, held_out)
@@ -289,48 +305,99 @@ def newest_checkpoint(folder: Path, stem: str) -> Path:
     return folder / f"{stem}_{max(steps)}"
 
 
-def train(args, ppo, prompts, tracker, folder: Path, stem: str) -> list[Path]:
-    """PPO steps over shuffled prompts, a checkpoint every 10; returns the paths of what was written."""
+class Recorder:
+    """What a training run leaves behind: a row a step, a checkpoint every 10, words when something is wrong.
+
+    Args:
+        args: the options. ppo: the loop, whose policy is saved. folder, stem: where, and the names' beginning.
+    """
+
+    def __init__(self, args, ppo, tracker, folder: Path, stem: str):
+        from runs import progress_bar
+
+        self.args, self.ppo, self.tracker, self.folder, self.stem = args, ppo, tracker, folder, stem
+        self.rows: list[dict] = []
+        self.checkpoint: Path | None = None
+        self._said: set[str] = set()
+        self._bar = progress_bar(total=args.steps, desc=f"stage 3 ({args.algo.upper()})", unit="step")
+
+    def step(self, step: int, logged: dict[str, float]) -> None:
+        """Takes in what a step logged.
+
+        Raises:
+            UserError: if some of it is not finite.
+        """
+        import numpy as np
+
+        from ppo import diagnose
+
+        self.rows.append({"step": step, **logged})
+        self._bar.update()
+        self._bar.set_postfix(reward=f"{logged['score_mean']:.3f}", kl=f"{logged.get('kl', 0):.2f}", refresh=False)
+        if not np.isfinite(list(logged.values())).all():
+            bad = ", ".join(key for key, value in logged.items() if not np.isfinite(value))
+            raise UserError(
+                f"not finite at step {step}: {bad}; try a lower --learning_rate (last checkpoint: {self.checkpoint})"
+            )
+        self.tracker.log({f"ppo/{key}": value for key, value in logged.items()}, step)
+        for trouble in diagnose(self.rows, self.ppo.config):
+            kind = trouble.split(":")[0].split(" (")[0]
+            if kind not in self._said:  # once a run
+                self._said.add(kind)
+                self._bar.write(f"Step {step}: {trouble}.")
+        if step % SAVE_EVERY == 0 or step == self.args.steps:
+            self._save(step)
+
+    def _save(self, step: int) -> None:
+        import pandas as pd
+
+        from runs import atomic_path
+
+        if not self.args.ppo_off:
+            self.checkpoint = self.folder / f"{self.stem}_{step}"
+            self.ppo.policy.save(self.checkpoint)
+        with atomic_path(self.folder / f"{self.stem}_steps.csv") as temporary:
+            pd.DataFrame(self.rows).to_csv(temporary, index=False, float_format="%.6g")
+
+    def finish(self) -> list[Path]:
+        """Draws the picture; the paths of what was written."""
+        import pandas as pd
+
+        import plots
+
+        self._bar.close()
+        picture = plots.ppo(pd.DataFrame(self.rows), self.folder / f"{self.stem}_ppo.png")
+        return [*([self.checkpoint] if self.checkpoint else []), self.folder / f"{self.stem}_steps.csv", picture]
+
+
+def train(args, ppo, prompts, recorder: Recorder) -> None:
+    """PPO steps over shuffled prompts."""
     import numpy as np
     import pandas as pd
 
-    import plots
-    from ppo import diagnose
-    from runs import atomic_path, progress_bar
-
     rng = np.random.default_rng(args.seed)
     order: list[int] = []
-    rows, checkpoint, said = [], None, set()
-    bar = progress_bar(range(1, args.steps + 1), desc="stage 3 (PPO)", unit="step")
-    for step in bar:
+    for step in range(1, args.steps + 1):
         while len(order) < args.batch_size:
             order += rng.permutation(len(prompts)).tolist()
         batch, order = [prompts[i] for i in order[: args.batch_size]], order[args.batch_size :]
         logged, texts = ppo.step(batch, update=not args.ppo_off)
-        rows.append({"step": step, **logged})
-        bar.set_postfix(reward=f"{logged['score_mean']:.3f}", kl=f"{logged['kl']:.2f}", refresh=False)
-        if not np.isfinite(list(logged.values())).all():
-            bad = ", ".join(key for key, value in logged.items() if not np.isfinite(value))
-            raise UserError(
-                f"not finite at step {step}: {bad}; try a lower --learning_rate (last checkpoint: {checkpoint})"
-            )
-        tracker.log({f"ppo/{key}": value for key, value in logged.items()}, step)
-        for trouble in diagnose(rows, ppo.config):
-            kind = trouble.split(":")[0].split(" (")[0]
-            if kind not in said:  # once a run
-                said.add(kind)
-                bar.write(f"Step {step}: {trouble}.")
         if args.log_text:
             table = pd.DataFrame({"prompt": [p.text for p in batch], "response": texts})
-            tracker.log_table("ppo/responses", table, step)
-        if step % SAVE_EVERY == 0 or step == args.steps:
-            if not args.ppo_off:
-                checkpoint = folder / f"{stem}_{step}"
-                ppo.policy.save(checkpoint)
-            with atomic_path(folder / f"{stem}_steps.csv") as temporary:
-                pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.6g")
-    picture = plots.ppo(pd.DataFrame(rows), folder / f"{stem}_ppo.png")
-    return [*([checkpoint] if checkpoint else []), folder / f"{stem}_steps.csv", picture]
+            recorder.tracker.log_table("ppo/responses", table, step)
+        recorder.step(step, logged)
+
+
+def train_by_trl(args, ppo, prompts, recorder: Recorder) -> None:
+    """RLOO or GRPO steps by TRL's trainer."""
+    import trl_algorithms
+    from models import MAX_NEW_TOKENS
+
+    trl_algorithms.train(
+        args.algo, ppo.policy, prompts, ppo.score, recorder.step, steps=args.steps, batch_size=args.batch_size,
+        learning_rate=args.learning_rate, seed=args.seed, generations=args.num_generations,
+        max_new_tokens=MAX_NEW_TOKENS, options=args.trl or (),
+    )  # fmt: skip
 
 
 def report(args, tracker, folder: Path, stem: str, head_path: Path, counts, metrics, texts, held_out) -> list[Path]:

@@ -7,6 +7,9 @@ policy is a small untrained Llama, which says every word about as often. Prints 
 of the last three steps is 0.9, and the KL to the reference there.
 """
 
+import argparse
+import contextlib
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import torch
 
 from models import load_policy
 from ppo import PPO, PPOConfig, Prompt
-from runs import make_accelerator, seed_everything
+from runs import format_table, make_accelerator, seed_everything
 
 WORDS = [f"w{i:02d}" for i in range(60)]
 GOOD = frozenset(WORDS[: len(WORDS) // 2])
@@ -79,3 +82,61 @@ def reached(rows: list[dict], target: float = TARGET) -> int | None:
     scores = np.array([row["score_mean"] for row in rows])
     means = np.convolve(scores, np.ones(3) / 3, "valid")
     return int(np.argmax(means >= target)) + 3 if len(means) and means.max() >= target else None
+
+
+def run_trl(algo: str, model: Path, seed: int, steps: int, until: float | None = None) -> list[dict]:
+    """Steps of TRL's trainer, as `run_ppo`."""
+    import trl_algorithms
+
+    seed_everything(seed)
+    make_accelerator("cpu", "float32")
+    policy = load_policy(str(model), 16, 32, torch.float32)
+    rows, start = [], time.perf_counter()
+
+    def on_step(step, logged):
+        rows.append({**logged, "seconds": time.perf_counter() - start})
+        if until and reached(rows, until):
+            raise StopIteration
+
+    size = PPO_OPTIONS["batch_size"]
+    with contextlib.suppress(StopIteration):
+        trl_algorithms.train(
+            algo, policy, prompts(np.random.default_rng(seed), 50 * size), share_of_good_words, on_step, steps=steps,
+            batch_size=size, learning_rate=PPO_OPTIONS["learning_rate"], seed=seed, generations=8,
+            max_new_tokens=RESPONSE, options=["beta=0.005"],
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algorithms", nargs="+", choices=("ppo", "rloo", "grpo"), default=["ppo"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=150, help="at most")
+    parser.add_argument("--picture", type=Path)
+    args = parser.parse_args()
+    curves, table = {}, []
+    for algo in args.algorithms:
+        for seed in range(args.seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                model = make_model(Path(folder), seed)
+                run = run_ppo if algo == "ppo" else lambda *a, algo=algo, **k: run_trl(algo, *a, **k)
+                rows = run(model, seed, args.steps, until=TARGET)
+            curves.setdefault(algo, []).append([row["score_mean"] for row in rows])
+            table.append(
+                {
+                    "algorithm": algo, "seed": seed, "steps to 0.9": reached(rows), "seconds": rows[-1]["seconds"],
+                    "KL there": float(np.mean([row["kl"] for row in rows[-3:]])), "reward": rows[-1]["score_mean"],
+                }
+            )  # fmt: skip
+            print(table[-1], flush=True)
+    print(format_table(table, f"\n{PPO_OPTIONS['batch_size']} responses of {RESPONSE} words a step; 0.5 by chance"))
+    if args.picture:
+        import plots
+
+        print(f"Written: {plots.curves(curves, TARGET, args.picture)}")
+
+
+if __name__ == "__main__":
+    main()

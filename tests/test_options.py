@@ -452,6 +452,32 @@ def test_generate_writes_both_policies_answers_side_by_side(stages):
     assert not (stages.folder / "rlmf_weights" / "both_llama_responses.csv").exists()
 
 
+@pytest.mark.parametrize("algo", ["rloo", "grpo"])
+def test_trls_algorithms_train_with_the_same_prompts_reward_and_folders(stages, algo):
+    pytest.importorskip("trl")
+    options = (
+        "--algo",
+        algo,
+        "--batch_size",
+        4,
+        "--num_generations",
+        2,
+        "--trl",
+        "beta=0.1",
+        "max_completion_length=16",
+    )
+    stages.ppo("--train", "--val", "--exp_name", algo, "--steps", 2, "--learning_rate", 1e-2, *options)
+    weights = stages.folder / "rlmf_weights"
+    assert pd.read_csv(weights / f"{algo}_llama_steps.csv")["step"].tolist() == [1, 2]
+    metrics = json.loads((weights / f"{algo}_llama.json").read_text())["metrics"]
+    assert abs(metrics["after"]["kl"]) > 1e-4 and abs(metrics["before"]["kl"]) < 1e-4
+    stages.ppo("--val", "--exp_name", algo)  # its checkpoint is one like any other
+    wrong = stages.ppo("--train", *options[:-2], "no_such_option=1", check=2).stderr
+    assert "does not take this" in wrong and wrong.count("\n") == 1
+    assert "expected a multiple" in stages.ppo("--train", *options[:2], "--batch_size", 5, check=2).stderr
+    assert "give --algo rloo" in stages.ppo("--train", "--trl", "beta=1", check=2).stderr
+
+
 def test_base_is_the_reference_policy_and_is_not_trained(stages):
     printed = stages.ppo("--rf_model", "base", "--train", "--val", "--generate", "--exp_name", "b").stdout
     assert "nothing is trained" in printed and "Reward head: " in printed
