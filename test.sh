@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source setup_env.sh
-setup_env requirements.txt requirements-test.txt
+setup_env requirements.txt requirements-test.txt requirements-trl.txt
 
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
 ruff check .
