@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import cli
 import data_utils
 from data_utils import FEATURES_FILE, SURVEY_FILE, Conversation, Turn
 from runs import atomic_path, first_line, versions
@@ -37,7 +38,8 @@ class ConversationCache:
         self.transcript = transcript
         what = repr((str(Path(data_dir).resolve()), transcript)).encode("utf-8", "surrogateescape")
         self.path = Path(folder) / f"conversations-{hashlib.sha256(what).hexdigest()[:16]}.parquet"
-        self._code = hashlib.sha256(b"".join(Path(m).read_bytes() for m in (data_utils.__file__, __file__))).hexdigest()
+        code = (data_utils.__file__, cli.__file__, __file__)
+        self._code = hashlib.sha256(b"".join(Path(module).read_bytes() for module in code)).hexdigest()
         self._rows = self._read()
 
     def signature(self, folder: Path) -> str:
@@ -52,8 +54,8 @@ class ConversationCache:
                 found.append(None)
         return json.dumps(found)
 
-    def get(self, folder: Path) -> Conversation | str | None:
-        """The conversation, or why it was dropped; None if it has to be read."""
+    def get(self, folder: Path) -> Conversation | None:
+        """The conversation; None if it has to be read, as one that was dropped always has."""
         row = self._rows.get(folder.name)
         return row[1] if row and row[0] == self.signature(folder) else None
 
@@ -61,7 +63,7 @@ class ConversationCache:
         """Whether it holds a conversation that is in none of the folders any more."""
         return bool(self._rows.keys() - {folder.name for folder in folders})
 
-    def write(self, found: dict[Path, tuple[str | None, Conversation | str]]) -> None:
+    def write(self, found: dict[Path, tuple[str | None, Conversation]]) -> None:
         """Replaces the file. `found`: folder -> (signature from before it was read; None: as known), what was read."""
         import pyarrow as pa
         from pyarrow import parquet
@@ -70,9 +72,6 @@ class ConversationCache:
         for folder, (signature, content) in found.items():
             signature = signature or self._rows[folder.name][0]
             row = {"folder": folder.name.encode("utf-8", "surrogateescape"), "signature": signature}
-            if isinstance(content, str):
-                rows.append({**row, "dropped": content})
-                continue
             speakers = {user: i for i, user in enumerate(content.speakers)}
             about = {
                 "speakers": content.speakers,
@@ -91,7 +90,6 @@ class ConversationCache:
         columns = {
             "folder": pa.binary(),
             "signature": pa.string(),
-            "dropped": pa.string(),
             "about": pa.string(),
             **types,
         }
@@ -100,7 +98,7 @@ class ConversationCache:
             temporary.touch(mode=0o600)
             parquet.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
-    def _read(self) -> dict[str, tuple[str, Conversation | str]]:
+    def _read(self) -> dict[str, tuple[str, Conversation]]:
         import pyarrow as pa
         from pyarrow import parquet
 
@@ -117,11 +115,9 @@ class ConversationCache:
             return {}
 
 
-def _conversation(folder: bytes, signature: str, dropped: str | None, about: str | None, *columns):
-    """A row of the file: (folder's name, (signature, the conversation or why it was dropped))."""
+def _conversation(folder: bytes, signature: str, about: str, *columns):
+    """A row of the file: (folder's name, (signature, the conversation))."""
     name = folder.decode("utf-8", "surrogateescape")
-    if dropped is not None:
-        return name, (signature, dropped)
     known = json.loads(about)
     turn_ids, speaker, *rest = columns
     speakers = tuple(known["speakers"])
@@ -144,10 +140,12 @@ def encoder_fingerprint(encoder, numerics: str) -> str:
     """
     found = hashlib.sha256()
     found.update(repr((numerics, encoder.model.config.to_json_string(), type(encoder.model).__name__)).encode())
-    found.update(repr([versions()[package] for package in ("torch", "transformers")]).encode())
+    adapters = getattr(encoder.model, "peft_config", {})
+    found.update(repr(sorted((name, str(config.to_dict())) for name, config in adapters.items())).encode())
+    found.update(repr([versions()[package] for package in ("torch", "transformers", "peft")]).encode())
     for name, tensor in sorted(encoder.encoder.state_dict().items()):
         found.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()[:32]
 
 
@@ -157,7 +155,7 @@ def _digest(pair) -> bytes:
 
 
 class FeatureCache:
-    """Features of tokenised pairs by one encoder, in memory and in `folder`.
+    """Features of tokenised pairs by one encoder, in `folder`.
 
     Args:
         folder: of all features. fingerprint: of the encoder (`encoder_fingerprint`).
@@ -165,9 +163,6 @@ class FeatureCache:
 
     def __init__(self, folder: Path, fingerprint: str):
         self.folder, self.fingerprint = Path(folder) / fingerprint, fingerprint
-        self._features: dict[bytes, torch.Tensor] = {}
-        for path in sorted(self.folder.glob("*.safetensors")) if self.folder.is_dir() else ():
-            self._read(path)
 
     def encode(self, pairs: Sequence, encode: Callable) -> torch.Tensor:
         """(n, hidden) features of `pairs`, each distinct pair encoded at most once, ever.
@@ -177,7 +172,9 @@ class FeatureCache:
                 on_batch(indices, features) is called as they come.
         """
         digests = [_digest(pair) for pair in pairs]
-        missing = {digest: pair for digest, pair in zip(digests, pairs, strict=True) if digest not in self._features}
+        distinct = dict(zip(digests, pairs, strict=True))
+        known = self._read_all(set(distinct))
+        missing = {digest: pair for digest, pair in distinct.items() if digest not in known}
         names, fresh, last = list(missing), [], time.monotonic()
 
         def on_batch(indices, features):
@@ -187,11 +184,17 @@ class FeatureCache:
                 self._write(fresh)
                 fresh, last = [], time.monotonic()
 
-        if missing:
-            features = encode(list(missing.values()), on_batch=on_batch)
-            self._features.update(zip(names, features, strict=True))
+        if missing or not pairs:
+            known.update(zip(names, encode(list(missing.values()), on_batch=on_batch), strict=True))
             self._write(fresh)
-        return torch.stack([self._features[digest] for digest in digests]) if digests else torch.empty(0, 0)
+        return torch.stack([known[digest] for digest in digests]) if digests else torch.empty(0, 0)
+
+    def _read_all(self, wanted: set[bytes]) -> dict[bytes, torch.Tensor]:
+        """The wanted features that some file has. Files whose names begin with a dot are still being written."""
+        known: dict[bytes, torch.Tensor] = {}
+        for path in sorted(self.folder.glob("[!.]*.safetensors")) if self.folder.is_dir() else ():
+            known.update(self._read(path, wanted))
+        return known
 
     def _write(self, found: list[tuple[bytes, torch.Tensor]]) -> None:
         """One new file with these features."""
@@ -204,8 +207,8 @@ class FeatureCache:
         with atomic_path(self.folder / f"{secrets.token_hex(8)}.safetensors", everyone=True) as temporary:
             save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint, "checksum": _checksum(tensors)})
 
-    def _read(self, path: Path) -> None:
-        """Takes in what a file holds, if it is whole and of this encoder; else says so and leaves it."""
+    def _read(self, path: Path, wanted: set[bytes]) -> dict[bytes, torch.Tensor]:
+        """The wanted features in a file, if it is whole and of this encoder; else says so and leaves it."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -215,9 +218,12 @@ class FeatureCache:
                 raise ValueError("its content is not what was written")
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             print(f"Cache: {path} is not used ({first_line(error)})")
-            return
+            return {}
         names = tensors["digests"].numpy().tobytes()
-        self._features.update((names[16 * i : 16 * i + 16], row) for i, row in enumerate(tensors["features"]))
+        found = ((names[16 * i : 16 * i + 16], i) for i in range(len(tensors["features"])))
+        chosen = {name: i for name, i in found if name in wanted}
+        rows = tensors["features"][list(chosen.values())]  # a copy: the rest of the file is let go
+        return dict(zip(chosen, rows, strict=True))
 
 
 def _checksum(tensors: dict[str, torch.Tensor]) -> str:

@@ -244,7 +244,8 @@ def new_folder(path: Path) -> None:
 
 def _fail(error: Exception) -> None:
     if os.environ.get("RANK", "0") == "0":  # of several processes one says it
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        line = " ".join(str(error).split())  # whatever it quotes: one line
+        print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
     sys.exit(2)
 
 

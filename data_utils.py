@@ -23,6 +23,7 @@ HAPPINESS, NEUTRAL, SURPRISE = FACES.index("happiness"), FACES.index("neutral"),
 NEGATIVE = tuple(FACES.index(name) for name in ("anger", "contempt", "disgust", "fear", "sadness"))
 AFFECT_GROUPS = {"neg": NEGATIVE, "pos": (HAPPINESS,), "neut": (NEUTRAL,), "sup": (SURPRISE,)}
 
+MOST_WORDS = 1_000_000  # a count above is no count
 MIN_WORDS = 6  # a turn of fewer words is too short to read a face from: it counts as neutral
 ANSWER_LIMITS = {10: (0, 10), 1: (0, 100)}  # points per unit of the answer -> the answers that are believed
 
@@ -326,7 +327,7 @@ def _sound_rows(table):
     if order.notna().all():
         table = table.iloc[np.argsort(order.to_numpy(), kind="stable")]
     counted = table["utterance"].str.split().str.len()
-    finite = np.isfinite(table["n_words"]) & (table["n_words"] >= 0)
+    finite = table["n_words"].between(0, MOST_WORDS)
     return table.assign(n_words=table["n_words"].where(finite, counted).astype(int)), +skipped
 
 
@@ -526,8 +527,9 @@ def _read_all(folders: list[Path], data_dir: Path, transcript: str, cache) -> li
     missing = [folder for folder, conversation in found.items() if conversation is None]
     signatures = {folder: kept.signature(folder) for folder in missing} if kept else {}
     found |= zip(missing, _read_many(missing, transcript), strict=True)
-    if kept and (missing or kept.has_more_than(folders)):
-        kept.write({folder: (signatures.get(folder), found[folder]) for folder in folders})
+    usable = [folder for folder in folders if isinstance(found[folder], Conversation)]
+    if kept and (any(folder in signatures for folder in usable) or kept.has_more_than(usable)):
+        kept.write({folder: (signatures.get(folder), found[folder]) for folder in usable})
     return list(found.values())
 
 
@@ -607,20 +609,22 @@ def split_key(conversation_id: str) -> str:
     return hashlib.sha256(conversation_id.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def split(corpus: Corpus, train_size: int, all_others: bool = False) -> tuple[list[Trajectory], list[Trajectory]]:
+def split(
+    corpus: Corpus, train_size: int, all_others: bool = False, seen: frozenset[str] = frozenset()
+) -> tuple[list[Trajectory], list[Trajectory]]:
     """Training and validation trajectories.
 
     Validation is the last 50 conversations in hash order (of fewer than 500, a tenth, at least one). Which these are
     does not depend on the reward class, so an encoder trained for one class has not seen another's validation set.
     Training is the first `train_size` of the others that have a trajectory. With `all_others` validation is every
-    conversation behind those: many more, where training takes few.
+    conversation behind those that is not `seen` (trained on by an earlier stage): many more, where training takes few.
     """
     ordered = corpus.conversations
     held_out = 50 if len(ordered) >= 500 else max(1, len(ordered) // 10)
     usable = [place for place, c in enumerate(ordered[:-held_out]) if corpus.trajectories[c.id]]
     training = [ordered[place].id for place in usable[:train_size]]
     first = usable[:train_size][-1] + 1 if all_others and training else len(ordered) - held_out
-    validation = [c.id for c in ordered[first:]]
+    validation = [c.id for c in ordered[first:] if not (all_others and c.id in seen)]
     return (
         [t for i in training for t in corpus.trajectories[i]],
         [t for i in validation for t in corpus.trajectories[i]],
@@ -670,7 +674,8 @@ class TurnSet:
             reactions = face_reactions(affects, shares)
         else:
             following = [next_user_utterance(t.conversation, i, t.user) for t in trajectories for i in t.agent_turns]
-            reactions = sentiment_reactions(np.asarray(sentiment(following), dtype=np.float64))
+            said = np.array([bool(text) for text in following])  # nobody reacts to a last turn
+            reactions = sentiment_reactions(np.where(said, np.asarray(sentiment(following), dtype=np.float64), 0.0))
         return cls(
             trajectories=trajectories,
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(int),

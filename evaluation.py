@@ -25,11 +25,15 @@ def _sentiment(args):
 LI_SIGNALS = {"face": lambda args: None, "sentiment": _sentiment}
 
 
-def load_data(args) -> tuple[Corpus, TurnSet, TurnSet]:
-    """The corpus that the command line names, with its training and validation turns; prints what was dropped."""
+def load_data(args, seen: frozenset[str] = frozenset()) -> tuple[Corpus, TurnSet, TurnSet]:
+    """The corpus that the command line names, with its training and validation turns; prints what was dropped.
+
+    Args:
+        seen: conversations that an earlier stage trained on, which `--val_all` leaves out.
+    """
     corpus = read_corpus(args.data_dir, args.reward_class, args.transcript, cache_folder(args))
     print(corpus.describe())
-    parts = split(corpus, args.train_size, args.val_all)
+    parts = split(corpus, args.train_size, args.val_all, seen)
     sentiment = LI_SIGNALS[args.li_signal](args)
     training, validation = (
         TurnSet.of(part, args.context_turns, args.reaction_type, args.negative_affect, sentiment) for part in parts

@@ -160,7 +160,7 @@ class RewardHeadConfig:
         encoder_is_folder: which of the two.
         max_length, context_turns: how its input text was cut.
         stage: 1 or 2. reward_class: the score, None where not recorded. redist_type: the decomposition (stage 2).
-        li: trained with LI. li_signal: where LI's targets came from.
+        li: trained with LI. li_signal, sentiment_model: where LI's targets came from.
     """
 
     head: str
@@ -174,6 +174,7 @@ class RewardHeadConfig:
     redist_type: str | None = None
     li: bool = True
     li_signal: str = "face"
+    sentiment_model: str | None = None
 
 
 def _relu_stack(*widths: int, normalize: bool = False) -> nn.Sequential:
@@ -444,7 +445,7 @@ class TurnEncoder(nn.Module):
     def __init__(self, model, tokenizer, max_length: int = 1024, name: str = ""):
         super().__init__()
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.max_length = min(max_length, _own_limit(model.config, tokenizer))
+        self.max_length = min(max_length, own_limit(model.config, tokenizer))
         self._prefix, self._between, self._suffix, self._between_first = _pair_form(tokenizer)
         self._uses_segments = "token_type_ids" in tokenizer.model_input_names
         self._room = self.max_length - len(self._prefix) - len(self._between) - len(self._suffix)
@@ -453,6 +454,8 @@ class TurnEncoder(nn.Module):
                 f"--max_length {max_length}: at least {self.max_length - self._room + 1} tokens are needed, for the "
                 "special tokens and one of text"
             )
+        if not self._suffix:
+            raise UserError(f"{name}: its tokenizer has neither an end nor a separator token, where a turn is read")
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._suffix[-1]
         self.tokens_per_batch: int | None = None  # None: by memory
         self._run: Callable | None = None
@@ -471,9 +474,10 @@ class TurnEncoder(nn.Module):
         if self.device.type == "cuda":
             memory, most = 0.4 * torch.cuda.get_device_properties(self.device).total_memory, 1 << 18
         else:
-            memory, most = 0.25 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 1 << 13
+            memory = 0.25 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            most = 1 << (15 if gradients else 13)
         fits = int(memory / layer / layers)
-        return max(fits if gradients else min(fits, most), self.max_length)
+        return max(min(fits, most), self.max_length)
 
     @property
     def encoder(self) -> nn.Module:
@@ -534,11 +538,12 @@ class TurnEncoder(nn.Module):
         last = attention_mask.sum(dim=1) - 1  # every pair ends in its end token
         return hidden[torch.arange(len(last), device=hidden.device), last]
 
-    def encode_with_gradients(self, pairs: Sequence[TokenPair], autocast=nullcontext):
+    def encode_with_gradients(self, pairs: Sequence[TokenPair], autocast=nullcontext, parts: int = 1):
         """(n, hidden) float32 representations that gradients flow through.
 
         What does not fit into memory at once goes through in batches of similar lengths. Of these only the input is
-        kept: the backward pass computes them again, with the same dropout, so memory does not grow with n.
+        kept: the backward pass computes them again, with the same dropout, so memory does not grow with n. `parts`: of
+        how many such calls the gradients are kept at the same time.
         """
         from torch.utils.checkpoint import checkpoint
 
@@ -547,9 +552,10 @@ class TurnEncoder(nn.Module):
                 return self(**self.collate([pairs[i] for i in batch])).float()
 
         lengths = np.array([len(pair.ids) for pair in pairs])
-        if lengths.max() * len(lengths) <= self.token_budget(gradients=True):
+        budget = self.token_budget(gradients=True)
+        if lengths.max() * len(lengths) * parts <= budget:
             return features(np.arange(len(pairs)))
-        batches = token_batches(lengths, self.token_budget(gradients=True))
+        batches = token_batches(lengths, budget)
         rows = torch.cat([checkpoint(features, batch, use_reentrant=False) for batch in batches])
         return rows[torch.from_numpy(np.argsort(np.concatenate(batches))).to(rows.device)]
 
@@ -662,7 +668,9 @@ def quiet_transformers() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_encoder_of_head(head: RewardHead, path: str | Path, max_length: int, named: str | None) -> TurnEncoder:
+def load_encoder_of_head(
+    head: RewardHead, path: str | Path, max_length: int, named: str | None, dtype=torch.float32
+) -> TurnEncoder:
     """The encoder that the head at `path` was trained on; says so where the user `named` another. Of a published head,
     which records none, it is the named one.
 
@@ -675,7 +683,9 @@ def load_encoder_of_head(head: RewardHead, path: str | Path, max_length: int, na
         name = encoder_of_head(head, path)
         if named and Path(named).resolve() != Path(name).resolve():
             print(f"--lang_model_path {named} is not used: {path} was trained on {name}, which is loaded instead")
-    encoder = load_encoder(name, max_length, f"the encoder that {path} was trained on,")
+        if head.config.encoder_is_folder and not Path(name).is_dir():  # and is not looked for on the hub
+            raise UserError(f"{path}: expected the encoder that it was trained on in {name}, found no such folder")
+    encoder = load_encoder(name, max_length, f"the encoder that {path} was trained on,", dtype=dtype)
     if encoder.hidden_size != head.config.hidden:
         raise UserError(f"{path}: takes {head.config.hidden} features, its encoder {name} gives {encoder.hidden_size}")
     return encoder
@@ -701,7 +711,7 @@ def load_pretrained(auto_class, name: str, option: str, **arguments):
         raise UserError(f"{option} {name}: this {what} could not be loaded: {reason}") from None
 
 
-def _own_limit(config, tokenizer) -> int:
+def own_limit(config, tokenizer) -> int:
     """Tokens that the encoder can take: its position table (less RoBERTa's padding offset), where it has one."""
     limits = [1 << 20]
     positions = getattr(config, "max_position_embeddings", None)

@@ -8,7 +8,6 @@ import io
 import math
 import pickle
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +40,22 @@ class _Record:
         self.__dict__.update(state)
 
 
+class _Names(dict):
+    """Stands for an ordered dict, of pairs or filled after it was made."""
+
+    def __init__(self, pairs=(), *_):
+        super().__init__(pairs)
+
+
+class _Nothing:
+    """Stands for the empty sets of a module's state."""
+
+    __slots__ = ()
+
+    def __call__(self, *_) -> None:
+        return None
+
+
 class _Storage(NamedTuple):
     values: np.ndarray
 
@@ -59,7 +74,7 @@ class _RebuildTensor:
         end = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
         if max(math.prod(size), end) > len(storage.values):
             raise NotPublished("a tensor that reaches outside its storage")
-        return torch.from_numpy(storage.values).as_strided(size, stride, offset).clone()
+        return torch.from_numpy(storage.values).as_strided(size, stride, offset)  # a view: nothing is allocated
 
 
 class _RebuildParameter:
@@ -71,8 +86,9 @@ class _RebuildParameter:
         return tensor
 
 
-# what a published head may name -> what is used in its place
+# storages that a published head may name -> the numbers in them (looked up by name: nothing that could be called)
 _STORAGES = {"FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16}
+# what a published head may name -> what is used in its place
 _ALLOWED = {
     ("__main__", "reward_function"): _Record,
     ("torch.nn.modules.linear", "Linear"): _Record,
@@ -81,10 +97,10 @@ _ALLOWED = {
     ("torch.nn.modules.dropout", "Dropout"): _Record,
     ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
     ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
-    ("collections", "OrderedDict"): OrderedDict,
-    ("__builtin__", "set"): set,
-    ("builtins", "set"): set,
-    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+    ("collections", "OrderedDict"): _Names,
+    ("__builtin__", "set"): _Nothing(),
+    ("builtins", "set"): _Nothing(),
+    **{("torch", name): name for name in _STORAGES},
 }
 
 
@@ -92,16 +108,21 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file, archive: zipfile.ZipFile, folder: str):
         super().__init__(file)
         self._archive, self._folder, self._left = archive, folder, MAX_TENSOR_BYTES
+        self._storages: dict[tuple, _Storage] = {}
 
     def find_class(self, module: str, name: str):
         if (module, name) not in _ALLOWED:
-            raise NotPublished(f"it names {module}.{name}, which no published head does; nothing of it was run")
+            named = f"{module}.{name}".encode("unicode_escape").decode()[:200]
+            raise NotPublished(f"it names {named}, which no published head does; nothing of it was run")
         return _ALLOWED[module, name]
 
     def persistent_load(self, reference) -> _Storage:
-        kind, dtype, key, _, count = reference
-        if kind != "storage" or dtype not in _STORAGES.values() or not isinstance(count, int) or not str(key).isdigit():
+        kind, name, key, _, count = reference
+        if kind != "storage" or name not in _STORAGES or not isinstance(count, int) or not str(key).isdigit():
             raise NotPublished("a reference to something that is no tensor")
+        if (name, key, count) in self._storages:
+            return self._storages[name, key, count]
+        dtype = _STORAGES[name]
         size = count * np.dtype(dtype).itemsize
         self._left -= size
         if count < 0 or self._left < 0:
@@ -109,7 +130,9 @@ class _Unpickler(pickle.Unpickler):
         content = _member(self._archive, f"{self._folder}data/{key}", size)
         if len(content) != size:
             raise NotPublished(f"a tensor of {size} bytes with {len(content)} bytes of data")
-        return _Storage(np.frombuffer(content, dtype=np.dtype(dtype).newbyteorder("<")).astype(dtype))
+        values = np.frombuffer(content, dtype=np.dtype(dtype).newbyteorder("<")).astype(dtype)
+        self._storages[name, key, count] = _Storage(values)
+        return self._storages[name, key, count]
 
 
 def read_published_head(path: str | Path) -> PublishedHead:
@@ -155,6 +178,8 @@ def _tensors(module) -> PublishedHead:
     try:
         layers = {name: vars(module)["_modules"][name] for name in ("fc1", "fc2")}
         tensors = PublishedHead(*(vars(layers[i])["_parameters"][j] for i in layers for j in ("weight", "bias")))
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+            raise TypeError("not tensors")
         hidden = tensors.fc1_weight.shape[1]
         shapes = [tuple(tensor.shape) for tensor in tensors]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -164,4 +189,4 @@ def _tensors(module) -> PublishedHead:
         raise NotPublished(f"expected tensors of shapes {expected}, found {shapes}")
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise NotPublished("weights that are not finite")
-    return PublishedHead(*(tensor.float() for tensor in tensors))
+    return PublishedHead(*(tensor.float().clone() for tensor in tensors))

@@ -125,7 +125,8 @@ def sum_gradients(parameters: Iterable, accelerator) -> None:
     parameters = list(parameters)
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    total = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters]), "sum")
+    flat = torch.cat([p.grad.flatten().to(accelerator.device) for p in parameters])  # what the processes talk over
+    total = accelerator.reduce(flat, "sum")
     for p, gradient in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
         p.grad.copy_(gradient.view_as(p))
 

@@ -1,6 +1,7 @@
 """The sentiment of utterances for `--li_signal sentiment`, the paper's language baseline in place of the face."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -16,7 +17,29 @@ def lexicon_sentiment(texts: Sequence[str]) -> np.ndarray:
     return np.array([TextBlob(text).sentiment.polarity for text in texts], dtype=np.float64)
 
 
-def classifier_sentiment(name: str, texts: Sequence[str], device="cpu") -> np.ndarray:
+@lru_cache(maxsize=1)
+def _classifier(name: str):
+    """Tokenizer, classifier and the sign of each of its labels."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from models import load_pretrained
+
+    tokenizer = load_pretrained(AutoTokenizer, name, "--sentiment_model")
+    model = load_pretrained(AutoModelForSequenceClassification, name, "--sentiment_model").eval()
+    labels = {i: str(label).lower() for i, label in model.config.id2label.items()}
+    signs = torch.tensor([label.startswith("pos") - label.startswith("neg") for _, label in sorted(labels.items())])
+    if not {-1, 1} <= set(signs.tolist()):
+        raise UserError(
+            f"--sentiment_model {name}: expected labels that begin with pos and neg, found {', '.join(labels.values())}"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer, model, signs
+
+
+def classifier_sentiment(name: str, texts: Sequence[str]) -> np.ndarray:
     """(n,) P(positive) - P(negative) of each text, in [-1, 1], by a text classifier.
 
     Args:
@@ -27,24 +50,16 @@ def classifier_sentiment(name: str, texts: Sequence[str], device="cpu") -> np.nd
         UserError: if it cannot be loaded, or its labels say nothing of the kind.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from models import load_pretrained
+    from models import own_limit
     from runs import progress_bar
 
-    tokenizer = load_pretrained(AutoTokenizer, name, "--sentiment_model")
-    model = load_pretrained(AutoModelForSequenceClassification, name, "--sentiment_model").eval().to(device)
-    labels = {i: str(label).lower() for i, label in model.config.id2label.items()}
-    signs = torch.tensor([label.startswith("pos") - label.startswith("neg") for _, label in sorted(labels.items())])
-    if not {-1, 1} <= set(signs.tolist()):
-        raise UserError(
-            f"--sentiment_model {name}: expected labels that begin with pos and neg, found {', '.join(labels.values())}"
-        )
-    limit = min(tokenizer.model_max_length, 512)
+    tokenizer, model, signs = _classifier(name)
+    limit = min(own_limit(model.config, tokenizer), 512)
     found = []
     with torch.inference_mode():
         for start in progress_bar(range(0, len(texts), CLASSIFIER_BATCH), desc="sentiment", unit="batch"):
             part = list(texts[start : start + CLASSIFIER_BATCH])
-            inputs = tokenizer(part, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(device)
-            found.append((model(**inputs).logits.float().softmax(dim=1).cpu() * signs).sum(dim=1))
+            inputs = tokenizer(part, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+            found.append((model(**inputs).logits.float().softmax(dim=1) * signs).sum(dim=1))
     return torch.cat(found).double().numpy() if found else np.zeros(0)

@@ -101,13 +101,17 @@ def main() -> None:
     accelerator = make_accelerator(args.device, args.dtype)
     folder = Path(args.output_dir) / project_name(args)
     saved, path = load_saved(args)
-    args.li_signal = args.li_signal or (saved.config.li_signal if saved else "face")
+    if args.li_signal is None:
+        args.li_signal = saved.config.li_signal if saved else "face"
+        args.sentiment_model = args.sentiment_model or (saved.config.sentiment_model if saved else None)
+    if args.sentiment_model and args.li_signal == "face":
+        raise UserError("--sentiment_model is for --li_signal sentiment, and this run learns from the face")
     if saved and not args.train:  # a saved head is evaluated as it was trained
         args.context_turns, args.max_length = saved.config.context_turns, saved.config.max_length
         folder = Path(args.output_dir) / path.resolve().parent.name
-    corpus, training, validation = load_data(args)
-    if args.affect_path:
-        warn_of_leaks(path, validation)
+    seen = conversations_seen(path, saved)
+    corpus, training, validation = load_data(args, seen)
+    warn_of_leaks(seen, validation)
     encoder = place_encoder(find_encoder(args, saved, path, frozen_dtype(accelerator)), args, accelerator)
     encoder_name = encoder.name
     tracker = Tracker(folder.name, folder, {**vars(args), "data": corpus.numbers()}, args.run_name, accelerator)
@@ -193,7 +197,7 @@ def find_encoder(args, saved, path: Path | None, dtype):
     from models import load_encoder, load_encoder_of_head
 
     if saved:
-        return load_encoder_of_head(saved, path, args.max_length, args.lang_model_path)
+        return load_encoder_of_head(saved, path, args.max_length, args.lang_model_path, dtype)
     name, option = named_encoder(args)
     return load_encoder(name, args.max_length, option, adapt=args.unfreeze and args.model in ADAPTED, dtype=dtype)
 
@@ -216,6 +220,7 @@ def new_head(args, folder: Path, saved, encoder, encoder_path: Path, training):
             redist_type=args.redist_type,
             li=saved is not None,
             li_signal=args.li_signal,
+            sentiment_model=args.sentiment_model,
         )
     )
     if own:
@@ -260,13 +265,14 @@ class Encoded:
         if not self.args.unfreeze:
             self._features = [self._encode(pairs, "training") for pairs in self._pairs]
 
-    def training(self, turns, told):
-        """(k, hidden) of the training turns `turns` (k,), those with `told` (k,) with the user's answer shown."""
+    def training(self, turns, told, parts: int):
+        """(k, hidden) of the training turns `turns` (k,), those with `told` (k,) with the user's answer shown; one of
+        `parts` calls whose gradients are kept at the same time."""
         import torch
 
         if self.args.unfreeze:
             pairs = [self._pairs[known][i] for i, known in zip(turns, told.astype(int), strict=True)]
-            return self.encoder.encode_with_gradients(pairs, self.accelerator.autocast).cpu()
+            return self.encoder.encode_with_gradients(pairs, self.accelerator.autocast, parts).cpu()
         plain = self._features[0][turns]
         if not told.any():
             return plain
@@ -288,17 +294,34 @@ class Encoded:
         return encode_together(self.encoder, pairs, self.accelerator, encode)
 
 
-def warn_of_leaks(affect_head: Path, validation) -> None:
-    """Says so when stage 1 trained on conversations that are validated on here (the data changed in between)."""
-    try:
-        seen = set(json.loads(affect_head.with_name(affect_head.name + ".json").read_text())["training_conversations"])
-    except (OSError, ValueError, KeyError):
-        return  # a head without a record, such as the published one
+def conversations_seen(path: Path | None, saved) -> frozenset[str]:
+    """The conversations that the head at `path`, or the encoder under it, was trained on, as far as it is recorded."""
+    from models import encoder_of_head
+
+    if path is None:
+        return frozenset()
+    records = [path.with_name(path.name + ".json")]
+    if saved.config.encoder_is_folder:
+        encoder = Path(encoder_of_head(saved, path))
+        records.append(encoder.with_name(f"reward1_{encoder.name.removeprefix('lang_model_')}.json"))
+    seen: set[str] = set()
+    for record in records:
+        try:
+            found = json.loads(record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # without a record, such as the published ones
+        if isinstance(found, dict) and "steps" in found.get("metrics", {}):  # it trained
+            seen.update(map(str, found.get("training_conversations", [])))
+    return frozenset(seen)
+
+
+def warn_of_leaks(seen: frozenset[str], validation) -> None:
+    """Says so when an earlier stage trained on conversations that are validated on here (the data changed since)."""
     both = seen & {t.conversation.id for t in validation.trajectories}
     if both:
         print(
-            f"Warning: {affect_head.name} was trained on {len(both)} of this run's validation conversations: the data "
-            "has changed since. Its validation results will look better than they are; train stage 1 again."
+            f"Warning: {len(both)} of this run's validation conversations were trained on before: the data has changed "
+            "since. Validation results will look better than they are; train stage 1 again."
         )
 
 
@@ -403,8 +426,9 @@ def batch_loss(args, head, turns: Encoded, training, chosen: list[int], scales, 
         told = rng.random(len(part)) < told_share if told_share else np.zeros(len(part), dtype=bool)
         drawn.append((i, part + place.start, told, length_of(args.ep_len, n_turns)))
     losses, hidden_seen, seen = [torch.zeros(())], [], []
-    for i, part, told, length in share(drawn, turns.accelerator):
-        rewards, hidden = head(turns.training(part, told), with_hidden=True)
+    mine = share(drawn, turns.accelerator)
+    for i, part, told, length in mine:
+        rewards, hidden = head(turns.training(part, told, len(mine)), with_hidden=True)
         rewards, score = rewards.squeeze(1), training.scores[i]
         li = li_loss(rewards, torch.from_numpy(training.targets[part]))
         losses.append(geli_loss(decomposition.loss(rewards, score, length), li, weight, *scales))

@@ -92,6 +92,7 @@ def main() -> None:
         stage=1,
         reward_class=args.reward_class,
         li_signal=args.li_signal,
+        sentiment_model=args.sentiment_model,
     )
     head_path, encoder_path = folder / f"reward1_{tracker.name}", folder / f"lang_model_{tracker.name}"
 

@@ -261,13 +261,14 @@ def build_score(args, accelerator, head_path: Path | None):
 
     from models import load_encoder_of_head, load_reward_head
     from ppo import RewardScorer
+    from runs import frozen_dtype
 
     if head_path is None:
         generator = torch.Generator().manual_seed(args.seed + accelerator.process_index)
         return lambda prompts, responses: torch.rand(len(responses), generator=generator) * 2 - 1
     head = load_reward_head(head_path, accelerator.device)
     max_length = min(args.max_length, head.config.max_length)
-    encoder = load_encoder_of_head(head, head_path, max_length, args.lang_model_path)
+    encoder = load_encoder_of_head(head, head_path, max_length, args.lang_model_path, frozen_dtype(accelerator))
     return RewardScorer(encoder.to(accelerator.device), head, accelerator.autocast)
 
 

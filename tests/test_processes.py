@@ -83,8 +83,7 @@ def test_one_process_writes_and_speaks(runs):
     for _, printed in runs.values():
         for text in printed.values():
             assert text.count("Written:") == 1 and text.count("conversations, ") >= 1
-    assert len(list((runs[2][0] / "wandb").glob("offline-run-*"))) == 2
-    assert len(list((runs[2][0] / "rlmf_weights" / "wandb").glob("*"))) == 0
+    assert len(list((runs[2][0] / "wandb").glob("offline-run-*"))) == 3  # one a stage
 
 
 def test_when_one_process_is_killed_the_others_end_with_an_error(sample, tiny, tmp_path):

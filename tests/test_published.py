@@ -139,6 +139,35 @@ def test_absurd_shapes_are_refused_before_anything_is_allocated(published, tmp_p
         models.load_reward_head(path)
 
 
+def test_one_storage_named_many_times_is_not_copied_many_times(published, tmp_path):
+    import tracemalloc
+
+    import numpy
+
+    class Storage:
+        pass
+
+    class Pickler(pickle._Pickler):
+        def persistent_id(self, thing):
+            return (
+                ("storage", torch.FloatStorage, "0", "cpu", 128 * SMALL_WIDTH) if isinstance(thing, Storage) else None
+            )
+
+    storage, content = Storage(), tmp_path / "pickle"
+    size = (128, SMALL_WIDTH)
+    with open(content, "wb") as file:
+        views = [
+            Call(torch._utils._rebuild_tensor_v2, storage, 0, size, (SMALL_WIDTH, 1), False, {}) for _ in range(500)
+        ]
+        Pickler(file, 2).dump(views)
+    path = repacked(published, tmp_path / "reward1_bad", data_pkl=content.read_bytes())
+    tracemalloc.start()
+    with pytest.raises(UserError, match="no fc1 and fc2"):
+        models.load_reward_head(path)
+    assert tracemalloc.get_traced_memory()[1] < 500 * numpy.prod(size) * 4 / 10
+    tracemalloc.stop()
+
+
 def test_raw_tensors_have_the_published_shapes(published):
     shapes = [tuple(tensor.shape) for tensor in read_published_head(published)]
     assert shapes == [(128, SMALL_WIDTH), (128,), (1, 128), (1,)]
