@@ -24,8 +24,15 @@ from runs import atomic_path, first_line, versions
 # Conversations as they were read
 
 
+DIGEST_BYTES = 32
+
+
+def _digest_of(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+
+
 class ConversationCache:
-    """Everything that was read of a data folder, in one columnar file, a row a conversation.
+    """Everything that was read of a data folder, in one columnar file (behind its own checksum), a row a conversation.
 
     A row is used while none of its conversation's three files has changed (by size and times), and the file while the
     code that reads conversations has not. It holds text: only its owner can read it.
@@ -37,7 +44,7 @@ class ConversationCache:
     def __init__(self, folder: str | Path, data_dir: Path, transcript: str):
         self.transcript = transcript
         what = repr((str(Path(data_dir).resolve()), transcript)).encode("utf-8", "surrogateescape")
-        self.path = Path(folder) / f"conversations-{hashlib.sha256(what).hexdigest()[:16]}.parquet"
+        self.path = Path(folder) / f"conversations-{hashlib.sha256(what).hexdigest()[:16]}.cache"
         code = (data_utils.__file__, cli.__file__, __file__)
         self._code = hashlib.sha256(b"".join(Path(module).read_bytes() for module in code)).hexdigest()
         self._rows = self._read()
@@ -94,16 +101,23 @@ class ConversationCache:
             **types,
         }
         table = pa.Table.from_pylist(rows, pa.schema(columns.items(), metadata={"code": self._code}))
+        content = pa.BufferOutputStream()
+        parquet.write_table(table, content, compression="zstd")
+        content = content.getvalue().to_pybytes()
         with atomic_path(self.path, everyone=True) as temporary:
             temporary.touch(mode=0o600)
-            parquet.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+            temporary.write_bytes(_digest_of(content) + content)
 
     def _read(self) -> dict[str, tuple[str, Conversation]]:
         import pyarrow as pa
         from pyarrow import parquet
 
         try:
-            file = parquet.ParquetFile(self.path, page_checksum_verification=True)
+            content = self.path.read_bytes()
+            digest, content = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+            if digest != _digest_of(content):
+                raise ValueError("its content is not what was written")
+            file = parquet.ParquetFile(pa.BufferReader(content))
             if (file.schema_arrow.metadata or {}).get(b"code", b"").decode() != self._code:
                 return {}
             columns = file.read().to_pydict()

@@ -99,7 +99,7 @@ def test_another_transcript_or_data_folder_has_a_cache_of_its_own(data, tmp_path
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text", "other code"])
 def test_a_damaged_or_stale_cache_is_not_used(data, tmp_path, reads, damage, capsys, monkeypatch):
     right = read(data, tmp_path)
-    path = next((tmp_path / "cache").glob("*.parquet"))
+    path = next((tmp_path / "cache").glob("*.cache"))
     content = bytearray(path.read_bytes())
     if damage == "cut":
         content = content[: len(content) // 2]
@@ -147,7 +147,7 @@ def test_runs_at_the_same_time_do_not_disturb_each_other(data, tmp_path):
     assert [queue.get(timeout=60) for _ in processes] == [12] * 3
     for process in processes:
         process.join()
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".parquet"]
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".cache"]
     kept = ConversationCache(tmp_path / "cache", data, "cliffhanger")
     assert kept.get(data / "broken") is None and len(kept._rows) == 12
 

@@ -328,7 +328,7 @@ def test_mistakes_are_answered_in_one_line(script, arguments, message, tmp_path)
 
 
 # options that mean nothing until they are given
-OPTIONAL = {"-affect_path", "-reward_path", "-lang_model_path", "-tiny"}
+OPTIONAL = {"-affect_path", "-reward_path", "-lang_model_path", "-tiny", "-trl"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
