@@ -52,7 +52,9 @@ def main() -> None:
     for key, what in (("reward", "mean reward"), ("kl", "KL to the reference, nats a response")):
         row = {"stage": "PPO (stage 3)", "measured": f"{what}, {n} held-out prompts"}
         errors = [f" ± {part['reward_standard_error']:.3f}" if key == "reward" else "" for part in (before, after)]
-        rows.append({**row, "before": f"{before[key]:.3f}{errors[0]}", "after": f"{after[key]:.3f}{errors[1]}"})
+        rows.append(
+            {**row, "before": f"{round(before[key], 3) + 0.0:.3f}{errors[0]}", "after": f"{after[key]:.3f}{errors[1]}"}
+        )
     pictures.append(folder / "rlmf_weights" / "GELI_llama_ppo.png")
     print(format_table(rows, "\nThe demo, in one table"))
     print("\n".join(["\nPictures:", *(f"  {path}" for path in pictures)]))
