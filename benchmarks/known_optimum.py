@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import as_published  # noqa: F401 (puts the repository on the path)
 import numpy as np
 import torch
 

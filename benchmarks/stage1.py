@@ -21,7 +21,7 @@ from encoding import corpus_and_encoder, new_head
 from data_utils import shuffled_batches
 from evaluation import evaluate, head_rewards
 from models import li_loss
-from runs import format_table, seed_everything
+from runs import format_table, make_accelerator, seed_everything
 
 BATCH, LEARNING_RATE = 32, 3e-4
 
@@ -55,14 +55,20 @@ def published_epoch(encoder, head, training, seed: int) -> float:
 
 
 def our_epoch(encoder, head, training, seed: int) -> float:
-    """Ours: batches of similar lengths, the encoder alone, tokenised once (which is counted)."""
+    """Ours: batches of similar lengths, the encoder alone, tokenised once (which is counted), in bfloat16 where the
+    hardware computes in it, as `--dtype auto` has it."""
+    autocast = make_accelerator("cpu", "auto").autocast
     start = time.perf_counter()
     pairs = encoder.tokenize(training.texts)
     tokenising = time.perf_counter() - start
     lengths = np.array([len(pair.ids) for pair in pairs])
     batches = shuffled_batches(lengths, BATCH, np.random.default_rng(seed))
     return tokenising + epoch(
-        encoder, head, training, batches, lambda batch: encoder.encode_with_gradients([pairs[i] for i in batch])
+        encoder,
+        head,
+        training,
+        batches,
+        lambda batch: encoder.encode_with_gradients([pairs[i] for i in batch], autocast),
     )
 
 
