@@ -117,6 +117,7 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
     def persistent_load(self, reference) -> _Storage:
+        """The numbers that a tensor refers to, read once each."""
         kind, name, key, _, count = reference
         if kind != "storage" or name not in _STORAGES or not isinstance(count, int) or not str(key).isdigit():
             raise NotPublished("a reference to something that is no tensor")

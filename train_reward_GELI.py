@@ -250,7 +250,7 @@ class Encoded:
         from runs import device_name
 
         self.args, self.encoder, self.accelerator = args, encoder, accelerator
-        self._held_out, self._cache = None, None
+        self._held_out, self._held_out_pairs, self._cache = None, None, None
         folder = cache_folder(args)
         if folder and not args.unfreeze:
             numerics = f"{device_name(accelerator.device)} {accelerator.mixed_precision}"
@@ -281,8 +281,8 @@ class Encoded:
     def held_out(self, validation):
         """(N, hidden) of the validation turns."""
         if self._held_out is None or self.args.unfreeze:
-            pairs = self.encoder.tokenize(validation.texts)
-            self._held_out = self._encode(pairs, "validation")
+            self._held_out_pairs = self._held_out_pairs or self.encoder.tokenize(validation.texts)
+            self._held_out = self._encode(self._held_out_pairs, "validation")
         return self._held_out
 
     def _encode(self, pairs, name: str):

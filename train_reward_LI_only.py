@@ -131,8 +131,8 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
         length_of,
         wandb_validation,
     )
-    from models import contrastive_term, save_reward_head
-    from runs import gather_shares, progress_bar, share, sum_gradients
+    from models import save_reward_head
+    from runs import gather_shares, progress_bar, sum_gradients
 
     pairs = encoder.tokenize(training.texts)
     curriculum = args.curriculum or args.curriculum_exposure
@@ -159,25 +159,15 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
         told = np.zeros(len(batch), dtype=bool)
         if curriculum:
             told = rng.random(len(batch)) < told_share(args.curriculum, args.curriculum_exposure, epoch, args.epochs)
-        mine = share(np.arange(len(batch)), accelerator)  # every process its share of the batch
-        rewards, loss, terms = torch.zeros(0), torch.zeros(()), torch.zeros(2)
-        if len(mine):
-            shown = [(told_pairs if told[i] else pairs)[batch[i]] for i in mine]
-            features = encoder.encode_with_gradients(shown, accelerator.autocast)
-            with accelerator.autocast():
-                rewards, hidden = head(features, with_hidden=True)
-            rewards = rewards.squeeze(1).float()
-            targets = torch.from_numpy(training.targets[batch[mine]]).to(rewards.device)
-            li = ((rewards - targets) ** 2).sum() / len(batch)
-            term = torch.zeros_like(li)
-            if args.contrastive and epoch % 2 == 0:
-                term = contrastive_term(hidden, training.labels[batch[mine]]) * len(mine) / len(batch)
-            loss, terms = li + term, torch.stack([li.detach(), term.detach()]).cpu()
+        shown = [(told_pairs if knows else pairs)[i] for i, knows in zip(batch, told, strict=True)]
+        contrastive = args.contrastive and epoch % 2 == 0
+        loss, parts, rewards = batch_loss(encoder, head, training, batch, shown, contrastive, accelerator)
+        if loss.requires_grad:
             loss.backward()
         sum_gradients(parameters, accelerator)
-        li_value, term_value = accelerator.reduce(terms.to(accelerator.device), "sum").tolist()
+        li_value, term_value = accelerator.reduce(parts.to(accelerator.device), "sum").tolist()
         logged = {"train/shaped_loss": li_value}
-        if args.contrastive and epoch % 2 == 0:
+        if contrastive:
             logged["train/contrastive_loss"] = term_value
         if not np.isfinite(li_value + term_value):
             raise UserError(f"the loss is not finite at step {step}: try a lower --learning_rate")
@@ -185,7 +175,7 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
         schedule.step()
         optimizer.zero_grad()
 
-        predicted = np.array(gather_shares(rewards.detach().tolist(), accelerator), dtype=np.float32)
+        predicted = np.array(gather_shares(rewards.tolist(), accelerator), dtype=np.float32)
         ge = np.mean((score[batch] - length[batch] * predicted) ** 2)  # RRD's loss with |I| = 1
         logged |= {"train/loss": float(ge), "train/learning_rate": schedule.get_last_lr()[0]}
         logged |= affect_means(predicted, training.affects[batch], "train_shape/train")
@@ -203,6 +193,35 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
             save_reward_head(head, head_path)
         tracker.log(logged, step)
     return best
+
+
+def batch_loss(encoder, head, training, batch, shown, contrastive: bool, accelerator):
+    """This process' part of the loss of a batch.
+
+    Args:
+        batch: (n,) indices of the training turns in all processes' batch. shown: their n tokenised texts.
+        contrastive: add that loss.
+
+    Returns:
+        loss (), which adds up to the batch's mean over all processes; its LI and contrastive parts (2,), detached; and
+        the rewards (m,) of this process' share.
+    """
+    import numpy as np
+    import torch
+
+    from models import contrastive_term, li_loss
+    from runs import share
+
+    mine = share(np.arange(len(batch)), accelerator)
+    if not len(mine):
+        return torch.zeros(()), torch.zeros(2), torch.zeros(0)
+    features = encoder.encode_with_gradients([shown[i] for i in mine], accelerator.autocast)
+    with accelerator.autocast():
+        rewards, hidden = head(features, with_hidden=True)
+    rewards, part = rewards.squeeze(1).float(), len(mine) / len(batch)
+    li = li_loss(rewards, torch.from_numpy(training.targets[batch[mine]]).to(rewards.device)) * part
+    term = contrastive_term(hidden, training.labels[batch[mine]]) * part if contrastive else torch.zeros_like(li)
+    return li + term, torch.stack([li, term]).detach().cpu(), rewards.detach()
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def train(
     """
     try:
         from datasets import Dataset
-        from transformers import TrainerCallback
+        from transformers import PrinterCallback, TrainerCallback
         from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
     except ImportError as error:
         raise UserError(f"--algo {algo} needs TRL: pip install -r requirements-trl.txt ({first_line(error)})") from None
@@ -85,6 +85,7 @@ def train(
             model=policy.model, reward_funcs=reward, args=config, train_dataset=Dataset.from_dict(rows),
             processing_class=policy.tokenizer, callbacks=[Report()],
         )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)  # a line of numbers a step; `on_step` has them
         trainer.train()
     policy.eval()
 
