@@ -56,6 +56,14 @@ class UserError(Exception):
     """A mistake that the user can mend: what was expected, what was found, where, and what to do, in one line."""
 
 
+class Stopped(SystemExit):
+    """A signal ended the run, in good order. Args: message: what to say. code: the exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(code)
+        self.message = message
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line (argparse prints the whole usage before them)."""
 
@@ -125,8 +133,10 @@ def file_name(text: str) -> str:
     return text
 
 
-def add_common_options(parser: argparse.ArgumentParser, learning_rate: float, context_turns: int) -> None:
-    """Options of all three stages; `learning_rate` and `context_turns` are the stage's own defaults."""
+def add_common_options(
+    parser: argparse.ArgumentParser, learning_rate: float, context_turns: int, save_steps: int
+) -> None:
+    """Options of all three stages; the other arguments are the stage's own defaults."""
     add = parser.add_argument
     add("--data_dir", default="./candor", help="folder with one folder a conversation, in CANDOR's layout")
     add("--output_dir", default=".", help="folder under which the output folders are made")
@@ -142,6 +152,12 @@ def add_common_options(parser: argparse.ArgumentParser, learning_rate: float, co
         default="auto",
         help="of forward and backward passes; auto is bfloat16 where the hardware has it (weights stay float32)",
     )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the newest unfinished run that was started with the same options (or --run_name's), exactly",
+    )
+    add("--save_steps", type=positive_int, default=save_steps, help="steps between two states that --resume starts at")
     add("--no_cache", action="store_true", help="neither use nor write OUTPUT_DIR/cache")
     add("--log_text", action="store_true", help="log conversations' text and ids to wandb (never otherwise)")
 
@@ -255,6 +271,10 @@ def run(main: Callable[[], None]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
     try:
         main()
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{os.path.basename(sys.argv[0])}: {stop.message}", file=sys.stderr)
+        sys.exit(stop.code)
     except UserError as error:
         _fail(error)
     except OSError as error:  # a folder that cannot be written to, a full disk

@@ -97,6 +97,10 @@ class Trajectory:
         """A name for the trajectory that is the same on every machine."""
         return f"{self.conversation.id}/{int(self.flip)}"
 
+    def turn_name(self, place: int) -> str:
+        """A name for its agent turn number `place`."""
+        return f"{self.key}/{self.conversation.turns[self.agent_turns[place]].turn_id}"
+
     def affects(self) -> np.ndarray:
         """(T,) the listener's affect at each agent turn, as indices into `FACES`."""
         return np.array([self.conversation.turns[i].affect for i in self.agent_turns])
@@ -604,6 +608,17 @@ def make_trajectory(conversation: Conversation, flip: bool, reward_class: str) -
     return Trajectory(conversation, flip, user, agent, REWARD_CLASSES[reward_class] * answer, answer, turns)
 
 
+def fingerprint(trajectories: Iterable[Trajectory]) -> str:
+    """A hash of everything that is read of these trajectories."""
+    found, seen = hashlib.blake2b(digest_size=16), set()
+    for t in trajectories:
+        found.update(repr((t.conversation.id, t.flip, t.score)).encode("utf-8", "surrogateescape"))
+        if t.conversation.id not in seen:
+            seen.add(t.conversation.id)
+            found.update(repr(t.conversation.turns).encode("utf-8", "surrogateescape"))
+    return found.hexdigest()
+
+
 def split_key(conversation_id: str) -> str:
     """The hash that orders conversations: the same on every machine, whatever the folder's order."""
     return hashlib.sha256(conversation_id.encode("utf-8", "surrogateescape")).hexdigest()
@@ -690,6 +705,13 @@ class TurnSet:
         """The texts with each trajectory's answer appended, for `--curriculum`."""
         answers = np.repeat([t.answer for t in self.trajectories], np.diff(self.offsets))
         return [told(text, answer) for text, answer in zip(self.texts, answers, strict=True)]
+
+    def ids(self, turns: Iterable[int]) -> list[str]:
+        """`conversation/flip/turn_id` of these turns (indices into the arrays over turns)."""
+        whose = [
+            (i, turn - self.offsets[i]) for turn in turns for i in [np.searchsorted(self.offsets, turn, "right") - 1]
+        ]
+        return [self.trajectories[i].turn_name(place) for i, place in whose]
 
     def turns_of(self, i: int) -> slice:
         """Where trajectory i's turns are in the arrays over turns."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from cli import UserError, cache_folder
 from data_utils import AFFECT_GROUPS, FACES, HAPPINESS, Corpus, TurnSet, read_corpus, split
-from runs import atomic_path, format_table, versions, write_json
+from runs import atomic_path, format_table, record_path, versions, write_json
 
 
 def length_of(ep_len: int | str, n_turns: int) -> float:
@@ -223,7 +223,6 @@ def finish_run(
         rewards: (N,) of the validation turns, or None. paths: of what was written so far.
         more: further entries of the record.
     """
-    record_path = folder / f"reward1_{tracker.name}.json"
     record = {
         "run": tracker.name,
         **more,
@@ -237,7 +236,8 @@ def finish_run(
     }
     for name, part in zip(("training_conversations", "validation_conversations"), parts, strict=True):
         record[name] = list(dict.fromkeys(t.conversation.id for t in part.trajectories))
-    write_json(record_path, record)
+    path = record_path(folder, tracker.name)
+    write_json(path, record)
     shown = metrics.get("validation", {})
     if args.log_text and shown:
         texts = dict(zip(("context", "response"), zip(*parts[1].texts, strict=True), strict=True))
@@ -251,4 +251,4 @@ def finish_run(
     tracker.finish()
     rows = [{"measured on validation": key, "value": value} for key, value in shown.items()]
     print(format_table(rows or [{"measured": "nothing (no --val)"}], f"\n{title}, run {tracker.name}"))
-    print("\n".join(["Written:", *(f"  {path}" for path in [*paths, record_path])]))
+    print("\n".join(["Written:", *(f"  {path}" for path in [*paths, path])]))

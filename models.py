@@ -308,8 +308,9 @@ def save_reward_head(head: RewardHead, path: str | Path) -> None:
     from runs import atomic_path
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    config = json.dumps({"format": _HEAD_FORMAT, **asdict(head.config)})
     with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata={"format": _HEAD_FORMAT, "config": json.dumps(asdict(head.config))})
+        save_file(state, temporary, metadata={"config": config})  # one entry: several would lie in any order
 
 
 def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> RewardHead:
@@ -336,7 +337,7 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
         raise UserError(
             f"{path}: expected a reward head (a safetensors file), found something else ({error})"
         ) from None
-    if metadata.get("format") != _HEAD_FORMAT:
+    if f'"{_HEAD_FORMAT}"' not in metadata.get("config", ""):
         raise UserError(f"{path}: a safetensors file, but not a reward head: its metadata has no format {_HEAD_FORMAT}")
     try:
         known = {field.name for field in fields(RewardHeadConfig)}

@@ -29,6 +29,7 @@ from models import (
     whiten,
 )
 from runs import gather_shares, share, sum_gradients
+from states import Trained
 
 MARKERS = re.compile("User:|AI:")  # where a response stops being one turn
 MARKER_TOKENS = 8 + DONE_EVERY  # of a response's end hold any marker that has come since the last look
@@ -41,6 +42,7 @@ class Prompt(NamedTuple):
         text: the policy's input. context: what the reward's encoder sees. human: what the human answered.
         trajectory: (context, response) of all agent turns of that trajectory (one tuple, shared by its prompts).
         position: which of them this is; rewards that look back see those before it.
+        name: conversation/flip/turn_id.
     """
 
     text: str
@@ -48,6 +50,11 @@ class Prompt(NamedTuple):
     human: str
     trajectory: tuple[tuple[str, str], ...] = ()
     position: int = 0
+    name: str = ""
+
+
+class NotFinite(Exception):
+    """A score, loss or gradient is not finite; what is, in words. Nothing of this optimizer step was applied."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,17 @@ class RewardScorer:
         return rewards[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
 
 
+class RandomScorer:
+    """Random rewards in [-1, 1): a control, from which nothing should be learned. Drawn with `generator`."""
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
+        """(n,)."""
+        return torch.rand(len(responses), generator=self.generator) * 2 - 1
+
+
 def cut_responses(response: torch.Tensor, texts_of: Callable, end: int) -> tuple[torch.Tensor, list[str]]:
     """How many tokens of each response are kept, and its text.
 
@@ -194,12 +212,31 @@ class PPO:
         self.rng, self.sampling = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
         self._seconds: dict[str, float] = {}
 
+    def state_dict(self) -> dict:
+        """What a state of the loop consists of, but for its generators `rng` and `sampling`."""
+        return {
+            "policy": Trained(self.policy).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "beta": self.kl.beta,
+            "moments": vars(self.moments).copy(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Puts a state back."""
+        Trained(self.policy).load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.kl.beta = state["beta"]
+        vars(self.moments).update(state["moments"])
+
     def step(self, prompts: Sequence[Prompt], update: bool = True) -> tuple[dict[str, float], list[str]]:
         """One PPO step on a batch of prompts; returns what is logged, and the responses.
 
         Args:
             prompts: n prompts, the same in every process; each rolls out and learns from its share.
             update: False rolls out and scores only.
+
+        Raises:
+            NotFinite: if a score, a loss or a gradient is not finite.
         """
         self._seconds = {}
         limit, mine = self.draw_length(), share(prompts, self.accelerator)
@@ -211,6 +248,8 @@ class PPO:
             scores = self.score(mine, rollout.texts)
             human = self.score(mine, [prompt.human for prompt in mine])
             all_scores = torch.tensor(gather_shares(scores.tolist(), self.accelerator))
+            if not all_scores.isfinite().all():
+                raise NotFinite("the score of a response")
             normalized = share(self.moments.normalize(all_scores), self.accelerator)
         mask, lengths = rollout.mask, rollout.mask.sum(dim=1)
         rewards = token_rewards(normalized.to(mask.device), old["logprobs"], old["ref_logprobs"], mask, self.kl.beta)
@@ -234,6 +273,8 @@ class PPO:
                 "at_length": (lengths == limit).sum(),
             }
         )
+        if not np.isfinite(list(total.values())).all():
+            raise NotFinite("the policy's output")
         n, tokens = total["responses"], total["tokens"]
         texts = gather_shares(rollout.texts, self.accelerator)
         kl, returned = total["kl"] / n, _variance(total, "return", tokens)
@@ -367,12 +408,14 @@ class PPO:
             self.accelerator.backward(policy_loss + config.value_coefficient * value_loss)
             for name, value in {**found, "policy_loss": policy_loss, "value_loss": value_loss}.items():
                 sums[name] = sums[name] + value.detach()
-        trainable = self.policy.trainable()
-        sum_gradients(trainable, self.accelerator)
-        squares = sum((p.grad.float() ** 2).sum() for p in trainable if p.grad is not None)
+        sums = {**self._sum(sums), "tokens": tokens}
+        sums["gradient_norm"] = sum_gradients(self.policy.trainable(), self.accelerator)
+        if not np.isfinite(list(sums.values())).all():
+            self.optimizer.zero_grad()
+            raise NotFinite("the loss or its gradient")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return {**self._sum(sums), "tokens": tokens, "gradient_norm": squares.sqrt().item()}
+        return sums
 
     @contextmanager
     def _timed(self, phase: str):

@@ -4,10 +4,10 @@ import json
 import os
 import platform
 import random
+import re
 import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -116,13 +116,20 @@ def gather_shares(mine: list, accelerator) -> list:
     return whole
 
 
-def sum_gradients(parameters: Iterable, accelerator) -> None:
-    """Adds up the gradients of all processes; one that had nothing to do adds zeros, so that none waits for it."""
+def sum_gradients(parameters: Iterable, accelerator) -> float:
+    """Adds up the gradients of all processes; one that had nothing to do adds zeros, so that none waits for it. Returns
+    the norm of the sum."""
     import torch
 
-    if accelerator.num_processes == 1:
-        return
     parameters = list(parameters)
+    if accelerator.num_processes > 1:
+        _sum_gradients(parameters, accelerator)
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+
+
+def _sum_gradients(parameters: list, accelerator) -> None:
+    import torch
+
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     flat = torch.cat([p.grad.flatten().to(accelerator.device) for p in parameters])  # what the processes talk over
@@ -131,41 +138,89 @@ def sum_gradients(parameters: Iterable, accelerator) -> None:
         p.grad.copy_(gradient.view_as(p))
 
 
+# `.{name}.{token}.tmp{suffix}`: what is not whole yet
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.tmp(\.\w+)?")
+
+
+def _temporary(path: Path) -> Path:
+    return path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp{path.suffix}"
+
+
 @contextmanager
 def atomic_path(path: str | Path, everyone: bool = False) -> Iterator[Path]:
-    """Gives a temporary name beside `path` to write to; renamed to `path` on success, removed on failure. Of several
-    processes only the writer's file stays, unless `everyone`'s does."""
+    """Gives a temporary name beside `path` to write to; on success it is on the disk and renamed to `path`, else
+    removed. Of several processes only the writer's file stays, unless `everyone`'s does.
+
+    Raises:
+        UserError: if it cannot be written, as on a full disk.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp{path.suffix}"
+    temporary = _temporary(path)
     try:
-        yield temporary
-        if everyone or is_writer():
-            os.replace(temporary, path)
+        with _named_when_it_fails(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if everyone or is_writer():
+                _flush(temporary)
+                os.replace(temporary, path)
+                _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """As `atomic_path`, for a folder; a folder of that name is replaced."""
+    """As `atomic_path`, for a folder; a folder of that name is replaced, in one step where the system can do that."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    temporary.chmod(0o755)
+    temporary = _temporary(path)
     try:
-        yield temporary
-        if not is_writer():
-            return
-        if path.exists():
-            old = temporary.with_suffix(".old")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
+        with _named_when_it_fails(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if is_writer():
+                for written in [*temporary.rglob("*"), temporary]:
+                    _flush(written)
+                if not path.exists():
+                    temporary.rename(path)
+                elif not _exchange(temporary, path):
+                    old = _temporary(path)
+                    path.rename(old)
+                    temporary.rename(path)
+                    temporary = old
+                _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _named_when_it_fails(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and "os error" not in str(error):  # what libraries written in Rust say
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path}: could not be written ({reason}); what was there before still is") from None
+
+
+def _flush(path: Path) -> None:
+    """Has the system write a file, or a folder's names, to the disk now, so that a loss of power cannot undo it."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps two paths in one step; False where the system cannot (only Linux can)."""
+    import ctypes
+
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return call is not None and call(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -199,16 +254,22 @@ def versions() -> dict[str, str]:
 
 
 def new_run_name(folder: Path) -> str:
-    """A name of wandb's kind (adjective-noun-number) that no run in `folder` has."""
+    """A name of wandb's kind (adjective-noun-number) that no finished run in `folder` has."""
     taken = len(list(folder.glob("reward1_*.json"))) if folder.is_dir() else 0
     while True:
         name = f"{secrets.choice(_ADJECTIVES)}-{secrets.choice(_NOUNS)}-{taken + 1}"
-        if not _record(folder, name).exists():
+        if not record_path(folder, name).exists():
             return name
 
 
-def _record(folder: Path, run_name: str) -> Path:
+def record_path(folder: Path, run_name: str) -> Path:
+    """What a finished run of stage 1 or 2 has written last."""
     return folder / f"reward1_{run_name}.json"
+
+
+def reward_outputs(run_name: str) -> re.Pattern:
+    """What the names of the files of a run of stage 1 or 2 look like."""
+    return re.compile(rf"(reward1|lang_model|val_turn_rewards|val_returns)_{re.escape(run_name)}(\.json|\.csv|\.png)?")
 
 
 class Tracker:
@@ -220,32 +281,36 @@ class Tracker:
         config: what describes the run; no text or id of a conversation.
         run_name: a name to use, or None for wandb's own (offline: one like it, new in `folder`).
         accelerator: `accelerate.Accelerator`; of several processes one tracks, and all know the name.
+        claim: a `states.Claim` that the run has already, as one that is resumed; None: one on its name is made here.
 
     Attributes:
-        name: the run's name.
+        name: the run's name. claim: the run's hold on its files' names, in the process that writes; None in the others.
     """
 
-    def __init__(self, project: str, folder: Path, config: dict, run_name: str | None, accelerator):
+    def __init__(self, project: str, folder: Path, config: dict, run_name: str | None, accelerator, claim=None):
         from accelerate.utils import broadcast_object_list
 
-        self._run = None
+        self._run, self.name, self.claim = None, "", claim
         if is_writer():
             self._start(project, folder, {**config, "processes": accelerator.num_processes}, run_name)
-        else:
-            self.name = ""
         self.name = broadcast_object_list([self.name])[0]
 
     def _start(self, project: str, folder: Path, config: dict, run_name: str | None) -> None:
         import wandb
 
-        folder.mkdir(parents=True, exist_ok=True)
-        if run_name is not None and ((folder / f"reward1_{run_name}").exists() or _record(folder, run_name).exists()):
-            raise UserError(f"--run_name {run_name}: {folder} has a run of that name already; choose another")
+        from states import claim_run
+
         mode = os.environ.get("WANDB_MODE") or "online"
         if mode == "online" and not _logged_in():  # wandb would ask for a key
             mode = "offline"
-        if run_name is None and mode != "online":
-            run_name = new_run_name(folder)
+        known = self.claim.description.get("wandb") if self.claim else None  # a run that is resumed
+        if known:
+            run_name = known["name"]
+        elif not self.claim and (run_name or mode != "online"):
+            self.claim = claim_run(folder, run_name)
+            run_name = self.claim.name
+        elif mode != "online":
+            run_name = run_name or new_run_name(folder)
         settings = wandb.Settings(
             console="off",  # responses are printed, and conversations do not leave the machine
             disable_git=True,
@@ -255,6 +320,8 @@ class Tracker:
             init_timeout=30,  # seconds; then the run goes on offline
         )
         arguments = dict(project=project, name=run_name, dir=str(folder.parent), config=config, settings=settings)
+        if known:
+            arguments |= dict(id=known["id"], resume="allow")
         try:
             self._run = wandb.init(mode=mode, **arguments)
         except (wandb.errors.CommError, wandb.errors.UsageError) as error:
@@ -262,6 +329,12 @@ class Tracker:
             arguments["name"] = run_name or new_run_name(folder)
             self._run = wandb.init(mode="offline", **arguments)
         self.name = run_name or self._run.name or new_run_name(folder)
+        if not self.claim:
+            self.claim = claim_run(folder, self.name, or_another=True)  # wandb does not know what runs are here
+            self.name = self._run.name = self.claim.name
+        if not known:
+            described = {"arguments": config, "wandb": {"id": self._run.id, "name": self.name}, "versions": versions()}
+            self.claim.describe(described)
 
     def log(self, values: dict, step: int) -> None:
         """Logs `values` (scalars or wandb objects) at `step`."""
@@ -290,9 +363,11 @@ class Tracker:
             self._run.summary.update(values)
 
     def finish(self) -> None:
-        """Flushes and closes the run."""
+        """Flushes and closes the run, whose files are all written: what could resume it is removed."""
         if self._run:
             self._run.finish()
+        if self.claim:
+            self.claim.remove()
 
 
 def _logged_in() -> bool:

@@ -55,7 +55,7 @@ def build_parser():
     add("--K", type=positive_int, default=160, help="RRD: turns of a trajectory in a step (all when there are fewer)")
     add("--unfreeze", action="store_true", help="train the encoder too, and save it as lang_model_RUN")
     add("--encoder_learning_rate", type=positive_float, default=5e-6, help="the encoder's, with --unfreeze")
-    add_common_options(parser, learning_rate=5e-3, context_turns=20)
+    add_common_options(parser, learning_rate=5e-3, context_turns=20, save_steps=100)
     return parser
 
 
@@ -76,7 +76,7 @@ def parse():
         parser.error("--lambda weighs GE against LI, and LI comes with --affect_path")
     if args.contrastive and not args.affect_path:
         parser.error("--contrastive learns from the listener's affect: give --affect_path, as for all of LI")
-    for name in ("contrastive", "curriculum", "curriculum_exposure", "unfreeze"):
+    for name in ("contrastive", "curriculum", "curriculum_exposure", "unfreeze", "resume"):
         if getattr(args, name) and not args.train:
             parser.error(f"--{name} changes training: give --train")
     args.ge_weight = 0.5 if args.ge_weight is None else args.ge_weight
@@ -96,6 +96,7 @@ def main() -> None:
     from evaluation import evaluate, finish_run, head_rewards, load_data, place_encoder, write_validation
     from models import load_encoder, load_reward_head
     from runs import Tracker, frozen_dtype, make_accelerator, seed_everything
+    from states import reward_run_to_resume
 
     seed_everything(args.seed)
     accelerator = make_accelerator(args.device, args.dtype)
@@ -109,12 +110,14 @@ def main() -> None:
     if saved and not args.train:  # a saved head is evaluated as it was trained
         args.context_turns, args.max_length = saved.config.context_turns, saved.config.max_length
         folder = Path(args.output_dir) / path.resolve().parent.name
+    claim = reward_run_to_resume(args, folder, accelerator)
     seen = conversations_seen(path, saved)
     corpus, training, validation = load_data(args, seen)
     warn_of_leaks(seen, validation)
     encoder = place_encoder(find_encoder(args, saved, path, frozen_dtype(accelerator)), args, accelerator)
     encoder_name = encoder.name
-    tracker = Tracker(folder.name, folder, {**vars(args), "data": corpus.numbers()}, args.run_name, accelerator)
+    described = {**vars(args), "data": corpus.numbers()}
+    tracker = Tracker(folder.name, folder, described, args.run_name, accelerator, claim)
     head_path, encoder_path = folder / f"reward1_{tracker.name}", folder / f"lang_model_{tracker.name}"
     head = new_head(args, folder, saved, encoder, encoder_path, training) if args.train else saved
 
@@ -335,57 +338,71 @@ def train(args, head, turns: Encoded, training, validation, tracker, head_path: 
     import numpy as np
     import torch
 
-    from data_utils import told_share
+    from data_utils import fingerprint, told_share
     from evaluation import evaluate, head_rewards, wandb_validation
     from models import save_reward_head
     from runs import progress_bar, sum_gradients
+    from states import RunState, Trained
 
     conversations: dict[str, list[int]] = {}
     for i, trajectory in enumerate(training.trajectories):
         conversations.setdefault(trajectory.conversation.id, []).append(i)
     groups = list(conversations.values())
     rng = np.random.default_rng(args.seed)
-    starts = range(0, len(groups), args.batch_size)
+    epoch_steps = -(-len(groups) // args.batch_size)
+    steps = args.epochs * epoch_steps
     scales = loss_scales(args, training)
     turns.prepare(training)
-    parameters = [{"params": head.parameters(), "lr": args.learning_rate}]
+    parameters = [{"params": list(head.parameters()), "lr": args.learning_rate}]
     if args.unfreeze:
         parameters.append({"params": turns.encoder.trainable(), "lr": args.encoder_learning_rate})
     optimizer = torch.optim.AdamW(parameters)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=args.epochs * len(starts))
-    best = {"steps": args.epochs * len(starts), "best_epoch": 0, "best_ge_loss": None}
-    step = 0
-    for epoch in range(1, args.epochs + 1):
-        head.train()
-        turns.encoder.train(args.unfreeze)
-        told = told_share(args.curriculum, args.curriculum_exposure, epoch, args.epochs)
-        order = rng.permutation(len(groups))
-        for start in progress_bar(starts, desc=f"stage 2, epoch {epoch}/{args.epochs}", unit="step"):
-            chosen = [i for group in order[start : start + args.batch_size] for i in groups[group]]
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    best = {"steps": steps, "best_epoch": 0, "best_ge_loss": None}
+    order: dict[str, list[int]] = {}  # of the conversations in this epoch
+    parts = {"head": head, "optimizer": optimizer, "schedule": schedule, "best": best, "order": order}
+    if args.unfreeze:
+        parts["encoder"] = Trained(turns.encoder.encoder)
+    inputs = {"data": fingerprint(training.trajectories + validation.trajectories)}
+    state = RunState(tracker, turns.accelerator, parts, {"training": rng}, inputs, args.save_steps, steps)
+    first = state.restore()
+    head.train()
+    turns.encoder.train(args.unfreeze)
+    bar = progress_bar(range(first, steps), desc="stage 2", unit="step", initial=first, total=steps)
+    with state.watch():
+        for before in bar:
+            step, (epoch, place) = before + 1, divmod(before, epoch_steps)
+            epoch += 1
+            if place == 0:
+                order["groups"] = rng.permutation(len(groups)).tolist()
+            taken = order["groups"][place * args.batch_size : (place + 1) * args.batch_size]
+            chosen = [i for group in taken for i in groups[group]]
+            told = told_share(args.curriculum, args.curriculum_exposure, epoch, args.epochs)
             contrastive = args.contrastive and epoch % 2 == 0
             loss, logged = batch_loss(args, head, turns, training, chosen, scales, rng, told, contrastive)
             if loss.requires_grad:
                 loss.backward()
-            sum_gradients([p for group in optimizer.param_groups for p in group["params"]], turns.accelerator)
-            if not np.isfinite(logged["train/loss"] + logged["train/shaped_loss"]):
-                raise UserError(f"the loss is not finite at step {step + 1}: try a lower --learning_rate")
+            norm = sum_gradients([p for group in optimizer.param_groups for p in group["params"]], turns.accelerator)
+            logged["train/gradient_norm"] = norm
+            if not np.isfinite(logged["train/loss"] + logged["train/shaped_loss"] + norm):
+                state.not_finite("the loss or its gradient", step, [training.trajectories[i].key for i in chosen])
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            step += 1
-            if start == starts[-1] and args.val:
-                rewards = head_rewards(head, turns.held_out(validation), validation)
-                metrics = evaluate(validation, rewards, args.ep_len, args.redist_type)
-                logged |= wandb_validation(metrics)
+            if place == epoch_steps - 1:  # the epoch's end
+                better = True
+                if args.val:
+                    rewards = head_rewards(head, turns.held_out(validation), validation)
+                    metrics = evaluate(validation, rewards, args.ep_len, args.redist_type)
+                    logged |= wandb_validation(metrics)
+                    better = best["best_ge_loss"] is None or metrics["ge_loss"] < best["best_ge_loss"]
+                if better:
+                    best |= {"best_epoch": epoch, "best_ge_loss": metrics["ge_loss"] if args.val else None}
+                    if args.unfreeze:
+                        turns.encoder.save(encoder_path)
+                    save_reward_head(head, head_path)
             tracker.log(logged, step)
-        if args.val:
-            if best["best_ge_loss"] is not None and metrics["ge_loss"] >= best["best_ge_loss"]:
-                continue
-            best["best_ge_loss"] = metrics["ge_loss"]
-        best["best_epoch"] = epoch
-        if args.unfreeze:
-            turns.encoder.save(encoder_path)
-        save_reward_head(head, head_path)
+            state.done(step)
     return best
 
 

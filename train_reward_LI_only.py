@@ -11,7 +11,6 @@ from pathlib import Path
 
 from cli import (
     ADAPTED,
-    UserError,
     add_common_options,
     add_reward_options,
     check_reward_options,
@@ -34,7 +33,7 @@ def build_parser():
     parser.add_argument(
         "--unfreeze", action="store_true", help="name the folder as published for it (the encoder always trains here)"
     )
-    add_common_options(parser, learning_rate=5e-6, context_turns=20)
+    add_common_options(parser, learning_rate=5e-6, context_turns=20, save_steps=500)
     return parser
 
 
@@ -73,15 +72,18 @@ def main() -> None:
     )
     from models import RewardHead, RewardHeadConfig, load_encoder, load_reward_head
     from runs import Tracker, frozen_dtype, make_accelerator, seed_everything
+    from states import reward_run_to_resume
 
     seed_everything(args.seed)
     accelerator = make_accelerator(args.device, args.dtype)
+    folder = Path(args.output_dir) / project_name(args)
+    claim = reward_run_to_resume(args, folder, accelerator)
     corpus, training, validation = load_data(args)
     name, option = named_encoder(args)
     encoder = load_encoder(name, args.max_length, option, adapt=args.model in ADAPTED, dtype=frozen_dtype(accelerator))
     place_encoder(encoder, args, accelerator)
-    folder = Path(args.output_dir) / project_name(args)
-    tracker = Tracker(folder.name, folder, {**vars(args), "data": corpus.numbers()}, args.run_name, accelerator)
+    described = {**vars(args), "data": corpus.numbers()}
+    tracker = Tracker(folder.name, folder, described, args.run_name, accelerator, claim)
     config = RewardHeadConfig(
         head=head_name(args),
         hidden=encoder.hidden_size,
@@ -121,7 +123,7 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
     import numpy as np
     import torch
 
-    from data_utils import shuffled_batches, told_share
+    from data_utils import fingerprint, shuffled_batches, told_share
     from evaluation import (
         affect_means,
         choose_turns,
@@ -133,6 +135,7 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
     )
     from models import save_reward_head
     from runs import gather_shares, progress_bar, sum_gradients
+    from states import RunState, Trained
 
     pairs = encoder.tokenize(training.texts)
     curriculum = args.curriculum or args.curriculum_exposure
@@ -155,43 +158,58 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
     encoder.train()
     head.train()
     best = {"best_step": 0, "best_li_loss": None, "steps": len(batches)}
-    for step, (epoch, batch) in enumerate(progress_bar(batches, desc="stage 1", unit="step"), start=1):
-        told = np.zeros(len(batch), dtype=bool)
-        if curriculum:
-            told = rng.random(len(batch)) < told_share(args.curriculum, args.curriculum_exposure, epoch, args.epochs)
-        shown = [(told_pairs if knows else pairs)[i] for i, knows in zip(batch, told, strict=True)]
-        contrastive = args.contrastive and epoch % 2 == 0
-        loss, parts, rewards = batch_loss(encoder, head, training, batch, shown, contrastive, accelerator)
-        if loss.requires_grad:
-            loss.backward()
-        sum_gradients(parameters, accelerator)
-        li_value, term_value = accelerator.reduce(parts.to(accelerator.device), "sum").tolist()
-        logged = {"train/shaped_loss": li_value}
-        if contrastive:
-            logged["train/contrastive_loss"] = term_value
-        if not np.isfinite(li_value + term_value):
-            raise UserError(f"the loss is not finite at step {step}: try a lower --learning_rate")
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    parts = {
+        "encoder": Trained(encoder.encoder),
+        "head": head,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "best": best,
+    }
+    inputs = {"data": fingerprint(training.trajectories + validation.trajectories)}
+    state = RunState(tracker, accelerator, parts, {"training": rng}, inputs, args.save_steps, len(batches))
+    first = state.restore()
+    bar = progress_bar(batches[first:], desc="stage 1", unit="step", initial=first, total=len(batches))
+    with state.watch():
+        for step, (epoch, batch) in enumerate(bar, start=first + 1):
+            told = np.zeros(len(batch), dtype=bool)
+            if curriculum:
+                told = rng.random(len(batch)) < told_share(
+                    args.curriculum, args.curriculum_exposure, epoch, args.epochs
+                )
+            shown = [(told_pairs if knows else pairs)[i] for i, knows in zip(batch, told, strict=True)]
+            contrastive = args.contrastive and epoch % 2 == 0
+            loss, terms, rewards = batch_loss(encoder, head, training, batch, shown, contrastive, accelerator)
+            if loss.requires_grad:
+                loss.backward()
+            norm = sum_gradients(parameters, accelerator)
+            li_value, term_value = accelerator.reduce(terms.to(accelerator.device), "sum").tolist()
+            if not np.isfinite(li_value + term_value + norm):
+                state.not_finite("the loss or its gradient", step, training.ids(batch))
+            logged = {"train/shaped_loss": li_value, "train/gradient_norm": norm}
+            if contrastive:
+                logged["train/contrastive_loss"] = term_value
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
 
-        predicted = np.array(gather_shares(rewards.tolist(), accelerator), dtype=np.float32)
-        ge = np.mean((score[batch] - length[batch] * predicted) ** 2)  # RRD's loss with |I| = 1
-        logged |= {"train/loss": float(ge), "train/learning_rate": schedule.get_last_lr()[0]}
-        logged |= affect_means(predicted, training.affects[batch], "train_shape/train")
-        last = step == len(batches)
-        if args.val and (step % VALIDATE_EVERY == 0 or last):
-            rewards = np.zeros(len(validation), dtype=np.float32)
-            rewards[chosen] = head_rewards(head, encode_together(encoder, chosen_pairs, accelerator))
-            metrics = evaluate(validation, rewards, args.ep_len, chosen=chosen)
-            logged |= wandb_validation(metrics)
-            if best["best_li_loss"] is None or metrics["li_loss"] < best["best_li_loss"]:
-                best |= {"best_step": step, "best_li_loss": metrics["li_loss"]}
-        if best["best_step"] == step or (last and not args.val):
-            best["best_step"] = step
-            encoder.save(encoder_path)
-            save_reward_head(head, head_path)
-        tracker.log(logged, step)
+            predicted = np.array(gather_shares(rewards.tolist(), accelerator), dtype=np.float32)
+            ge = np.mean((score[batch] - length[batch] * predicted) ** 2)  # RRD's loss with |I| = 1
+            logged |= {"train/loss": float(ge), "train/learning_rate": schedule.get_last_lr()[0]}
+            logged |= affect_means(predicted, training.affects[batch], "train_shape/train")
+            last = step == len(batches)
+            if args.val and (step % VALIDATE_EVERY == 0 or last):
+                held_out = np.zeros(len(validation), dtype=np.float32)
+                held_out[chosen] = head_rewards(head, encode_together(encoder, chosen_pairs, accelerator))
+                metrics = evaluate(validation, held_out, args.ep_len, chosen=chosen)
+                logged |= wandb_validation(metrics)
+                if best["best_li_loss"] is None or metrics["li_loss"] < best["best_li_loss"]:
+                    best |= {"best_step": step, "best_li_loss": metrics["li_loss"]}
+            if best["best_step"] == step or (last and not args.val):
+                best["best_step"] = step
+                encoder.save(encoder_path)
+                save_reward_head(head, head_path)
+            tracker.log(logged, step)
+            state.done(step)
     return best
 
 

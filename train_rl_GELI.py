@@ -6,6 +6,7 @@
 Writes `rlmf_weights/{exp_name}_{model_name}_{step}/` every 10 steps: a PEFT adapter with tokenizer and value head.
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,7 +106,7 @@ def build_parser():
     add("--peft", action="store_true", help="accepted for the published commands; LoRA is always on")
     add("--no_accel", action="store_true", help="one device, with LoRA r=24 alpha=48 instead of r=16 alpha=32")
     add("--run_name", type=file_name, help="name of the wandb run (default: wandb's, or one like it)")
-    add_common_options(parser, learning_rate=1.4e-5, context_turns=10)
+    add_common_options(parser, learning_rate=1.4e-5, context_turns=10, save_steps=10)
     return parser
 
 
@@ -121,6 +122,10 @@ def parse():
         parser.error("--ppo_off is for --algo ppo")
     if args.ppo_off and not args.train:
         parser.error("--ppo_off is how --train rolls out without updates: give --train")
+    if args.resume and not args.train:
+        parser.error("--resume goes on with training: give --train")
+    if args.resume and args.algo != "ppo":
+        parser.error(f"--resume is for --algo ppo: TRL's {args.algo} keeps no state that training could go on from")
     if args.rf_model == BASE:
         if not (args.val or args.generate):
             parser.error("--rf_model base is the reference policy, which is not trained: give --val or --generate")
@@ -134,29 +139,29 @@ def main() -> None:
     """Parse, build, train, evaluate, write."""
     args = parse()
 
-    from runs import Tracker, is_writer, make_accelerator, seed_everything
+    from runs import Tracker, make_accelerator, seed_everything
 
     seed_everything(args.seed)
     accelerator = make_accelerator(args.device, args.dtype, cpu_dtype="float32")
     if args.no_accel and accelerator.num_processes > 1:
         raise UserError("--no_accel is for one device: expected one process, found several; start it with python")
-    scored = args.train or args.val
-    head_path = find_reward(args) if scored and args.reward == "redistributed_reward" else None
-    prompts, held_out, counts = load_prompts(args)
-    policy = build_policy(args, accelerator)
-    ppo = build_ppo(args, accelerator, policy, build_score(args, accelerator, head_path) if scored else None)
     folder = Path(args.output_dir) / "rlmf_weights"
     stem = f"{args.exp_name}_{Path(args.model_name).name}"
     tuned = args.rf_model != BASE and not args.ppo_off  # whether there is a policy besides the reference
     if args.ppo_off or args.rf_model == BASE:
         stem += "_ppo_off" if args.ppo_off else "_base"
-    if args.train and is_writer():
-        set_aside(folder, stem)
-    elif tuned and not args.train:
+    claim = claim_outputs(args, folder, stem, accelerator) if args.train else None
+    scored = args.train or args.val
+    head_path = find_reward(args, claim) if scored and args.reward == "redistributed_reward" else None
+    prompts, held_out, counts = load_prompts(args)
+    policy = build_policy(args, accelerator)
+    ppo = build_ppo(args, accelerator, policy, build_score(args, accelerator, head_path) if scored else None)
+    if tuned and not args.train:
         checkpoint = newest_checkpoint(folder, stem)
         policy.load(checkpoint)
         stem = f"{checkpoint.name}_val"
-    tracker = Tracker("rlmf", folder, {**vars(args), "data": counts}, args.run_name, accelerator)
+    described = {**vars(args), "data": counts, "reward_head": head_path and str(head_path)}
+    tracker = Tracker("rlmf", folder, described, args.run_name, accelerator, claim)
 
     metrics, texts = {}, {}
     look = args.val or args.generate
@@ -169,7 +174,10 @@ def main() -> None:
     paths = []
     if args.train:
         recorder = Recorder(args, ppo, tracker, folder, stem)
-        (train if args.algo == "ppo" else train_by_trl)(args, ppo, prompts, recorder)
+        if args.algo == "ppo":
+            train(args, ppo, prompts, recorder, inputs_of(prompts, head_path))
+        else:
+            train_by_trl(args, ppo, prompts, recorder)
         paths = recorder.finish()
     if look and tuned:
         metrics["after"], texts["tuned"] = ppo.evaluate(held_out, args.seed)
@@ -178,12 +186,18 @@ def main() -> None:
     print("\n".join(["Written:", *(f"  {path}" for path in paths)]))
 
 
-def find_reward(args) -> Path:
-    """The reward head's file: `--reward_path`, or the newest of `--rf_model`'s kind; says which it took."""
+def find_reward(args, claim=None) -> Path:
+    """The reward head's file: `--reward_path`, or the newest of `--rf_model`'s kind (of a resumed run, whose `claim` it
+    is, the one that it began with); says which it took."""
+    from accelerate.utils import broadcast_object_list
+
     from models import load_reward_head
     from train_reward_GELI import find_head, saved_heads
 
-    if args.reward_path:
+    known = broadcast_object_list([claim and claim.description.get("arguments", {}).get("reward_head")])[0]
+    if known:
+        path = Path(known)
+    elif args.reward_path:
         path = find_head(args.reward_path, args.output_dir)
     else:
         name = "GELI" if args.rf_model == BASE else args.rf_model
@@ -223,7 +237,9 @@ def load_prompts(args):
                 for i in trajectory.agent_turns
             )
             for position, (context, response) in enumerate(turns):
-                yield Prompt(prompt_text(context), context, response.removeprefix("AI: "), turns, position)
+                human = response.removeprefix("AI: ")
+                name = trajectory.turn_name(position)
+                yield Prompt(prompt_text(context), context, human, turns, position, name)
 
     training, validation = (
         list(prompts_of(part)) for part in split(corpus, args.train_size or len(corpus.conversations))
@@ -257,15 +273,12 @@ def build_policy(args, accelerator):
 
 def build_score(args, accelerator, head_path: Path | None):
     """(prompts, responses) -> rewards (n,): by the head at `head_path`, or random numbers."""
-    import torch
-
     from models import load_encoder_of_head, load_reward_head
-    from ppo import RewardScorer
+    from ppo import RandomScorer, RewardScorer
     from runs import frozen_dtype
 
     if head_path is None:
-        generator = torch.Generator().manual_seed(args.seed + accelerator.process_index)
-        return lambda prompts, responses: torch.rand(len(responses), generator=generator) * 2 - 1
+        return RandomScorer(args.seed + accelerator.process_index)
     head = load_reward_head(head_path, accelerator.device)
     max_length = min(args.max_length, head.config.max_length)
     encoder = load_encoder_of_head(head, head_path, max_length, args.lang_model_path, frozen_dtype(accelerator))
@@ -280,21 +293,44 @@ def build_ppo(args, accelerator, policy, score):
     return PPO(policy, score, config, accelerator, args.seed)
 
 
-def set_aside(folder: Path, stem: str) -> None:
-    """Moves an earlier run's outputs of the same names into `rlmf_weights/{stem}.earlier-{k}/`, so nothing is lost."""
-    import re
+def outputs_of(stem: str) -> re.Pattern:
+    """What the names of a run's files look like."""
+    return re.compile(re.escape(stem) + r"(_\d+|\.json|_steps\.csv|_ppo\.png|_responses\.csv)")
 
-    mine = re.compile(re.escape(stem) + r"(_\d+|\.json|_steps\.csv|_ppo\.png|_responses\.csv)$")
-    earlier = sorted(p for p in folder.glob("*") if mine.fullmatch(p.name))
-    if not earlier:
+
+def claim_outputs(args, folder: Path, stem: str, accelerator):
+    """The claim on the names of a run's files: that of the run that is resumed, else a new one, for which the outputs of
+    an earlier run of these names are moved aside. None in processes that do not write."""
+    from runs import is_writer
+    from states import Claim, claim_to_resume
+
+    claim = None
+    if args.resume:
+        claim = claim_to_resume(args, folder, outputs_of, lambda name: folder / f"{name}.json", stem, accelerator)
+    if claim or not is_writer():
+        return claim
+    claim = Claim(folder, stem, outputs_of(stem), resume=True)  # an earlier run's states are here until it is finished
+    set_aside(folder, stem, claim)
+    return claim
+
+
+def set_aside(folder: Path, stem: str, claim) -> None:
+    """Moves an earlier run's outputs of the same names into `rlmf_weights/{stem}.earlier-{k}/`, so nothing is lost; if
+    it never finished, its states too."""
+    earlier = sorted(p for p in folder.glob("*") if outputs_of(stem).fullmatch(p.name))
+    states = claim.unfinished()
+    if not earlier and not states:
         return
     k = 1
     while (aside := folder / f"{stem}.earlier-{k}").exists():
         k += 1
-    aside.mkdir()
-    for path in earlier:
-        path.rename(aside / path.name)
-    print(f"An earlier run's {len(earlier)} outputs of these names are now in {aside}")
+    for path in [*earlier, *states]:
+        place = aside / claim.folder.name if path in states else aside
+        place.mkdir(parents=True, exist_ok=True)
+        path.rename(place / path.name)
+    claim.description = {}
+    what = f"{len(earlier)} outputs of these names" + (" and its states (it never finished)" if states else "")
+    print(f"An earlier run's {what} are now in {aside}")
 
 
 def newest_checkpoint(folder: Path, stem: str) -> Path:
@@ -321,6 +357,16 @@ class Recorder:
         self.checkpoint: Path | None = None
         self._said: set[str] = set()
         self._bar = progress_bar(total=args.steps, desc=f"stage 3 ({args.algo.upper()})", unit="step")
+
+    def state_dict(self) -> dict:
+        """What was logged and said so far."""
+        return {"rows": self.rows, "said": sorted(self._said), "checkpoint": self.checkpoint and str(self.checkpoint)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on behind it."""
+        self.rows, self._said = state["rows"], set(state["said"])
+        self.checkpoint = state["checkpoint"] and Path(state["checkpoint"])
+        self._bar.update(len(self.rows))
 
     def step(self, step: int, logged: dict[str, float]) -> None:
         """Takes in what a step logged.
@@ -371,22 +417,49 @@ class Recorder:
         return [*([self.checkpoint] if self.checkpoint else []), self.folder / f"{self.stem}_steps.csv", picture]
 
 
-def train(args, ppo, prompts, recorder: Recorder) -> None:
+def inputs_of(prompts, head_path: Path | None) -> dict[str, str]:
+    """Hashes of what a run learns from; a run is resumed on the same only."""
+    import hashlib
+
+    found = hashlib.blake2b(digest_size=16)
+    for p in prompts:
+        found.update(repr((p.name, p.text, p.human)).encode("utf-8", "surrogateescape"))
+    head = head_path.read_bytes() if head_path else b""
+    return {"prompts": found.hexdigest(), "reward head": hashlib.blake2b(head, digest_size=16).hexdigest()}
+
+
+def train(args, ppo, prompts, recorder: Recorder, inputs: dict[str, str]) -> None:
     """PPO steps over shuffled prompts."""
     import numpy as np
     import pandas as pd
 
+    from ppo import NotFinite
+    from states import RunState
+
     rng = np.random.default_rng(args.seed)
-    order: list[int] = []
-    for step in range(1, args.steps + 1):
-        while len(order) < args.batch_size:
-            order += rng.permutation(len(prompts)).tolist()
-        batch, order = [prompts[i] for i in order[: args.batch_size]], order[args.batch_size :]
-        logged, texts = ppo.step(batch, update=not args.ppo_off)
-        if args.log_text:
-            table = pd.DataFrame({"prompt": [p.text for p in batch], "response": texts})
-            recorder.tracker.log_table("ppo/responses", table, step)
-        recorder.step(step, logged)
+    ahead: dict[str, list[int]] = {"order": []}
+    generators = {"prompts": rng, "lengths": ppo.rng, "sampling": ppo.sampling}
+    if args.reward == "random":
+        generators["reward"] = ppo.score.generator
+    state = RunState(
+        recorder.tracker, ppo.accelerator, {"ppo": ppo, "recorder": recorder, "ahead": ahead}, generators, inputs,
+        args.save_steps, args.steps, keep_copy=True,
+    )  # fmt: skip
+    with state.watch():
+        for step in range(state.restore() + 1, args.steps + 1):
+            while len(ahead["order"]) < args.batch_size:
+                ahead["order"] = ahead["order"] + rng.permutation(len(prompts)).tolist()
+            batch = [prompts[i] for i in ahead["order"][: args.batch_size]]
+            ahead["order"] = ahead["order"][args.batch_size :]
+            try:
+                logged, texts = ppo.step(batch, update=not args.ppo_off)
+            except NotFinite as error:
+                state.not_finite(str(error), step, [p.name for p in batch])
+            if args.log_text:
+                table = pd.DataFrame({"prompt": [p.text for p in batch], "response": texts})
+                recorder.tracker.log_table("ppo/responses", table, step)
+            recorder.step(step, logged)
+            state.done(step)
 
 
 def train_by_trl(args, ppo, prompts, recorder: Recorder) -> None:

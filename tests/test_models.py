@@ -155,7 +155,7 @@ def test_what_is_no_head_is_refused_in_words(tmp_path):
         load_reward_head(tmp_path / "reward1_other")
     config = {**head_config().__dict__, "hidden": 7}
     state = RewardHead(head_config()).state_dict()
-    save_file(state, tmp_path / "reward1_odd", {"format": "geli-reward-head-1", "config": json.dumps(config)})
+    save_file(state, tmp_path / "reward1_odd", {"config": json.dumps({"format": "geli-reward-head-1", **config})})
     with pytest.raises(UserError, match="does not fit its own configuration"):
         load_reward_head(tmp_path / "reward1_odd")
 

@@ -1,0 +1,333 @@
+"""Nothing is lost: runs that are killed, stopped or run out of disk go on, and end as if nothing had happened."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, strategies
+from safetensors.torch import save_file
+
+import states
+from cli import UserError
+
+KILLS = 20  # of each stage
+STAGES = {
+    1: ("train_reward_LI_only.py", "--val --small_model_shrink --epochs 3 --batch_size 8 --learning_rate 1e-3"),
+    2: ("train_reward_GELI.py", "--train --val --small_model_shrink --epochs 12 --affect_path li --learning_rate 1e-2"),
+    3: ("train_rl_GELI.py", "--train --val --rf_model GELI --steps 12 --batch_size 4 --val_prompts 4"),
+}
+
+
+class Server:
+    """`fault_server.py`, with mounts of its own where the system allows that."""
+
+    def __init__(self):
+        own = ["unshare", "--user", "--map-root-user", "--mount"]
+        try:
+            self.mounts = subprocess.run([*own, "true"], capture_output=True).returncode == 0
+        except FileNotFoundError:
+            self.mounts = False
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+        command = [*(own if self.mounts else []), sys.executable, str(ROOT / "tests" / "fault_server.py")]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+
+    def __call__(self, **request) -> dict:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def server():
+    found = Server()
+    yield found
+    found.process.stdin.close()
+    found.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A corpus of 12 conversations, with small models."""
+    import sample_candor
+    from tiny_models import build
+
+    folder = tmp_path_factory.mktemp("faults")
+    sample_candor.write_corpus(folder / "candor", conversations=12, n_turns=8, seed=0)
+    build(folder / "candor", folder / "models", ("bart", "llama"), seed=0, steps=4)
+    return folder
+
+
+def options_of(stage: int, corpus, out) -> list[str]:
+    _, words = STAGES[stage]
+    data = ["--data_dir", corpus / "candor", "--output_dir", out, "--context_turns", 2, "--no_cache", "--save_steps", 2]
+    model = {
+        1: ["--lang_model_path", corpus / "models" / "bart", "--run_name", "li"],
+        2: ["--run_name", "geli"],
+        3: ["--model_name", corpus / "models" / "llama"],
+    }[stage]
+    return [*words.split(), *map(str, [*data, *model])]
+
+
+def results(stage: int, out) -> dict[str, bytes | str]:
+    """Name -> content of what a stage has made; seconds are left out."""
+    folder = next(out.glob({1: "SINGLE_*", 2: "visual_*", 3: "rlmf_weights"}[stage]))
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix == ".json" and path.parent == folder:
+            found[name] = json.dumps(json.loads(path.read_text())["metrics"])
+        elif path.suffix == ".csv":
+            table = pd.read_csv(path)
+            found[name] = table[[c for c in table if not c.startswith("seconds_")]].to_csv()
+        elif path.is_file() and path.suffix != ".png" and path.name not in ("README.md", "adapter_config.json"):
+            found[name] = path.read_bytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(server, corpus):
+    """The output folder of the three stages, and of each its seconds and the number of its writing steps."""
+    out, about = corpus / "out", {}
+    for stage, (script, _) in STAGES.items():
+        ran = server(script=script, arguments=options_of(stage, corpus, out), log=str(corpus / "log"))
+        assert ran["code"] == 0, ran["output"]
+        about[stage] = ran["seconds"], int(re.search(r"EVENTS (\d+)", ran["output"])[1])
+    return out, about
+
+
+def begin(stage: int, out, uninterrupted):
+    """A new output folder with what the stages before `stage` have made."""
+    out.mkdir()
+    for folder in earlier(stage, uninterrupted):
+        shutil.copytree(folder, out / folder.name)
+    return out
+
+
+def earlier(stage: int, out) -> list:
+    return [next(out.glob(pattern)) for pattern in ("SINGLE_*", "visual_*")[: stage - 1]]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(stage, server, corpus, uninterrupted, tmp_path):
+    whole, about = uninterrupted
+    seconds, events = about[stage]
+    rng, expected = random.Random(stage), results(stage, whole)
+    kills, runs, going_on = 0, 0, 0
+    out = begin(stage, tmp_path / "0", whole)
+    while True:
+        how = {}
+        if kills < KILLS:
+            how = {"seconds": rng.uniform(0.2, seconds)} if kills % 2 else {"event": rng.randint(1, events // 3)}
+        arguments = [*options_of(stage, corpus, out), "--resume"]
+        ran = server(script=STAGES[stage][0], arguments=arguments, log=str(tmp_path / "log"), **how)
+        going_on += "Going on after step" in ran["output"]
+        if ran["code"] == -signal.SIGKILL:
+            kills += 1
+            continue
+        assert ran["code"] == 0, ran["output"]
+        assert results(stage, out) == expected
+        assert not [path for path in out.rglob(".*") if path.is_file()]  # nothing temporary stays
+        if kills == KILLS:
+            break
+        runs += 1
+        out = begin(stage, tmp_path / str(runs), whole)
+    assert going_on >= KILLS // 3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_full_disk_is_named_and_what_was_kept_goes_on(stage, server, corpus, uninterrupted, tmp_path):
+    if not server.mounts:
+        pytest.skip("this system lets nobody but root mount a file system")
+    whole, _ = uninterrupted
+    run = {"script": STAGES[stage][0], "log": str(tmp_path / "log")}
+    probe, disk = begin(stage, tmp_path / "probe", whole), tmp_path / "disk"
+    server(**run, arguments=options_of(stage, corpus, probe), event=uninterrupted[1][stage][1] // 2)
+    state = max(path.stat().st_size for path in probe.rglob("step_*.safetensors"))
+    there = sum(path.stat().st_size for folder in earlier(stage, whole) for path in folder.rglob("*"))
+    room = there + 100_000 + int(2.5 * state)  # two states fit, and not the third before the first is removed
+    disk.mkdir()
+    mounted = server(shell=f"mount -t tmpfs -o size={room} none {disk}")
+    assert mounted["code"] == 0, mounted["output"]
+    for folder in earlier(stage, whole):
+        assert server(shell=f"cp -r {folder} {disk}/")["code"] == 0
+    arguments = options_of(stage, corpus, disk)
+    ran = server(**run, arguments=arguments)
+    assert ran["code"] == 2, ran["output"]
+    error = next(line for line in ran["output"].splitlines() if ": error: " in line)
+    assert str(disk) in error and "No space left on device" in error
+    assert re.search(r"the state after step \d+ of \d+ is kept in .*/state_.*--resume", error)
+    assert server(shell=f"mount -o remount,size=1g {disk}")["code"] == 0
+    ran = server(**run, arguments=[*arguments, "--resume"])
+    assert ran["code"] == 0 and "Going on after step" in ran["output"], ran["output"]
+    copy = tmp_path / "copy"
+    assert server(shell=f"cp -r {disk} {copy} && umount {disk}")["code"] == 0
+    assert results(stage, copy) == results(stage, whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_signal_ends_the_step_and_says_how_to_go_on(stage, number, code, server, corpus, uninterrupted, tmp_path):
+    whole, about = uninterrupted
+    out, run = begin(stage, tmp_path / "out", whole), {"script": STAGES[stage][0], "log": str(tmp_path / "log")}
+    arguments = options_of(stage, corpus, out)
+    more = {1: ["--epochs", "500"], 2: ["--epochs", "500"], 3: ["--steps", "500"]}[stage]
+    ran = server(**run, arguments=[*arguments, *more], signal=[number, about[stage][0]])
+    assert ran["code"] == code, ran["output"]
+    last = ran["output"].splitlines()[-2]  # before the harness' own line
+    assert re.search(rf"stopped by {number.name} after step (\d+) of .*the state after step \1 of .*--resume", last)
+
+
+def test_the_two_newest_states_are_kept_and_a_damaged_one_is_left_out(server, corpus, uninterrupted, tmp_path):
+    whole, about = uninterrupted
+    out, run = begin(2, tmp_path / "out", whole), {"script": STAGES[2][0], "log": str(tmp_path / "log")}
+    arguments = options_of(2, corpus, out)
+    server(**run, arguments=arguments, event=about[2][1] // 2)
+    kept = sorted(out.rglob("step_*.safetensors"))
+    assert len(kept) == 2
+    content = bytearray(kept[1].read_bytes())
+    content[-1000] ^= 1
+    kept[1].write_bytes(content)
+    ran = server(**run, arguments=[*arguments, "--resume"])
+    assert ran["code"] == 0, ran["output"]
+    assert f"State: {kept[1]} is not used (its content is not what was written)" in ran["output"]
+    assert f": {kept[0]}" in ran["output"]
+    assert results(2, out) == results(2, whole)
+
+
+def test_a_run_goes_on_with_its_own_options_and_data_only(server, corpus, uninterrupted, tmp_path):
+    whole, about = uninterrupted
+    out, run = begin(2, tmp_path / "out", whole), {"script": STAGES[2][0], "log": str(tmp_path / "log")}
+    arguments = [*options_of(2, corpus, out), "--resume"]
+    server(**run, arguments=arguments, event=about[2][1] // 2)
+    ran = server(**run, arguments=[*arguments, "--seed", "1"])
+    assert ran["code"] == 2 and "state_geli was started with --seed 0, not 1" in ran["output"]
+    other = tmp_path / "candor"
+    shutil.copytree(corpus / "candor", other)
+    transcript = next(other.rglob("transcript_cliffhanger.csv"))
+    transcript.write_text(transcript.read_text().replace("I", "We", 1))
+    ran = server(**run, arguments=[*arguments, "--data_dir", str(other)])
+    assert ran["code"] == 2 and "not the same data" in ran["output"], ran["output"]
+    ran = server(**run, arguments=arguments[:-1])
+    assert ran["code"] == 2 and "has a run of that name already" in ran["output"] and "--resume" in ran["output"]
+    ran = server(**run, arguments=[word for word in arguments if word not in ("--run_name", "geli")])  # the newest
+    assert ran["code"] == 0 and "Going on after step" in ran["output"]
+    ran = server(**run, arguments=arguments)
+    assert ran["code"] == 0 and "the run geli is complete already" in ran["output"]
+
+
+def test_what_is_not_finite_ends_the_run_and_names_the_batch(server, corpus, uninterrupted, tmp_path):
+    whole, _ = uninterrupted
+    for stage, words in {1: ["--learning_rate", "1e30"], 2: ["--learning_rate", "1e30", "--lambda", "1"]}.items():
+        out, run = begin(stage, tmp_path / str(stage), whole), {"log": str(tmp_path / "log")}
+        ran = server(script=STAGES[stage][0], arguments=[*options_of(stage, corpus, out), *words], **run)
+        assert ran["code"] == 2, ran["output"]
+        found = re.search(r"not finite at step (\d+) \(batch: .*state after step (\d+) of", ran["output"])
+        assert int(found[1]) == int(found[2]) + 1
+        batch = json.loads(next(out.rglob("not_finite.json")).read_text())["batch"]
+        assert batch and all(name.split("/")[0] in {p.name for p in (corpus / "candor").iterdir()} for name in batch)
+
+
+def test_a_reward_that_is_not_finite_leaves_the_policy_alone(tiny):
+    from accelerate import Accelerator
+
+    from models import load_policy
+    from ppo import PPO, NotFinite, PPOConfig, Prompt
+
+    policy = load_policy(str(tiny / "llama"), 4, 8, torch.float32)
+    scores = iter([torch.ones(4), torch.ones(4), torch.tensor([1.0, float("nan"), 1.0, 1.0]), torch.ones(4)])
+    ppo = PPO(policy, lambda *_: next(scores), PPOConfig(batch_size=4, max_new_tokens=33), Accelerator(cpu=True), 0)
+    prompts = [Prompt(" User: hi AI:", "", "hello")] * 4
+    ppo.step(prompts)
+    before = {name: value.clone() for name, value in states.Trained(policy).state_dict().items()}
+    with pytest.raises(NotFinite, match="score"):
+        ppo.step(prompts)
+    assert all(torch.equal(value, before[name]) for name, value in states.Trained(policy).state_dict().items())
+    assert np.isfinite(ppo.moments.mean)
+
+
+def test_a_name_belongs_to_one_living_run(tmp_path):
+    first = states.claim_run(tmp_path, "mine")
+    with pytest.raises(UserError, match="has a run of that name already"):
+        states.claim_run(tmp_path, "mine")
+    with pytest.raises(UserError, match="is being trained by another process"):
+        states.Claim(tmp_path, "mine", re.compile(""), resume=True)
+    names = {states.claim_run(tmp_path).name for _ in range(30)}
+    assert len(names) == 30 and "mine" not in names
+    runs_record = tmp_path / "reward1_mine.json"
+    runs_record.write_text("{}")
+    first.remove()  # finished
+    with pytest.raises(UserError, match="has a run of that name already"):
+        states.claim_run(tmp_path, "mine")
+
+
+PLAIN = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.text()
+    | strategies.floats(allow_nan=False),
+    lambda inner: strategies.lists(inner) | strategies.tuples(inner, inner)
+    | strategies.dictionaries(strategies.text() | strategies.integers(), inner),
+    max_leaves=20,
+)  # fmt: skip
+
+
+@given(PLAIN)
+def test_a_states_file_gives_back_what_was_put_in(value):
+    tensors = {}
+    tree = json.loads(json.dumps(states._packed(value, tensors)))
+    assert states._unpacked(tree, tensors) == value
+
+
+def test_a_states_tensors_come_back_bit_for_bit(tmp_path):
+    odd = torch.tensor([float("nan"), -0.0, float("inf"), 1e-45])
+    values = {"a": odd, "b": [torch.arange(3), (np.arange(2), odd.bfloat16())], "c": {0: torch.tensor(2.5)}}
+    states._write(tmp_path / "s", 7, values, [{}], {"data": "x"})
+    step, found, randoms, inputs = states._read(tmp_path / "s")
+    assert (step, randoms, inputs) == (7, [{}], {"data": "x"})
+    assert found["a"].view(torch.int32).tolist() == odd.view(torch.int32).tolist()
+    assert found["b"][1][0].tolist() == [0, 1] and isinstance(found["b"][1][0], np.ndarray)
+    assert found["b"][1][1].dtype == torch.bfloat16 and found["c"] == {0: torch.tensor(2.5)}
+
+
+def _hostile_states(folder):
+    """name -> file, none of which is a state that can be used."""
+    import pickle
+
+    class Bomb:
+        def __reduce__(self):
+            return (os.system, (f"touch {folder}/canary",))
+
+    good = folder / "good"
+    states._write(good, 3, {"head": {}}, [{}], {})
+    tree = {"dict": [["step", 3], ["values", {"object": []}], ["random", {"list": []}], ["inputs", {"dict": []}]]}
+    nested = '{"list": [' * 5000 + "]}" * 5000
+    header = json.dumps({"0": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
+    contents = {
+        "empty": b"",
+        "pickle": pickle.dumps(Bomb()),
+        "cut": good.read_bytes()[:-1],
+        "absurd shape": len(header).to_bytes(8, "little") + header,
+        "absurd header": (1 << 60).to_bytes(8, "little") + b"{}",
+    }
+    for name, text in {"unknown kind": json.dumps(tree), "nested": nested, "no json": "{"}.items():
+        metadata = {"format": "geli-state-1", "tree": text, "checksum": states._checksum(text, {"0": torch.ones(1)})}
+        save_file({"0": torch.ones(1)}, folder / "made", metadata)
+        contents[name] = (folder / "made").read_bytes()
+    return contents
+
+
+def test_no_hostile_state_is_used_or_run(tmp_path):
+    for name, content in _hostile_states(tmp_path).items():
+        (tmp_path / "state").write_bytes(content)
+        with pytest.raises((ValueError, KeyError, TypeError, RecursionError, OSError)):
+            states._read(tmp_path / "state")
+        assert not (tmp_path / "canary").exists(), name
