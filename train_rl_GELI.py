@@ -299,8 +299,8 @@ def outputs_of(stem: str) -> re.Pattern:
 
 
 def claim_outputs(args, folder: Path, stem: str, accelerator):
-    """The claim on the names of a run's files: that of the run that is resumed, else a new one, for which the outputs of
-    an earlier run of these names are moved aside. None in processes that do not write."""
+    """The claim on the names of a run's files: that of the run that is resumed, else a new one, for which an earlier
+    run's outputs of these names are moved aside. None in processes that do not write."""
     from runs import is_writer
     from states import Claim, claim_to_resume
 
