@@ -271,6 +271,41 @@ def test_a_name_belongs_to_one_living_run(tmp_path):
         states.claim_run(tmp_path, "mine")
 
 
+def test_two_runs_in_one_folder_at_once_do_not_disturb_each_other(corpus, uninterrupted, tmp_path):
+    whole, _ = uninterrupted
+    out = begin(2, tmp_path / "out", whole)
+    words = [word for word in options_of(2, corpus, out) if word not in ("--run_name", "geli")]
+    command = [sys.executable, str(ROOT / STAGES[2][0]), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    heads = [path for path in out.glob("visual_*/reward1_*") if path.suffix != ".json"]
+    expected = results(2, whole)
+    assert len(heads) == 2 and all(head.read_bytes() == expected["reward1_geli"] for head in heads)
+    tables = [pd.read_csv(path) for path in out.glob("visual_*/val_turn_rewards_*.csv")]
+    assert len(tables) == 2 and all(table.to_csv() == expected["val_turn_rewards_geli.csv"] for table in tables)
+
+
+def test_stage_3_leaves_a_living_runs_files_alone_and_moves_a_dead_ones_aside(server, corpus, uninterrupted, tmp_path):
+    whole, about = uninterrupted
+    out, run = begin(3, tmp_path / "out", whole), {"script": STAGES[3][0], "log": str(tmp_path / "log")}
+    arguments = options_of(3, corpus, out)
+    server(**run, arguments=arguments, event=about[3][1] // 2)
+    folder = out / "rlmf_weights"
+    living = states.Claim(folder, "GELI_llama", re.compile(""), resume=True)
+    ran = server(**run, arguments=arguments)
+    assert ran["code"] == 2 and "is being trained by another process" in ran["output"], ran["output"]
+    left = sorted(path.name for path in living.unfinished())
+    assert left[0] == "run.json" and left[-1].startswith("step_")
+    living._lock.close()  # it dies
+    ran = server(**run, arguments=arguments)
+    assert ran["code"] == 0 and "its states (it never finished) are now in" in ran["output"], ran["output"]
+    aside = folder / "GELI_llama.earlier-1" / "state_GELI_llama"
+    assert sorted(path.name for path in aside.iterdir()) == left
+    found = results(3, out)
+    assert {name: found[name] for name in results(3, whole)} == results(3, whole)
+
+
 PLAIN = strategies.recursive(
     strategies.none() | strategies.booleans() | strategies.integers() | strategies.text()
     | strategies.floats(allow_nan=False),
