@@ -951,7 +951,8 @@ class Policy(nn.Module):
             were drawn from, which `read` takes.
         """
         base, uniforms = self.model.get_base_model(), uniforms.to(query.device, torch.float64)
-        cache, mask, inputs = None, query_mask, query
+        mask, inputs = query_mask, query
+        cache = None if self.has_encoder else _roomy_cache(base.config, uniforms.shape[1])
         if self.has_encoder:
             encoded = base.get_encoder()(input_ids=query, attention_mask=query_mask).last_hidden_state
             inputs = torch.full_like(query[:, :1], base.config.decoder_start_token_id)
@@ -1093,6 +1094,26 @@ class Policy(nn.Module):
             self.value_head.load_state_dict(load_file(Path(folder) / "value_head.safetensors"))
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: not an adapter that fits this policy ({first_line(error)})") from None
+
+
+def _roomy_cache(config, room: int):
+    """A key-value cache with room for `room` tokens behind the prompt; the library's own copies itself at each token."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        def update(self, keys, values, *_, **__):
+            done, end = self.get_seq_length(), self.get_seq_length() + keys.shape[-2]
+            if not self.is_initialized:
+                self.lazy_initialization(keys, values)
+                self._all = [new.new_empty(*new.shape[:-2], end + room, new.shape[-1]) for new in (keys, values)]
+            for whole, new in zip(self._all, (keys, values), strict=True):
+                whole[..., done:end, :] = new
+            self.keys, self.values = (whole[..., :end, :] for whole in self._all)
+            return self.keys, self.values
+
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 LOGITS_PER_CHUNK = 1 << 25  # 128 MiB of float32
