@@ -1097,7 +1097,7 @@ class Policy(nn.Module):
 
 
 def _roomy_cache(config, room: int):
-    """A key-value cache with room for `room` tokens behind the prompt; the library's own copies itself at each token."""
+    """A key-value cache with room for `room` tokens behind the prompt; the library's own copies itself a token."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     class RoomyLayer(DynamicLayer):
