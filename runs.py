@@ -223,12 +223,13 @@ class Tracker:
 
     Attributes:
         name: the run's name.
+        offset: steps that were logged before those that `log` is told (wandb's steps only ever go up).
     """
 
     def __init__(self, project: str, folder: Path, config: dict, run_name: str | None, accelerator):
         from accelerate.utils import broadcast_object_list
 
-        self._run = None
+        self._run, self.offset = None, 0
         if is_writer():
             self._start(project, folder, {**config, "processes": accelerator.num_processes}, run_name)
         else:
@@ -266,14 +267,14 @@ class Tracker:
     def log(self, values: dict, step: int) -> None:
         """Logs `values` (scalars or wandb objects) at `step`."""
         if self._run:
-            self._run.log(values, step=step)
+            self._run.log(values, step=self.offset + step)
 
     def log_table(self, key: str, table, step: int) -> None:
         """Logs a pandas table that may hold text; only ever called with `--log_text`."""
         import wandb
 
         if self._run:
-            self._run.log({key: wandb.Table(dataframe=table)}, step=step)
+            self._run.log({key: wandb.Table(dataframe=table)}, step=self.offset + step)
 
     def log_bars(self, key: str, heights: dict[int, float]) -> None:
         """Logs a bar chart of rewards by turn number."""
