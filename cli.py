@@ -92,6 +92,13 @@ def positive_int(text: str) -> int:
     return value
 
 
+def count(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number of at least 0 is expected, not {text!r}")
+    return int(text)
+
+
 def positive_float(text: str) -> float:
     """argparse type: a finite number above 0."""
     try:

@@ -613,7 +613,7 @@ def load_encoder(
 
     adapter, base = None, name
     if (Path(name) / "adapter_config.json").is_file():
-        adapter, base = name, _adapted_model(name, option)
+        adapter, base = name, adapted_model(name, option)
     tokenizer = load_pretrained(AutoTokenizer, name, option)
     config = load_pretrained(AutoConfig, base, option)
     for dropout in ("attention_dropout", "attention_probs_dropout_prob"):
@@ -635,7 +635,7 @@ def load_encoder(
     return TurnEncoder(model, tokenizer, max_length, name)
 
 
-def _adapted_model(folder: str, option: str) -> str:
+def adapted_model(folder: str, option: str) -> str:
     """The hub id or folder of the model that the adapter in `folder` is for."""
     try:
         base = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -1066,6 +1066,18 @@ class Policy(nn.Module):
                 {k: v.detach().cpu().contiguous() for k, v in self.value_head.state_dict().items()},
                 temporary / "value_head.safetensors",
             )
+
+    def save_merged(self, folder: str | Path) -> None:
+        """Writes the whole model, the adapter merged into its weights, with its tokenizer, atomically. The policy ends
+        with it: its memory is given back."""
+        from runs import atomic_folder, is_writer
+
+        merged = self.model.merge_and_unload()
+        if is_writer():  # gigabytes: not once a process
+            with atomic_folder(folder) as temporary:
+                merged.save_pretrained(temporary)
+                self.tokenizer.save_pretrained(temporary)
+        self.to("meta")
 
     def load(self, folder: str | Path) -> None:
         """Reads the adapter and the value head that `save` wrote into this policy.

@@ -285,12 +285,13 @@ class Tracker:
 
     Attributes:
         name: the run's name. claim: the run's hold on its files' names, in the process that writes; None in the others.
+        offset: steps that were logged before those that `log` is told (wandb's steps only ever go up).
     """
 
     def __init__(self, project: str, folder: Path, config: dict, run_name: str | None, accelerator, claim=None):
         from accelerate.utils import broadcast_object_list
 
-        self._run, self.name, self.claim = None, "", claim
+        self._run, self.name, self.claim, self.offset = None, "", claim, 0
         if is_writer():
             self._start(project, folder, {**config, "processes": accelerator.num_processes}, run_name)
         self.name = broadcast_object_list([self.name])[0]
@@ -339,14 +340,14 @@ class Tracker:
     def log(self, values: dict, step: int) -> None:
         """Logs `values` (scalars or wandb objects) at `step`."""
         if self._run:
-            self._run.log(values, step=step)
+            self._run.log(values, step=self.offset + step)
 
     def log_table(self, key: str, table, step: int) -> None:
         """Logs a pandas table that may hold text; only ever called with `--log_text`."""
         import wandb
 
         if self._run:
-            self._run.log({key: wandb.Table(dataframe=table)}, step=step)
+            self._run.log({key: wandb.Table(dataframe=table)}, step=self.offset + step)
 
     def log_bars(self, key: str, heights: dict[int, float]) -> None:
         """Logs a bar chart of rewards by turn number."""

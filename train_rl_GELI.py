@@ -10,7 +10,18 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import REWARD_CLASSES, UserError, add_common_options, cache_folder, file_name, new_parser, positive_int, run
+from cli import (
+    REWARD_CLASSES,
+    UserError,
+    add_common_options,
+    cache_folder,
+    count,
+    file_name,
+    new_parser,
+    positive_float,
+    positive_int,
+    run,
+)
 
 # alias of `--model_name` -> hub id
 POLICIES = {
@@ -91,6 +102,14 @@ def build_parser():
     )
     add("--num_generations", type=positive_int, default=4, help="rloo, grpo: responses to each prompt of a step")
     add("--trl", nargs="+", metavar="NAME=VALUE", help="rloo, grpo: options of TRL's configuration, as use_vllm=true")
+    add(
+        "--sft_steps",
+        type=count,
+        default=0,
+        help="with --train: first so many steps on the human answers by TRL's SFTTrainer; the reference policy is then "
+        "the model that they lead to",
+    )
+    add("--sft_learning_rate", type=positive_float, default=1e-4, help="of --sft_steps at first; it falls to 0")
     add("--ppo_off", action="store_true", help="with --train: roll out and score, without updates")
     add("--val_prompts", type=positive_int, default=96, help="how many held-out prompts")
     add("--batch_size", type=positive_int, default=24, help="prompts a step")
@@ -126,11 +145,15 @@ def parse():
         parser.error("--resume goes on with training: give --train")
     if args.resume and args.algo != "ppo":
         parser.error(f"--resume is for --algo ppo: TRL's {args.algo} keeps no state that training could go on from")
+    if args.sft_steps and not args.train:
+        parser.error("--sft_steps is how --train begins: give --train")
+    if args.sft_steps and args.ppo_off:
+        parser.error("--ppo_off updates nothing, and --sft_steps does: give one of them")
     if args.rf_model == BASE:
-        if not (args.val or args.generate):
+        if not (args.val or args.generate or args.sft_steps):
             parser.error("--rf_model base is the reference policy, which is not trained: give --val or --generate")
         if args.train:
-            print("--rf_model base is the reference policy: nothing is trained")
+            print(f"--rf_model base is the reference policy: {'no RL' if args.sft_steps else 'nothing is trained'}")
         args.train = False
     return args
 
@@ -139,29 +162,59 @@ def main() -> None:
     """Parse, build, train, evaluate, write."""
     args = parse()
 
-    from runs import Tracker, make_accelerator, seed_everything
+    from accelerate.utils import broadcast_object_list
+
+    from runs import Tracker, is_writer, make_accelerator, seed_everything
+    from states import claim_to_resume
 
     seed_everything(args.seed)
     accelerator = make_accelerator(args.device, args.dtype, cpu_dtype="float32")
     if args.no_accel and accelerator.num_processes > 1:
         raise UserError("--no_accel is for one device: expected one process, found several; start it with python")
+    start = policy_name(args)
+    if args.sft_steps:
+        from trl_algorithms import check_sft
+
+        check_sft(start, args.batch_size, accelerator.num_processes)
     folder = Path(args.output_dir) / "rlmf_weights"
     stem = f"{args.exp_name}_{Path(args.model_name).name}"
+    warm = folder / f"{stem}_sft"
     tuned = args.rf_model != BASE and not args.ppo_off  # whether there is a policy besides the reference
-    if args.ppo_off or args.rf_model == BASE:
-        stem += "_ppo_off" if args.ppo_off else "_base"
-    claim = claim_outputs(args, folder, stem, accelerator) if args.train else None
+    if args.ppo_off:
+        stem += "_ppo_off"
+    claim = None
+    if args.resume:
+        claim = claim_to_resume(args, folder, outputs_of, lambda name: folder / f"{name}.json", stem, accelerator)
+    begun = broadcast_object_list([claim.description if claim else {}])[0]  # how it was started, if it is resumed
     scored = args.train or args.val
-    head_path = find_reward(args, claim) if scored and args.reward == "redistributed_reward" else None
+    head_path = find_reward(args, begun) if scored and args.reward == "redistributed_reward" else None
     prompts, held_out, counts = load_prompts(args)
-    policy = build_policy(args, accelerator)
-    ppo = build_ppo(args, accelerator, policy, build_score(args, accelerator, head_path) if scored else None)
+    checkpoint = None
     if tuned and not args.train:
         checkpoint = newest_checkpoint(folder, stem)
+        start = base_of(checkpoint, warm) or start
+    score = build_score(args, accelerator, head_path) if scored else None
+    warmed = bool(begun) and args.sft_steps and warm.is_dir()
+    if warmed:
+        start = str(warm.resolve())
+        seed_everything(args.seed)  # as `warm_start` does
+    policy = build_policy(args, accelerator, start)
+    if not begun and (args.train or args.sft_steps) and is_writer():
+        claim = claim_outputs(folder, stem, claim)
+    if args.rf_model == BASE:
+        stem += "_base"
+    if checkpoint:
         policy.load(checkpoint)
         stem = f"{checkpoint.name}_val"
     described = {**vars(args), "data": counts, "reward_head": head_path and str(head_path)}
     tracker = Tracker("rlmf", folder, described, args.run_name, accelerator, claim)
+    paths = []
+    if args.sft_steps:
+        if not warmed:
+            policy = warm_start(args, accelerator, policy, prompts, tracker, warm)
+        tracker.offset = args.sft_steps
+        paths.append(warm)
+    ppo = build_ppo(args, accelerator, policy, score)
 
     metrics, texts = {}, {}
     look = args.val or args.generate
@@ -171,14 +224,13 @@ def main() -> None:
     if args.val:
         human = ppo.score_together(held_out, [p.human for p in held_out])
         metrics["human"] = {"reward": human.mean().item()}
-    paths = []
     if args.train:
         recorder = Recorder(args, ppo, tracker, folder, stem)
         if args.algo == "ppo":
             train(args, ppo, prompts, recorder, inputs_of(prompts, head_path))
         else:
             train_by_trl(args, ppo, prompts, recorder)
-        paths = recorder.finish()
+        paths += recorder.finish()
     if look and tuned:
         metrics["after"], texts["tuned"] = ppo.evaluate(held_out, args.seed)
     paths += report(args, tracker, folder, stem, head_path, counts, metrics, texts, held_out)
@@ -186,15 +238,13 @@ def main() -> None:
     print("\n".join(["Written:", *(f"  {path}" for path in paths)]))
 
 
-def find_reward(args, claim=None) -> Path:
-    """The reward head's file: `--reward_path`, or the newest of `--rf_model`'s kind (of a resumed run, whose `claim` it
-    is, the one that it began with); says which it took."""
-    from accelerate.utils import broadcast_object_list
-
+def find_reward(args, begun: dict) -> Path:
+    """The reward head's file: `--reward_path`, or the newest of `--rf_model`'s kind (of a resumed run the one that it
+    has `begun` with); says which it took."""
     from models import load_reward_head
     from train_reward_GELI import find_head, saved_heads
 
-    known = broadcast_object_list([claim and claim.description.get("arguments", {}).get("reward_head")])[0]
+    known = begun.get("arguments", {}).get("reward_head")
     if known:
         path = Path(known)
     elif args.reward_path:
@@ -248,7 +298,8 @@ def load_prompts(args):
     held_out = [validation[i] for i in chosen]
     print(f"prompts: {len(training):,} for training, {len(held_out):,} of {len(validation):,} held out for validation")
     looks = args.val or args.generate
-    for name, part, needed in (("training", training, args.train), ("held-out", held_out, looks)):
+    trains = args.train or args.sft_steps
+    for name, part, needed in (("training", training, trains), ("held-out", held_out, looks)):
         if needed and not part:
             raise UserError(
                 f"--data_dir {args.data_dir}: no {name} prompt in {len(corpus.conversations)} conversations"
@@ -256,16 +307,20 @@ def load_prompts(args):
     return training, held_out, corpus.numbers()
 
 
-def build_policy(args, accelerator):
-    """The policy with a fresh adapter, on its device; frozen weights in bfloat16 on a GPU, in float32 elsewhere."""
+def policy_name(args) -> str:
+    """The hub id or folder of the policy that the options name."""
+    if args.model_name == "llama" and Path(LOCAL_LLAMA).is_dir():
+        return LOCAL_LLAMA
+    return POLICIES.get(args.model_name, args.model_name)
+
+
+def build_policy(args, accelerator, name: str):
+    """The policy `name` with a fresh adapter, on its device; frozen weights in bfloat16 on a GPU, in float32
+    elsewhere."""
     import torch
 
     from models import load_policy
 
-    name = args.model_name
-    if name == "llama" and Path(LOCAL_LLAMA).is_dir():
-        name = LOCAL_LLAMA
-    name = POLICIES.get(name, name)
     rank, alpha = (24, 48) if args.no_accel else (16, 32)
     half = accelerator.mixed_precision == "bf16"
     return load_policy(name, rank, alpha, torch.bfloat16 if half else torch.float32).to(accelerator.device)
@@ -295,28 +350,68 @@ def build_ppo(args, accelerator, policy, score):
 
 def outputs_of(stem: str) -> re.Pattern:
     """What the names of a run's files look like."""
-    return re.compile(re.escape(stem) + r"(_\d+|\.json|_steps\.csv|_ppo\.png|_responses\.csv)")
+    return re.compile(re.escape(stem) + r"(_\d+|_sft|\.json|_steps\.csv|_ppo\.png|_responses\.csv)")
 
 
-def claim_outputs(args, folder: Path, stem: str, accelerator):
-    """The claim on the names of a run's files: that of the run that is resumed, else a new one, for which an earlier
-    run's outputs of these names are moved aside. None in processes that do not write."""
-    from runs import is_writer
-    from states import Claim, claim_to_resume
+def claim_outputs(folder: Path, stem: str, claim=None):
+    """The claim on the names of a new run's files (or `claim`, of a run that died before it began); an earlier run's
+    outputs of these names are moved aside."""
+    from states import Claim
 
-    claim = None
-    if args.resume:
-        claim = claim_to_resume(args, folder, outputs_of, lambda name: folder / f"{name}.json", stem, accelerator)
-    if claim or not is_writer():
-        return claim
-    claim = Claim(folder, stem, outputs_of(stem), resume=True)  # an earlier run's states are here until it is finished
+    # an earlier run's states are here until it is finished
+    claim = claim or Claim(folder, stem, outputs_of(stem), resume=True)
     set_aside(folder, stem, claim)
     return claim
 
 
+def warm_start(args, accelerator, policy, prompts, tracker, folder: Path):
+    """Trains `policy` on the human answers and writes it, whole, to `folder`; returns the policy to go on with, which
+    is read from there and has a fresh adapter: its reference is what was written."""
+    import math
+
+    import trl_algorithms
+    from runs import seed_everything
+
+    losses = []
+
+    def on_step(step, loss):
+        if not math.isfinite(loss):
+            raise UserError(f"--sft_steps: the loss of step {step} is {loss}; try a lower --sft_learning_rate")
+        losses.append(loss)
+        tracker.log({"sft/loss": loss}, step)
+
+    trl_algorithms.sft(
+        policy, prompts, on_step, steps=args.sft_steps, batch_size=args.batch_size, seed=args.seed,
+        learning_rate=args.sft_learning_rate, processes=accelerator.num_processes,
+    )  # fmt: skip
+    policy.save_merged(folder)
+    accelerator.wait_for_everyone()
+    tenth = math.ceil(len(losses) / 10)
+    first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    print(f"SFT: {first:.2f} nats a token in the first tenth of its steps, {last:.2f} in the last: {folder}")
+    seed_everything(args.seed)  # dropout has drawn, in every process otherwise: adapters begin the same
+    return build_policy(args, accelerator, str(folder.resolve()))
+
+
+def base_of(checkpoint: Path, warm: Path) -> str | None:
+    """The warm-started model `warm` where the checkpoint's adapter was trained on one of its name."""
+    from models import adapted_model
+
+    if Path(adapted_model(str(checkpoint), "--val")).name != warm.name:
+        return None
+    if not warm.is_dir():
+        raise UserError(f"{checkpoint} was trained on {warm}, which is not there: put it back, or train again")
+    return str(warm.resolve())
+
+
 def set_aside(folder: Path, stem: str, claim) -> None:
     """Moves an earlier run's outputs of the same names into `rlmf_weights/{stem}.earlier-{k}/`, so nothing is lost; if
-    it never finished, its states too."""
+    it never finished, its states too. Adapters are told where the warm-started model that they belong to now is."""
+    import json
+
+    from models import adapted_model
+    from runs import write_json
+
     earlier = sorted(p for p in folder.glob("*") if outputs_of(stem).fullmatch(p.name))
     states = claim.unfinished()
     if not earlier and not states:
@@ -327,6 +422,10 @@ def set_aside(folder: Path, stem: str, claim) -> None:
     for path in [*earlier, *states]:
         place = aside / claim.folder.name if path in states else aside
         place.mkdir(parents=True, exist_ok=True)
+        config = path / "adapter_config.json"
+        if config.is_file() and Path(adapted_model(str(path), "--train")).name == f"{stem}_sft":
+            moved = {"base_model_name_or_path": str((aside / f"{stem}_sft").resolve())}
+            write_json(config, json.loads(config.read_text(encoding="utf-8")) | moved)
         path.rename(place / path.name)
     claim.description = {}
     what = f"{len(earlier)} outputs of these names" + (" and its states (it never finished)" if states else "")

@@ -549,9 +549,9 @@ def test_aliases_stand_for_the_published_models(monkeypatch, sample, tmp_path):
     }
     assert names == POLICIES
     for alias in names:
-        call_script("train_rl_GELI.py", "--model_name", alias, "--generate", *data, check=130)
+        call_script("train_rl_GELI.py", "--model_name", alias, "--rf_model", "base", "--generate", *data, check=130)
     (tmp_path / "llama_hf").mkdir()
-    call_script("train_rl_GELI.py", "--model_name", "llama", "--generate", *data, check=130)
+    call_script("train_rl_GELI.py", "--model_name", "llama", "--rf_model", "base", "--generate", *data, check=130)
     assert asked == [*names.values(), "./llama_hf"]
 
 

@@ -1,0 +1,226 @@
+"""`--sft_steps`: the warm start of stage 3 on the human answers, and what RL then starts from."""
+
+import json
+
+import pytest
+import torch
+from conftest import call_script, run_script, small_model
+from test_processes import launch
+
+from data_utils import prompt_text, read_corpus, split, turn_text
+from models import load_policy
+from ppo import Prompt
+
+pytest.importorskip("trl")
+WARM = ("--train", "--sft_steps", 6, "--sft_learning_rate", 5e-3)
+
+
+@pytest.fixture(scope="module")
+def prompts(sample):
+    """Training and held-out prompts."""
+    corpus = read_corpus(sample, "overall_affect")
+
+    def of(trajectories):
+        turns = [turn_text(t.conversation, i, t.user, 2) for t in trajectories for i in t.agent_turns]
+        return [Prompt(prompt_text(context), context, answer.removeprefix("AI: ")) for context, answer in turns]
+
+    return tuple(of(part) for part in split(corpus, 40))
+
+
+@pytest.fixture
+def stage_3(sample, tiny, tmp_path):
+    """Runs the command on the small Llama; a random reward needs no head."""
+
+    def stage_3(*more, out=tmp_path, check=0):
+        options = ("--data_dir", sample, "--output_dir", out, "--model_name", tiny / "llama", "--reward", "random")
+        sizes = ("--steps", 2, "--batch_size", 6, "--val_prompts", 4, "--context_turns", 2, "--learning_rate", 1e-2)
+        return call_script("train_rl_GELI.py", *options, *sizes, *more, check=check)
+
+    return stage_3
+
+
+def policy_of(folder):
+    return load_policy(str(folder), 16, 32, torch.float32)
+
+
+@torch.no_grad()
+def nats_a_token(policy, prompts) -> float:
+    """Of the human answers and the end tokens behind them, by the policy that rolls out and learns."""
+    query, query_mask = policy.tokenize([prompt.text for prompt in prompts])
+    answers = [[*policy.tokenizer(f" {p.human}", add_special_tokens=False).input_ids, policy.end] for p in prompts]
+    response, mask = (torch.zeros(len(prompts), max(map(len, answers)), dtype=torch.long) for _ in range(2))
+    for row, answer in enumerate(answers):
+        response[row, : len(answer)], mask[row, : len(answer)] = torch.tensor(answer), 1
+    return -(policy(query, query_mask, response, mask)[0].sum() / mask.sum()).item()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_loss_is_that_of_the_answers_alone_under_the_prompts_that_rollouts_see(kind, prompts, sample, tmp_path):
+    """To what our own policy says of them: long prompts cut, several batches to a step, no padding counted."""
+    import trl_algorithms
+
+    policy = policy_of(small_model(kind, tmp_path / kind, sample))
+    for module in policy.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    cut = prompts[0][0]._replace(text=prompts[0][0].text + " User: so" * 200)
+    chosen = [cut, *prompts[0][1:6]]
+    assert len(policy.tokenizer(cut.text).input_ids) > policy.max_prompt_tokens
+    expected, losses = nats_a_token(policy, chosen), []
+    options = dict(steps=2, batch_size=6, learning_rate=1e-2, seed=0)
+    trl_algorithms.sft(policy, chosen, lambda step, loss: losses.append((step, loss)), **options)
+    assert [step for step, _ in losses] == [1, 2]
+    assert losses[0][1] == pytest.approx(expected, rel=1e-4) and losses[1][1] < expected
+    assert not any(module.training for module in policy.modules())
+
+
+def test_a_long_answer_is_cut_where_a_response_would_be_and_does_not_end(prompts, tiny):
+    from models import MAX_NEW_TOKENS
+    from trl_algorithms import _example
+
+    policy = policy_of(tiny / "llama")
+    for answer, ends in (("good", True), ("good " * 300, False)):
+        tokens, labels = _example(policy, prompts[0][0]._replace(human=answer))
+        taught = [label for label in labels if label != -100]
+        assert tokens[-len(taught) :] == taught and (taught[-1] == policy.end) == ends
+        assert len(taught) <= MAX_NEW_TOKENS and len(tokens) == len(labels)
+        assert policy.tokenizer.decode(tokens[: -len(taught)], skip_special_tokens=True) == prompts[0][0].text
+
+
+def test_sft_alone_makes_held_out_human_answers_likelier(stage_3, prompts, tiny, tmp_path):
+    printed = stage_3("--rf_model", "base", "--val", *WARM, "--sft_steps", 40).stdout
+    assert "no RL" in printed and "SFT: " in printed
+    weights = tmp_path / "rlmf_weights"
+    names = sorted(path.name for path in weights.iterdir())
+    assert names == ["GELI_llama_base.json", "GELI_llama_sft"]
+    before, after = (nats_a_token(policy_of(path), prompts[1]) for path in (tiny / "llama", weights / "GELI_llama_sft"))
+    assert after < before - 0.05  # the tokens that it hardly knows yet are frozen: there is little to gain
+    assert set(json.loads((weights / names[0]).read_text())["metrics"]) == {"before", "human"}
+    assert json.loads((weights / "GELI_llama_sft" / "config.json").read_text())["use_cache"]
+
+
+@pytest.mark.parametrize("algo", ["ppo", "rloo", "grpo"])
+def test_the_reference_is_the_saved_model_and_the_adapter_loads_by_plain_peft(algo, stage_3, prompts, tmp_path):
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    short = () if algo == "ppo" else ("--num_generations", 2, "--trl", "max_completion_length=8")
+    stage_3("--val", *WARM, "--algo", algo, *short)
+    weights = tmp_path / "rlmf_weights"
+    warm, checkpoint = weights / "GELI_llama_sft", weights / "GELI_llama_2"
+    policy = policy_of(warm)
+    ids, mask = policy.tokenize([prompts[1][0].text])
+    query, response = ids[:, :-5], ids[:, -5:]
+    seen = (query, mask[:, :-5], response, mask[:, -5:])
+    plain = AutoModelForCausalLM.from_pretrained(warm)
+
+    def logprobs(model):
+        return model(ids).logits[:, -6:-1].log_softmax(dim=-1).gather(2, response[:, :, None]).squeeze(2)
+
+    with torch.no_grad():
+        started = policy(*seen)[0]
+        policy.load(checkpoint)
+        with policy.reference():
+            assert torch.equal(policy(*seen)[0], started)
+        torch.testing.assert_close(started, logprobs(plain), atol=1e-5, rtol=1e-5)
+        tuned = policy(*seen)[0]
+        assert not torch.allclose(tuned, started, atol=1e-4)
+        torch.testing.assert_close(tuned, logprobs(AutoPeftModelForCausalLM.from_pretrained(checkpoint)))
+        torch.testing.assert_close(tuned, logprobs(PeftModel.from_pretrained(plain, checkpoint)))
+    trained = json.loads((weights / "GELI_llama.json").read_text())["metrics"]
+    assert abs(trained["before"]["kl"]) < 1e-4 and abs(trained["after"]["kl"]) > 1e-4
+    stage_3("--val")  # finds the model that the checkpoint was trained on
+    found = json.loads((weights / "GELI_llama_2_val.json").read_text())["metrics"]
+    for when in ("before", "after"):
+        assert found[when]["kl"] == pytest.approx(trained[when]["kl"], abs=1e-5)
+        assert found[when]["response_words"] == trained[when]["response_words"]
+
+
+def test_the_same_bytes_twice(stage_3, tmp_path):
+    for run in "ab":
+        stage_3(*WARM, out=tmp_path / run)
+    for name in ("sft/model.safetensors", "2/adapter_model.safetensors", "2/value_head.safetensors"):
+        first, second = ((tmp_path / run / "rlmf_weights" / f"GELI_llama_{name}").read_bytes() for run in "ab")
+        assert first == second, name
+
+
+def test_an_earlier_runs_adapters_keep_the_model_that_they_belong_to(stage_3, tmp_path):
+    weights = tmp_path / "rlmf_weights"
+    stage_3(*WARM)
+    model = (weights / "GELI_llama_sft" / "model.safetensors").read_bytes()
+    for steps, more in ((6, ("--sft_steps", 3)), (3, ("--sft_steps", 0))):
+        stage_3(*WARM, *more)
+        aside = weights / f"GELI_llama.earlier-{1 if steps == 6 else 2}"
+        recorded = json.loads((aside / "GELI_llama_2" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert recorded == str((aside / "GELI_llama_sft").resolve())
+        assert ((aside / "GELI_llama_sft" / "model.safetensors").read_bytes() == model) == (steps == 6)
+    assert not (weights / "GELI_llama_sft").exists()
+    (weights / "GELI_llama_2").rename(weights / "GELI_llama_9")
+    (aside / "GELI_llama_2").rename(weights / "GELI_llama_10")
+    assert "which is not there: put it back" in stage_3("--val", check=2).stderr
+
+
+def test_losses_are_logged_and_wandbs_steps_only_go_up(stage_3, monkeypatch):
+    import wandb
+
+    logged = []
+    monkeypatch.setattr(wandb.Run, "log", lambda self, values, step: logged.append((step, set(values))))
+    stage_3(*WARM)
+    assert [step for step, _ in logged] == list(range(1, 9))
+    assert all(keys == {"sft/loss"} for _, keys in logged[:6])
+    assert all("ppo/kl" in keys for _, keys in logged[6:])
+
+
+def test_lower_precision_is_kept_by_the_policy_that_goes_on(stage_3, tmp_path):
+    stage_3(*WARM, "--dtype", "bfloat16")
+    assert json.loads((tmp_path / "rlmf_weights/GELI_llama_sft/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_no_text_is_left_behind(sample, tiny, tmp_path):
+    """No file at all where TRL and what it stands on keep theirs."""
+    places = {name: tmp_path / name for name in ("TMPDIR", "HF_HOME", "XDG_CACHE_HOME")}
+    for place in places.values():
+        place.mkdir()
+    run_script(
+        "train_rl_GELI.py", *WARM, "--rf_model", "base", "--data_dir", sample, "--output_dir", tmp_path / "out",
+        "--model_name", tiny / "llama", "--batch_size", 2, "--context_turns", 2,
+        **{name: str(place) for name, place in places.items()},
+    )  # fmt: skip
+    assert (tmp_path / "out/rlmf_weights/GELI_llama_sft").is_dir()
+    assert not [path for place in places.values() for path in place.rglob("*") if path.is_file()]
+
+
+def test_two_processes_learn_from_the_batch_that_one_does(sample, tiny, tmp_path):
+    from safetensors.torch import load_file
+
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        data = ["--data_dir", sample, "--output_dir", out, "--model_name", tiny / "llama", "--context_turns", 2]
+        options = ["--reward", "random", "--batch_size", 4, "--steps", 1, "--dtype", "float32"]
+        launch(processes, "train_rl_GELI.py", *WARM, *options, *data)
+        weights = out / "rlmf_weights"
+        found[processes] = load_file(weights / "GELI_llama_sft" / "model.safetensors")
+        names = {path.name for path in weights.iterdir()}
+        assert names == {f"GELI_llama{end}" for end in ("_sft", "_1", ".json", "_steps.csv", "_ppo.png")}
+    start = load_file(tiny / "llama" / "model.safetensors")
+    for name, weights in found[1].items():
+        moved = (weights - start[name]).norm()
+        assert (found[2][name] - weights).norm() <= 0.5 * moved, name  # dropout is each process' own
+
+
+def test_what_cannot_be_is_refused_before_any_work(stage_3, sample, tmp_path):
+    encoder_decoder = small_model("t5", tmp_path / "t5", sample)
+    refused = {
+        ("--train", "--model_name", encoder_decoder): "TRL trains decoder-only models",
+        ("--val",): "--sft_steps is how --train begins",
+        ("--train", "--ppo_off"): "--ppo_off updates nothing",
+    }
+    for options, message in refused.items():
+        result = stage_3("--sft_steps", 2, *options, check=2)
+        assert message in result.stderr and result.stderr.count("\n") == 1
+    assert "at least 0 is expected" in stage_3("--train", "--sft_steps", -1, check=2).stderr
+    assert not (tmp_path / "rlmf_weights").exists() and not (tmp_path / "cache").exists()
+    wrong = stage_3("--train", "--sft_steps", 9, "--sft_learning_rate", 1e30, check=2).stderr
+    assert "try a lower --sft_learning_rate" in wrong
+    assert not (tmp_path / "rlmf_weights" / "GELI_llama_sft").exists()
