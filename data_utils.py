@@ -402,7 +402,8 @@ def _read_faces(path: Path, speakers: tuple[str, str]) -> dict[str, tuple[np.nda
     names = [f"prob_face_{face}" for face in FACES]
     users, times, probabilities = _fast_faces(path, names) or _careful_faces(path, names, speakers)
     seconds = _seconds(times)
-    whole = np.isfinite(seconds) & (np.abs(probabilities - 0.5) <= 0.5 + 1e-6).all(axis=1)  # NaN is in no range
+    sound = (probabilities >= 0) & (probabilities <= 1 + 1e-6)  # which NaN is not, and rounding may be
+    whole = np.isfinite(seconds) & sound.all(axis=1)
     faces = {}
     for speaker in speakers:
         rows = np.flatnonzero(whole & (users == speaker))

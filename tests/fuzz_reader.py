@@ -28,7 +28,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -887,7 +886,7 @@ def reference(folder: Path) -> Conversation:
     for row in reference_table(folder / FEATURES_FILE, USED[FEATURES_FILE], set(speakers)):
         user, second = row["user_id"].strip(), reference_seconds(row["timedelta"])
         shown = [reference_number(row[name]) for name in PROBABILITIES]
-        if user in frames and not math.isnan(second) and all(-1e-6 <= p <= 1 + 1e-6 for p in shown):
+        if user in frames and not math.isnan(second) and all(0 <= p <= 1 + 1e-6 for p in shown):
             frames[user].append((second, shown))
     if not any(frames.values()):
         raise Refused("faces")
@@ -916,7 +915,7 @@ def reference_turn(turn: tuple, frames: list) -> data_utils.Turn:
     if not shown or turn[5] < MIN_WORDS:
         return data_utils.Turn(*turn, data_utils.NEUTRAL, 0.0)
     classes = Counter(max(range(8), key=p.__getitem__) for p in shown)
-    sums = [sum(Fraction(round(p[face] * 1e12)) for p in shown) for face in range(8)]
+    sums = [sum(round(p[face] * 1e12) for p in shown) for face in range(8)]
     affect = max(range(8), key=lambda face: (classes[face], sums[face]))
     return data_utils.Turn(*turn, affect, classes[data_utils.HAPPINESS] / len(shown))
 
@@ -1089,10 +1088,13 @@ def fuzz(corpora: list[list[Case]], inputs: range, seed: int, progress: bool = F
                 name = names[i // len(corpora) % len(names)] if i < len(names) * len(corpora) else rng.choice(names)
                 in_some_shape(rng, case, other)
                 before = Case(dict(case.files), case.name)
-                base = reference(write_case(before, plain))
+                kind, base = read(write_case(before, plain))
                 MUTATIONS[name](rng, case, other)
                 folder = write_case(case, data)
-                outcome, found, why = judge(name, before, case, base, folder)
+                if kind == "loaded":
+                    outcome, found, why = judge(name, before, case, base, folder)
+                else:
+                    outcome, found, why = "wrong" if kind == "dropped" else kind, base, f"not even mutated: {base}"
                 result.outcomes[name][outcome] += 1
                 if outcome == "dropped":
                     result.reasons[reason_class(found)] += 1
