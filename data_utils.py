@@ -5,8 +5,13 @@ and the other is the agent, whose turns are the actions. Every turn is therefore
 two, and its listener is the speaker of the other turns; that is why a turn's affect is found once, when it is read.
 """
 
+import csv
 import hashlib
+import io
+import math
 import os
+import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -24,6 +29,8 @@ NEGATIVE = tuple(FACES.index(name) for name in ("anger", "contempt", "disgust", 
 AFFECT_GROUPS = {"neg": NEGATIVE, "pos": (HAPPINESS,), "neut": (NEUTRAL,), "sup": (SURPRISE,)}
 
 MOST_WORDS = 1_000_000  # a count above is no count
+MOST_CHARACTERS = 100_000  # of an utterance; a call of half an hour has fewer
+MOST_BYTES = 2**26  # of a file; CANDOR's have a few million
 MIN_WORDS = 6  # a turn of fewer words is too short to read a face from: it counts as neutral
 ANSWER_LIMITS = {10: (0, 10), 1: (0, 100)}  # points per unit of the answer -> the answers that are believed
 
@@ -122,7 +129,7 @@ def affect_of_turns(start, stop, n_words, seconds, probabilities) -> tuple[np.nd
 
     Args:
         start, stop: (n,) seconds. n_words: (n,) words of each turn.
-        seconds: (m,) times of the listener's frames, ascending. probabilities: (m, 8) in the order of `FACES`, no NaN.
+        seconds: (m,) times of the listener's frames, ascending. probabilities: (m, 8), ordered as `FACES`, in [0, 1].
 
     Returns:
         (n,) indices into `FACES`, and (n,) the share of frames that are happy (0 where neutral by rule).
@@ -131,9 +138,10 @@ def affect_of_turns(start, stop, n_words, seconds, probabilities) -> tuple[np.nd
     end = np.searchsorted(seconds, stop, side="right")
     classes = probabilities.argmax(axis=1) if len(seconds) else np.zeros(0, dtype=int)
     counts = _window_sums(np.eye(len(FACES))[classes], first, end)
-    means = _window_sums(probabilities, first, end)  # sums order a turn's classes as means do: one divisor for all
+    # sums order a turn's classes as means do: one divisor for all; of integers, so that rounding decides no tie
+    means = _window_sums(np.rint(probabilities * 1e12).astype(np.int64), first, end)
     tied = counts == counts.max(axis=1, keepdims=True)
-    affect = np.where(tied, means, -1.0).argmax(axis=1)
+    affect = np.where(tied, means, -1).argmax(axis=1)
     frames = end - first
     readable = (frames > 0) & (np.asarray(n_words) >= MIN_WORDS)
     share = np.where(readable, counts[:, HAPPINESS] / np.maximum(frames, 1), 0.0)
@@ -142,7 +150,7 @@ def affect_of_turns(start, stop, n_words, seconds, probabilities) -> tuple[np.nd
 
 def _window_sums(values: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray:
     """(n, k) sums of values[first:end] over each window, from one running sum."""
-    running = np.concatenate([np.zeros((1, len(FACES))), np.cumsum(values, axis=0)])
+    running = np.concatenate([np.zeros((1, len(FACES)), dtype=values.dtype), np.cumsum(values, axis=0)])
     return running[end] - running[first]
 
 
@@ -235,118 +243,176 @@ def prompt_text(context: str) -> str:
 
 
 def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversation:
-    """Reads one conversation's folder.
+    """Reads one conversation's folder, whatever lies in it.
 
     Raises:
         Dropped: with the reason, when something is missing, unreadable or contradicts itself.
     """
-    table = _read_transcript(folder / "transcription" / f"transcript_{transcript}.csv")
-    turns, skipped = _sound_rows(table)
-    speakers = tuple(dict.fromkeys(turns["speaker"]))
+    if not folder.name.isprintable():  # such an id could be neither written to a file nor shown
+        raise Dropped("the folder's name has characters that cannot be printed")
+    turns, skipped = _read_transcript(folder / "transcription" / f"transcript_{transcript}.csv")
+    speakers = tuple(dict.fromkeys(turn[1] for turn in turns))
     if len(speakers) != 2:
         raise Dropped(f"2 speakers are expected, {len(speakers)} found in the transcript")
-    faces = _read_faces(folder / FEATURES_FILE)
-    if not any(len(faces[speaker][0]) for speaker in speakers if speaker in faces):
+    faces = _read_faces(folder / FEATURES_FILE, speakers)
+    if not any(len(seconds) for seconds, _ in faces.values()):
         raise Dropped(f"{FEATURES_FILE}: no frame with a face of either speaker")
-    answers, questions = _read_survey(folder / SURVEY_FILE)
+    answers, questions = _read_survey(folder / SURVEY_FILE, speakers)
 
+    who = np.array([speakers.index(turn[1]) for turn in turns])
+    start, stop, n_words = (np.array([turn[i] for turn in turns]) for i in (2, 3, 5))
     affect, share = np.full(len(turns), NEUTRAL), np.zeros(len(turns))
-    no_frames = (np.zeros(0), np.zeros((0, len(FACES))))
-    for speaker, listener in (speakers, speakers[::-1]):
-        rows = np.flatnonzero(turns["speaker"] == speaker)
-        part = turns.iloc[rows]
-        seconds, probabilities = faces.get(listener, no_frames)
-        affect[rows], share[rows] = affect_of_turns(
-            part["start"].to_numpy(), part["stop"].to_numpy(), part["n_words"].to_numpy(), seconds, probabilities
-        )
-    columns = (turns[name] for name in ("turn_id", "speaker", "start", "stop", "utterance", "n_words"))
+    for i, listener in enumerate(speakers[::-1]):
+        rows = np.flatnonzero(who == i)
+        affect[rows], share[rows] = affect_of_turns(start[rows], stop[rows], n_words[rows], *faces[listener])
     return Conversation(
         id=folder.name,
         speakers=speakers,
-        turns=tuple(Turn(*row) for row in zip(*columns, affect.tolist(), share.tolist(), strict=True)),
+        turns=tuple(Turn(*turn, *face) for turn, *face in zip(turns, affect.tolist(), share.tolist(), strict=True)),
         answers={user: answers[user] for user in speakers if user in answers},
         questions=questions,
         skipped_turns=skipped,
     )
 
 
-def _read_csv(path: Path, required: Iterable[str], optional: Iterable[str] = (), **options):
-    """A CSV file's wanted columns as a table.
+def _read_bytes(path: Path) -> bytes:
+    """A file of UTF-8 text, without byte order mark.
 
     Raises:
-        Dropped: if the file or a required column is missing, or it is no CSV.
+        Dropped: if it is anything else. A FIFO would keep whoever opens it waiting, and /dev/zero has no end.
     """
-    import pandas as pd
-
-    from runs import first_line
-
-    required, wanted = list(required), {*required, *optional}
     try:
-        table = pd.read_csv(path, usecols=lambda name: name in wanted, encoding="utf-8-sig", **options)
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise Dropped(f"{path.name}: not a file")
+        if about.st_size > MOST_BYTES:
+            raise Dropped(f"{path.name}: larger than {MOST_BYTES >> 20} MiB")
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES).removeprefix(b"\xef\xbb\xbf")
     except FileNotFoundError:
         raise Dropped(f"{path.name}: no such file") from None
-    except (OSError, UnicodeError, pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
-        raise Dropped(f"{path.name}: not a readable CSV file ({first_line(error)})") from None
-    if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells of such rows for row labels
-        raise Dropped(f"{path.name}: rows with more cells than the header")
-    missing = [name for name in required if name not in table.columns]
-    if missing:
+    except OSError as error:
+        raise Dropped(f"{path.name}: cannot be read ({(error.strerror or 'input/output error').lower()})") from None
+    try:
+        content.decode()
+    except UnicodeError:
+        raise Dropped(f"{path.name}: not a readable CSV file (no UTF-8 text)") from None
+    if b"\0" in content:
+        raise Dropped(f"{path.name}: not a readable CSV file (NUL bytes; UTF-8 is expected)")
+    return content
+
+
+def _read_rows(path: Path) -> list[list[str]]:
+    """The rows of a CSV file, header first: strictly, quotes around whole cells only and all rows of one length.
+
+    Raises:
+        Dropped: if it is no such file.
+    """
+    csv.field_size_limit(MOST_BYTES)  # cells that nobody reads may be of any length
+    reader = csv.reader(io.StringIO(_read_bytes(path).decode(), newline=""), strict=True)
+    rows = []
+    try:
+        for row in filter(None, reader):
+            rows.append(row)
+            if len(row) != len(rows[0]):
+                than = "more" if len(row) > len(rows[0]) else "fewer"
+                raise Dropped(f"{path.name}: line {reader.line_num}: {than} cells than the header")
+    except csv.Error as error:
+        raise Dropped(f"{path.name}: not a readable CSV file (line {reader.line_num}: {error})") from None
+    if not rows:
+        raise Dropped(f"{path.name}: not a readable CSV file (nothing in it)")
+    return rows
+
+
+def _read_csv(
+    path: Path, required: Iterable[str], optional: Iterable[str] = (), ids: Iterable[str] = (), id_column: str = ""
+) -> dict[str, list[str]]:
+    """The wanted columns of a CSV file, cell by cell.
+
+    Two quotes too many can make one cell of several rows and leave a table that looks right; therefore a cell of
+    several lines must not have somebody's id between two commas.
+
+    Args:
+        ids: of people, stripped; those in `id_column` count too.
+
+    Raises:
+        Dropped: if a required column is missing, a wanted one is there twice, or the file is no CSV.
+    """
+    header, *rows = _read_rows(path)
+    required = list(required)
+    places = {name: header.index(name) for name in (*required, *optional) if name in header}
+    if missing := [name for name in required if name not in places]:
         raise Dropped(f"{path.name}: no column {', '.join(missing)}")
-    return table
+    if twice := [name for name in places if header.count(name) > 1]:
+        raise Dropped(f"{path.name}: more than one column {', '.join(twice)}")
+    columns = {name: [row[i] for row in rows] for name, i in places.items()}
+    known = {*ids, *map(str.strip, columns.get(id_column, ()))} - {""}
+    long_cells = (cell for row in rows for cell in row if "\n" in cell or "\r" in cell)
+    parts = (part[0].strip(' "') for cell in long_cells for part in re.finditer(r"[^,\r\n]+", cell))
+    if not known.isdisjoint(parts):
+        raise Dropped(f"{path.name}: a cell has a row in it (a stray quote?)")
+    return columns
 
 
-def _read_transcript(path: Path):
-    # keep_default_na: "null" and "NA" are things that people say
-    text = dict(dtype=str, keep_default_na=False)
-    return _read_csv(path, ("turn_id", "speaker", "start", "stop", "utterance"), ("n_words",), **text)
+def _number(cell: str) -> float:
+    """The finite number in a cell; NaN where there is none."""
+    try:
+        value = float(cell) if cell.isascii() and "_" not in cell else math.nan  # Python's 1_000 is no number here
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
-def _sound_rows(table):
-    """The transcript's rows that are turns, in the order of their ids, with numbers parsed; and what was skipped."""
-    import pandas as pd
+def _read_transcript(path: Path) -> tuple[list[tuple], Counter]:
+    """The rows that are turns, (turn_id, speaker, start, stop, utterance, n_words), in the order of their ids; and how
+    many were skipped, by reason.
 
-    words = table["n_words"] if "n_words" in table else pd.Series("", index=table.index)
-    table = table.assign(
-        speaker=table["speaker"].str.strip(),
-        utterance=table["utterance"].str.strip(),
-        start=pd.to_numeric(table["start"], errors="coerce"),
-        stop=pd.to_numeric(table["stop"], errors="coerce"),
-        n_words=pd.to_numeric(words, errors="coerce"),
-    )
-    times = np.isfinite(table["start"]) & np.isfinite(table["stop"])
-    reasons = {
-        "empty utterance": table["utterance"] == "",
-        "no speaker": table["speaker"] == "",
-        "start or stop is not a number": ~times,
-        "starts before 0 or stops before it starts": times & ((table["stop"] < table["start"]) | (table["start"] < 0)),
-    }
-    sound, skipped = np.ones(len(table), dtype=bool), Counter()
-    for reason, bad in reasons.items():
-        skipped[reason] = int((sound & bad).sum())
-        sound &= ~bad.to_numpy()
-    table = table[sound]
-    if not len(table):
+    Raises:
+        Dropped: if there are none, or no table.
+    """
+    names = ("turn_id", "speaker", "start", "stop", "utterance")
+    columns = _read_csv(path, names, ("n_words",), id_column="speaker")
+    words = columns.get("n_words") or [""] * len(columns["speaker"])
+    turns, skipped = [], Counter()
+    for turn_id, speaker, start, stop, utterance, n in zip(*(columns[name] for name in names), words, strict=True):
+        speaker, utterance = speaker.strip(), utterance.strip()
+        start, stop, n = _number(start), _number(stop), _number(n)
+        if not utterance:
+            skipped["empty utterance"] += 1
+        elif not speaker:
+            skipped["no speaker"] += 1
+        elif math.isnan(start + stop):
+            skipped["start or stop is not a number"] += 1
+        elif not 0 <= start <= stop:
+            skipped["starts before 0 or stops before it starts"] += 1
+        elif len(utterance) > MOST_CHARACTERS:
+            skipped[f"utterance of more than {MOST_CHARACTERS:,} characters"] += 1
+        else:
+            n_words = int(n) if 0 <= n <= MOST_WORDS else len(utterance.split())
+            turns.append((turn_id, speaker, start, stop, utterance, n_words))
+    if not turns:
         raise Dropped("the transcript has no usable turn")
-    order = pd.to_numeric(table["turn_id"], errors="coerce")
-    if order.notna().all():
-        table = table.iloc[np.argsort(order.to_numpy(), kind="stable")]
-    counted = table["utterance"].str.split().str.len()
-    finite = table["n_words"].between(0, MOST_WORDS)
-    return table.assign(n_words=table["n_words"].where(finite, counted).astype(int)), +skipped
+    order = np.array([_number(turn[0]) for turn in turns])
+    known = order[~np.isnan(order)]
+    if len(known) == len(order):
+        turns = [turns[i] for i in np.argsort(order, kind="stable")]
+    elif (np.diff(known) < 0).any():
+        raise Dropped("the transcript's rows are out of order, and not every turn_id is a number")
+    return turns, skipped
 
 
-def _read_faces(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """User id -> (m,) seconds ascending and (m, 8) face probabilities, of the frames with no empty cell."""
+def _read_faces(path: Path, speakers: tuple[str, str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Of each speaker (m,) seconds ascending and (m, 8) face probabilities, of the frames with no empty cell."""
     names = [f"prob_face_{face}" for face in FACES]
-    users, times, probabilities = _fast_faces(path, names) or _careful_faces(path, names)
+    users, times, probabilities = _fast_faces(path, names) or _careful_faces(path, names, speakers)
     seconds = _seconds(times)
-    whole = np.isfinite(seconds) & np.isfinite(probabilities).all(axis=1)
+    sound = (probabilities >= 0) & (probabilities <= 1 + 1e-6)  # which NaN is not, and rounding may be
+    whole = np.isfinite(seconds) & sound.all(axis=1)
     faces = {}
-    for user in dict.fromkeys(users):
-        rows = np.flatnonzero(whole & (users == user))
-        if user and len(rows):
-            rows = rows[np.argsort(seconds[rows], kind="stable")]
-            faces[user] = (seconds[rows], probabilities[rows])
+    for speaker in speakers:
+        rows = np.flatnonzero(whole & (users == speaker))
+        rows = rows[np.argsort(seconds[rows], kind="stable")]
+        faces[speaker] = (seconds[rows], probabilities[rows])
     return faces
 
 
@@ -359,15 +425,20 @@ def _fast_faces(path: Path, names: list[str]):
     columns = ["user_id", "timedelta", *names]
     types = {"user_id": pa.string(), "timedelta": pa.string(), **dict.fromkeys(names, pa.float64())}
     try:
+        content = _read_bytes(path)
+        header = content[: content.find(b"\n")].rstrip(b"\r").split(b",")
+        if b'"' in content or any(header.count(name.encode()) != 1 for name in columns):
+            return None  # pyarrow forgives misplaced quotes and columns that are there twice
         table = csv.read_csv(
-            path,
+            pa.py_buffer(content),
             read_options=csv.ReadOptions(use_threads=False),
+            parse_options=csv.ParseOptions(quote_char=False),
             convert_options=csv.ConvertOptions(column_types=types, include_columns=columns),
         )
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, Dropped):
         return None
     users = table["user_id"].combine_chunks().dictionary_encode()
-    known = np.array([str(user).strip() for user in users.dictionary.to_pylist()], dtype=object)
+    known = np.array([user.strip() for user in users.dictionary.to_pylist()], dtype=object)
     if not len(known):
         return None
     times = table["timedelta"].to_pandas()
@@ -375,18 +446,19 @@ def _fast_faces(path: Path, names: list[str]):
     return known[users.indices.to_numpy()], times, probabilities
 
 
-def _careful_faces(path: Path, names: list[str]):
+def _careful_faces(path: Path, names: list[str], speakers: Iterable[str] = ()):
     """As `_fast_faces`, of any file that can be read at all.
 
     Raises:
         Dropped: of others.
     """
-    import pandas as pd
+    columns = _read_csv(path, ("user_id", "timedelta", *names), ids=speakers)
+    probabilities = np.array([[_number(cell) for cell in columns[name]] for name in names]).T
+    users = np.array([user.strip() for user in columns["user_id"]], dtype=object)
+    return users, np.array(columns["timedelta"], dtype=object), probabilities
 
-    table = _read_csv(path, ("user_id", "timedelta", *names), dtype=str, keep_default_na=False)
-    probabilities = table[names].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
-    users = table["user_id"].str.strip().to_numpy(dtype=object)
-    return users, table["timedelta"], probabilities
+
+_TIME = re.compile(r"(\d{1,5} days?,? )?\d{1,2}:[0-5]\d:[0-5]\d(\.\d{1,9})?", re.ASCII)
 
 
 def _seconds(column) -> np.ndarray:
@@ -394,32 +466,27 @@ def _seconds(column) -> np.ndarray:
     import pandas as pd
 
     codes, texts = pd.factorize(column)  # both speakers have a row for every second: half as many to parse
-    seconds = pd.to_numeric(texts, errors="coerce").to_numpy(dtype=float, copy=True)
-    other = np.isnan(seconds)
-    if other.any():
-        seconds[other] = pd.to_timedelta(texts[other], errors="coerce").total_seconds()
-    return np.append(seconds, np.nan)[codes]  # an empty cell has the code -1
+    texts = [text.strip() for text in texts]
+    seconds = np.array([_number(text) for text in texts], dtype=float)
+    other = [i for i in np.flatnonzero(np.isnan(seconds)) if _TIME.fullmatch(texts[i])]  # pandas reads 00:99 too
+    if other:
+        seconds[other] = pd.to_timedelta([texts[i] for i in other]).total_seconds()
+    return seconds[codes]
 
 
-def _read_survey(path: Path) -> tuple[dict[str, dict[str, float]], frozenset[str]]:
+def _read_survey(path: Path, speakers: tuple[str, str]) -> tuple[dict[str, dict[str, float]], frozenset[str]]:
     """User id -> question -> answer (answers that are no number, or outside the scale, left out), and the questions."""
-    import pandas as pd
-
-    table = _read_csv(path, ("user_id",), REWARD_CLASSES, dtype=str)
-    questions = frozenset(table.columns) & frozenset(REWARD_CLASSES)
-    table["user_id"] = table["user_id"].str.strip()
-    table = table[table["user_id"].notna()]
-    twice = sorted(set(table["user_id"][table["user_id"].duplicated()]))
-    if twice:
+    columns = _read_csv(path, ("user_id",), REWARD_CLASSES, ids=speakers)
+    users = [user.strip() for user in columns.pop("user_id")]
+    if any(n > 1 for user, n in Counter(users).items() if user):
         raise Dropped(f"{path.name}: more than one row of a user")
-    answers: dict[str, dict[str, float]] = {user: {} for user in table["user_id"]}
-    for question in sorted(questions):
+    answers: dict[str, dict[str, float]] = {user: {} for user in users}
+    for question, cells in sorted(columns.items()):
         low, high = ANSWER_LIMITS[REWARD_CLASSES[question]]
-        values = pd.to_numeric(table[question], errors="coerce")
-        for user, value in zip(table["user_id"], values, strict=True):
+        for user, value in zip(users, map(_number, cells), strict=True):
             if low <= value <= high:
-                answers[user][question] = float(value)
-    return answers, questions
+                answers[user][question] = value
+    return answers, frozenset(columns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -469,7 +536,7 @@ class Corpus:
         ]
         if self.dropped:
             lines.append(f"Dropped {len(self.dropped):,} of {len(self.dropped) + len(self.conversations):,} folders:")
-            lines += [f"  {name}: {reason}" for name, reason in sorted(self.dropped.items())]
+            lines += [f"  {_shown(name)}: {reason}" for name, reason in sorted(self.dropped.items())]
         for reason, number in counts["dropped_trajectories_by_reason"].items():
             lines.append(f"Dropped {number:,} trajectories: {reason}.")
         for reason, number in counts["skipped_transcript_rows"].items():
@@ -493,8 +560,8 @@ def read_corpus(
         UserError: if there is no folder, nothing usable in it, or nobody was asked `reward_class`.
     """
     data_dir = Path(data_dir)
-    folders = sorted((p for p in _list(data_dir) if p.is_dir()), key=lambda p: split_key(p.name))
-    conversations, dropped = [], {}
+    folders, dropped = _folders(data_dir)
+    conversations = []
     for folder, found in zip(folders, _read_all(folders, data_dir, transcript, cache), strict=True):
         if isinstance(found, Conversation):
             conversations.append(found)
@@ -562,6 +629,34 @@ def _read_or_reason(folder: Path, transcript: str) -> Conversation | str:
         return read_conversation(folder, transcript)
     except Dropped as reason:
         return str(reason)
+
+
+def _folders(data_dir: Path) -> tuple[list[Path], dict[str, str]]:
+    """The conversations' folders in the order of their hash; and the names of links to one of them, with the reason
+    why they are dropped: a conversation that is there twice could be trained on and held out.
+
+    Raises:
+        UserError: if `data_dir` is no folder.
+    """
+    listed = _list(data_dir)
+    entries = [path for path in listed if os.path.isdir(path) or not os.path.exists(path)]  # broken links are named too
+    folders, same, names = [], {}, {}
+    for path in sorted(entries, key=lambda path: (path.is_symlink(), split_key(path.name))):
+        try:
+            about = path.stat()
+            first = names.setdefault((about.st_dev, about.st_ino), path.name)
+        except OSError:
+            first = path.name
+        if first == path.name:
+            folders.append(path)
+        else:
+            same[path.name] = f"a link to another conversation's folder, {_shown(first)}"
+    return sorted(folders, key=lambda path: split_key(path.name)), same
+
+
+def _shown(name: str) -> str:
+    """A folder's name in one line that can be printed."""
+    return name if name.isprintable() else ascii(name)
 
 
 def _list(data_dir: Path) -> list[Path]:
