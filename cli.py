@@ -142,6 +142,11 @@ def add_common_options(parser: argparse.ArgumentParser, learning_rate: float, co
         default="auto",
         help="of forward and backward passes; auto is bfloat16 where the hardware has it (weights stay float32)",
     )
+    add(
+        "--trust_remote_code",
+        action="store_true",
+        help="run code that a model's folder or hub repository brings along (else such a model is refused)",
+    )
     add("--no_cache", action="store_true", help="neither use nor write OUTPUT_DIR/cache")
     add("--log_text", action="store_true", help="log conversations' text and ids to wandb (never otherwise)")
 
@@ -244,7 +249,8 @@ def new_folder(path: Path) -> None:
 
 def _fail(error: Exception) -> None:
     if os.environ.get("RANK", "0") == "0":  # of several processes one says it
-        line = " ".join(str(error).split())  # whatever it quotes: one line
+        text = "".join(c if c.isprintable() else " " for c in str(error))  # nothing that a terminal would obey
+        line = " ".join(text.split())  # whatever it quotes: one line
         print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
     sys.exit(2)
 

@@ -8,12 +8,13 @@ import secrets
 import shutil
 import sys
 import tempfile
+from argparse import ArgumentTypeError
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from cli import UserError
+from cli import UserError, file_name
 
 _ADJECTIVES = (
     "amber bold brisk calm clear crisp daring dawn deep eager early fair fleet fond frosty gentle golden grand happy "
@@ -261,7 +262,10 @@ class Tracker:
             print(f"wandb: no connection ({first_line(error)}); this run is logged offline")
             arguments["name"] = run_name or new_run_name(folder)
             self._run = wandb.init(mode="offline", **arguments)
-        self.name = run_name or self._run.name or new_run_name(folder)
+        try:
+            self.name = run_name or file_name(self._run.name or "")
+        except ArgumentTypeError:  # what WANDB_NAME or the server says is part of paths, and must be a plain name
+            self.name = new_run_name(folder)
 
     def log(self, values: dict, step: int) -> None:
         """Logs `values` (scalars or wandb objects) at `step`."""

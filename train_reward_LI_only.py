@@ -78,7 +78,8 @@ def main() -> None:
     accelerator = make_accelerator(args.device, args.dtype)
     corpus, training, validation = load_data(args)
     name, option = named_encoder(args)
-    encoder = load_encoder(name, args.max_length, option, adapt=args.model in ADAPTED, dtype=frozen_dtype(accelerator))
+    how = {"dtype": frozen_dtype(accelerator), "trust_remote_code": args.trust_remote_code}
+    encoder = load_encoder(name, args.max_length, option, adapt=args.model in ADAPTED, **how)
     place_encoder(encoder, args, accelerator)
     folder = Path(args.output_dir) / project_name(args)
     tracker = Tracker(folder.name, folder, {**vars(args), "data": corpus.numbers()}, args.run_name, accelerator)
@@ -102,7 +103,7 @@ def main() -> None:
     paths, rewards = [head_path, encoder_path], None
     accelerator.wait_for_everyone()
     if args.val:  # of what was written, not of what is in memory
-        encoder = load_encoder(str(encoder_path), args.max_length, dtype=frozen_dtype(accelerator))
+        encoder = load_encoder(str(encoder_path), args.max_length, **how)
         place_encoder(encoder, args, accelerator)
         features = encode_together(encoder, encoder.tokenize(validation.texts), accelerator, progress="validation")
         rewards = head_rewards(load_reward_head(head_path), features)

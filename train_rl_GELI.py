@@ -252,7 +252,8 @@ def build_policy(args, accelerator):
     name = POLICIES.get(name, name)
     rank, alpha = (24, 48) if args.no_accel else (16, 32)
     half = accelerator.mixed_precision == "bf16"
-    return load_policy(name, rank, alpha, torch.bfloat16 if half else torch.float32).to(accelerator.device)
+    dtype = torch.bfloat16 if half else torch.float32
+    return load_policy(name, rank, alpha, dtype, args.trust_remote_code).to(accelerator.device)
 
 
 def build_score(args, accelerator, head_path: Path | None):
@@ -268,7 +269,8 @@ def build_score(args, accelerator, head_path: Path | None):
         return lambda prompts, responses: torch.rand(len(responses), generator=generator) * 2 - 1
     head = load_reward_head(head_path, accelerator.device)
     max_length = min(args.max_length, head.config.max_length)
-    encoder = load_encoder_of_head(head, head_path, max_length, args.lang_model_path, frozen_dtype(accelerator))
+    how = (frozen_dtype(accelerator), args.trust_remote_code)
+    encoder = load_encoder_of_head(head, head_path, max_length, args.lang_model_path, *how)
     return RewardScorer(encoder.to(accelerator.device), head, accelerator.autocast)
 
 
@@ -299,8 +301,8 @@ def set_aside(folder: Path, stem: str) -> None:
 
 def newest_checkpoint(folder: Path, stem: str) -> Path:
     """The checkpoint of the most steps."""
-    steps = [p.name.removeprefix(f"{stem}_") for p in folder.glob(f"{stem}_*")]
-    steps = [int(step) for step in steps if step.isdigit()]
+    steps = [p.name.removeprefix(f"{stem}_") for p in folder.glob("*") if p.name.startswith(f"{stem}_")]
+    steps = [int(step) for step in steps if step.isascii() and step.isdecimal()]
     if not steps:
         raise UserError(f"--val without --train: expected a checkpoint {folder}/{stem}_STEP, found none; add --train")
     return folder / f"{stem}_{max(steps)}"
