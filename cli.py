@@ -247,10 +247,14 @@ def new_folder(path: Path) -> None:
         raise UserError(f"{path}: expected a new or empty folder, found files in it; name another or remove it")
 
 
+def one_line(text: str) -> str:
+    """The text in one line, without anything that a terminal would obey, whatever file it quotes."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def _fail(error: Exception) -> None:
     if os.environ.get("RANK", "0") == "0":  # of several processes one says it
-        text = "".join(c if c.isprintable() else " " for c in str(error))  # nothing that a terminal would obey
-        line = " ".join(text.split())  # whatever it quotes: one line
+        line = one_line(str(error))
         print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
     sys.exit(2)
 

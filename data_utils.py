@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import REWARD_CLASSES, UserError
+from cli import REWARD_CLASSES, UserError, one_line
 
 FACES = ("anger", "contempt", "disgust", "fear", "happiness", "neutral", "sadness", "surprise")  # alphabetical
 HAPPINESS, NEUTRAL, SURPRISE = FACES.index("happiness"), FACES.index("neutral"), FACES.index("surprise")
@@ -236,7 +236,11 @@ def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversa
     Raises:
         Dropped: with the reason, when something is missing, unreadable or contradicts itself.
     """
-    table = _read_transcript(folder / "transcription" / f"transcript_{transcript}.csv")
+    path = folder / "transcription" / f"transcript_{transcript}.csv"
+    for file in (path, folder / FEATURES_FILE, folder / SURVEY_FILE):
+        if file.exists() and not file.is_file():  # a pipe or a device may have no end
+            raise Dropped(f"{file.name}: no regular file")
+    table = _read_transcript(path)
     turns, skipped = _sound_rows(table)
     speakers = tuple(dict.fromkeys(turns["speaker"]))
     if len(speakers) != 2:
@@ -465,7 +469,7 @@ class Corpus:
         ]
         if self.dropped:
             lines.append(f"Dropped {len(self.dropped):,} of {len(self.dropped) + len(self.conversations):,} folders:")
-            lines += [f"  {name}: {reason}" for name, reason in sorted(self.dropped.items())]
+            lines += [f"  {one_line(f'{name}: {reason}')}" for name, reason in sorted(self.dropped.items())]
         for reason, number in counts["dropped_trajectories_by_reason"].items():
             lines.append(f"Dropped {number:,} trajectories: {reason}.")
         for reason, number in counts["skipped_transcript_rows"].items():

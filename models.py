@@ -10,15 +10,16 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise, takewhile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
-from cli import REWARD_CLASSES, UserError
+from cli import REWARD_CLASSES, UserError, one_line
 from data_utils import INSTRUCTION, token_batches
-from untrusted import check_adapter, check_model, check_size, named_by_file
+from untrusted import check_adapter, check_model, check_size, check_vocabulary, named_by_file
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses of reward training
@@ -194,8 +195,9 @@ class RewardHeadConfig:
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}: unknown: {getattr(self, name)!r}"[:200])
-        if min(self.hidden, self.max_length, self.context_turns) < 1:
-            raise ValueError("hidden, max_length and context_turns: expected at least 1")
+        for name in ("hidden", "max_length", "context_turns"):
+            if not 1 <= getattr(self, name) < 1 << 31:
+                raise ValueError(f"{name}: expected at least 1 and less than 2**31, found {getattr(self, name)}"[:200])
         if self.encoder is not None and not (self.encoder.isprintable() and self.encoder):
             raise ValueError(f"encoder: expected a hub id or a folder, found {self.encoder!r}"[:200])
         if self.encoder_is_folder and (self.encoder is None or Path(self.encoder).is_absolute()):
@@ -348,6 +350,8 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
     """
     from safetensors import SafetensorError, safe_open
 
+    from runs import first_line
+
     path = Path(path)
     if _is_zip(path):
         return _load_published_head(path).to(device)
@@ -377,7 +381,8 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
         head = RewardHead(config)
         head.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: a reward head that does not fit its own configuration ({error})") from None
+        reason = first_line(error)
+        raise UserError(f"{path}: a reward head that does not fit its own configuration ({reason})") from None
     return head.eval().to(device)
 
 
@@ -663,6 +668,7 @@ def load_encoder(
         config.use_cache = False
     weights = dtype if adapter or adapt else torch.float32
     model = load_pretrained(AutoModel, base, option, trust_remote_code, config=config, dtype=weights)
+    check_vocabulary(tokenizer, model, name, option)
     if adapter:
         model = _load_adapter(model, adapter, option)
     elif adapt:
@@ -787,8 +793,13 @@ def load_pretrained(auto_class, name: str, option: str, trust_remote_code: bool 
                 missing = [key for key in missing if not key.startswith("decoder.")]
     except UserError:
         raise
+    except UnpicklingError:  # torch's own words for it advise to run them
+        raise UserError(
+            f"{option} {name}: its pickled weights hold more than tensors; nothing of them was run; expected "
+            "model.safetensors, or a .bin file of tensors alone"
+        ) from None
     except Exception as error:  # other people's files can fail in any way
-        reason = first_line(error)
+        reason = first_line(error) if not first_line(error).endswith(":") else one_line(str(error))[:200]
         what = "folder" if local else "hub id (and no folder of that name is here)"
         raise UserError(f"{option} {name}: this {what} could not be loaded: {reason}") from None
     if missing:
@@ -1171,7 +1182,10 @@ class Policy(nn.Module):
             print(f"Warning: {folder} was trained on {base!r}, --model_name is {mine.base_model_name_or_path}")
         try:
             set_peft_model_state_dict(self.model, _check_adapter_weights(self.model, folder))
-            self.value_head.load_state_dict(load_file(Path(folder) / "value_head.safetensors"))
+            value_head = load_file(Path(folder) / "value_head.safetensors")
+            if not all(torch.isfinite(tensor).all() for tensor in value_head.values()):
+                raise ValueError("a value head that is not finite")
+            self.value_head.load_state_dict(value_head)
         except Exception as error:  # other people's files can fail in any way
             raise UserError(f"{folder}: not an adapter that fits this policy ({first_line(error)})") from None
 
@@ -1209,6 +1223,7 @@ def load_policy(name: str, rank: int, alpha: int, dtype: torch.dtype, trust_remo
     config = load_pretrained(AutoConfig, name, "--model_name", trust_remote_code)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = load_pretrained(kind, name, "--model_name", trust_remote_code, config=config, dtype=dtype)
+    check_vocabulary(tokenizer, model, name, "--model_name")
     attention = {"q_proj", "v_proj"} if any(n.endswith("q_proj") for n, _ in model.named_modules()) else "all-linear"
     adapter = LoraConfig(
         r=rank,

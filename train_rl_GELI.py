@@ -117,6 +117,10 @@ def parse():
         parser.error("nothing to do: give --train, --val or --generate")
     if args.algo == "ppo" and args.trl:
         parser.error("--trl are options of TRL's trainers: give --algo rloo or --algo grpo")
+    if not args.log_text:
+        for word in args.trl or ():  # what prompts and responses would leave the machine by
+            if word.partition("=")[0].startswith(("report_to", "log_completions", "push_to_hub", "hub_")):
+                parser.error(f"--trl {word}: it can send conversations elsewhere: give --log_text if they may")
     if args.algo != "ppo" and args.ppo_off:
         parser.error("--ppo_off is for --algo ppo")
     if args.ppo_off and not args.train:

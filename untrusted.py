@@ -67,6 +67,9 @@ def check_model(name: str, option: str, trust_remote_code: bool) -> None:
         if file.endswith(".index.json"):
             _check_index(content, what)
             continue
+        most = content.get("model_max_length", 1)
+        if not isinstance(most, (int, float)) or not most >= 1:
+            raise UserError(f"{what}: model_max_length: expected a number of tokens, found {str(most)[:40]!r}")
         for key, value in _walk(content):
             if key == "auto_map" and value and not trust_remote_code:
                 raise UserError(
@@ -105,6 +108,18 @@ def check_size(auto_class, name: str, option: str, config) -> None:
             f"{option} {name}: config.json describes a model of {asked:,} numbers, its weights have {held:,}; nothing "
             "was allocated; the two files do not belong together"
         )
+
+
+def check_vocabulary(tokenizer, model, name: str, option: str) -> None:
+    """Refuses a tokenizer that gives ids for which its model has no embedding.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    rows, known = model.get_input_embeddings().weight.shape[0], tokenizer.get_vocab()
+    most = max((known[token] for token in known.keys() - tokenizer.get_added_vocab().keys()), default=0) + 1
+    if most > rows:
+        raise UserError(f"{option} {name}: its tokenizer has {most:,} tokens, its model has {rows:,} embeddings")
 
 
 def check_adapter(folder: str | Path, option: str) -> dict:
