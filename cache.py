@@ -19,7 +19,7 @@ import cli
 import data_utils
 from cli import REWARD_CLASSES
 from data_utils import FACES, FEATURES_FILE, SURVEY_FILE, Conversation, Turn
-from runs import atomic_path, first_line, versions
+from runs import atomic_path, first_line, private_folder, versions
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Conversations as they were read
@@ -106,6 +106,7 @@ class ConversationCache:
         content = pa.BufferOutputStream()
         parquet.write_table(table, content, compression="zstd")
         content = content.getvalue().to_pybytes()
+        private_folder(self.path.parent)
         with atomic_path(self.path, everyone=True) as temporary:
             temporary.touch(mode=0o600)
             temporary.write_bytes(_digest_of(content) + content)
@@ -253,6 +254,7 @@ class FeatureCache:
             return
         digests = torch.from_numpy(np.frombuffer(b"".join(name for name, _ in found), dtype=np.uint8).copy())
         tensors = {"digests": digests.view(-1, 16), "features": torch.stack([feature for _, feature in found])}
+        private_folder(self.folder)
         with atomic_path(self.folder / f"{secrets.token_hex(8)}.safetensors", everyone=True) as temporary:
             save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint, "checksum": _checksum(tensors)})
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from argparse import ArgumentTypeError
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -169,6 +169,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def private_folder(path: Path) -> None:
+    """Makes a folder that only its owner can look into (where the file system has owners)."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(OSError):
+        path.chmod(0o700)
+
+
 def write_json(path: str | Path, value: object) -> None:
     """Writes strict JSON (no NaN), atomically."""
     with atomic_path(path) as temporary:
@@ -242,6 +249,7 @@ class Tracker:
         folder.mkdir(parents=True, exist_ok=True)
         if run_name is not None and ((folder / f"reward1_{run_name}").exists() or _record(folder, run_name).exists()):
             raise UserError(f"--run_name {run_name}: {folder} has a run of that name already; choose another")
+        private_folder(folder.parent / "wandb")  # with --log_text it holds conversations
         mode = os.environ.get("WANDB_MODE") or "online"
         if mode == "online" and not _logged_in():  # wandb would ask for a key
             mode = "offline"
@@ -252,9 +260,11 @@ class Tracker:
             disable_git=True,
             save_code=False,
             x_save_requirements=False,
+            x_disable_meta=True,  # command line, paths, host and user name
             silent=True,
             init_timeout=30,  # seconds; then the run goes on offline
         )
+        config = {key: _without_folders(value) for key, value in config.items()}
         arguments = dict(project=project, name=run_name, dir=str(folder.parent), config=config, settings=settings)
         try:
             self._run = wandb.init(mode=mode, **arguments)
@@ -297,6 +307,12 @@ class Tracker:
         """Flushes and closes the run."""
         if self._run:
             self._run.finish()
+
+
+def _without_folders(value):
+    """An option's value; of a path of this machine its last part alone."""
+    here = isinstance(value, str) and "/" in value and (os.path.isabs(value) or os.path.exists(value))
+    return os.path.basename(os.path.normpath(value)) if here else value
 
 
 def _logged_in() -> bool:

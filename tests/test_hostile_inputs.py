@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 import pytest
 import torch
-from conftest import call_script, run_script, small_model
+from conftest import call_script, small_model
 from safetensors.torch import load_file, save_file
 
 import cache
@@ -413,7 +413,8 @@ CASES = [
     Case("reward head", "weights that are not numbers",
          head(tensor("layers.0.bias", torch.full((128,), float("nan")))), "not finite"),
     Case("reward head", "its encoder is /etc", head(setting(encoder="/etc")), "relative to the head's, found /etc"),
-    Case("reward head", "its encoder's folder is not there", head(setting(encoder="lang_model_gone")), "no such folder"),
+    Case("reward head", "its encoder's folder is not there",
+         head(setting(encoder="lang_model_gone")), "no such folder"),
     Case("reward head", "its encoder is a hub id that is not on this machine",
          head(setting(encoder="somebody/model", encoder_is_folder=False)), "does not make this program fetch one"),
     Case("reward head", "its encoder's hub id is a path",
@@ -702,13 +703,6 @@ def test_a_models_name_stays_one_part_of_a_path(kit, tmp_path):
         curriculum_exposure=0,
     )  # fmt: skip
     assert "/" not in project_name(args)
-
-
-def test_trls_reports_do_not_bypass_log_text(kit, tmp_path):
-    for option in ("report_to=wandb", "log_completions=true", "push_to_hub=true"):
-        options = ("--algo", "grpo", "--train", "--trl", option, "--data_dir", kit.candor, "--output_dir", tmp_path)
-        refused = run_script("train_rl_GELI.py", *options, check=2)
-        assert f"--trl {option}" in refused.stderr and refused.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
