@@ -219,11 +219,13 @@ def column(name: str, value) -> Callable:
 
 
 def repeated(table):
-    """The table with one row's numbers, a hundred million times."""
+    """The table with 30 million numbers in its first row."""
+    import numpy as np
     import pyarrow as pa
 
-    place = table.schema.get_field_index("affect")
-    numbers = pa.array([[5] * 100_000_000, *[[5]] * (len(table) - 1)], table.schema.field("affect").type)
+    place, many = table.schema.get_field_index("affect"), 30_000_000
+    ends = pa.array([0, *(many + i for i in range(len(table)))], pa.int32())
+    numbers = pa.ListArray.from_arrays(ends, pa.array(np.full(many + len(table) - 1, 5, dtype=np.int32)))
     return table.set_column(place, table.schema.field("affect"), numbers)
 
 
@@ -531,7 +533,7 @@ CASES = [
          "is not used", False),
     Case("cache of conversations", "right checksum, JSON nested 100,000 deep",
          conversation_cache(column("about", DEEP)), "is not used", False),
-    Case("cache of conversations", "right checksum, a column of 100 million numbers in a few kilobytes",
+    Case("cache of conversations", "right checksum, a column of 30 million numbers in a few kilobytes",
          conversation_cache(repeated), "unpack to much more", False),
     Case("cache of features", "right checksum, another width",
          feature_cache(lambda t: {**t, "features": torch.zeros(1, 7)}), "is not used", False),
@@ -596,6 +598,30 @@ def test_the_sound_files_are_not_refused(kit):
     assert models.load_encoder_of_head(head, kit.head, 256, None).hidden_size == 32  # a folder relative to the head's
     models.load_encoder(str(kit.adapter))
     models.load_policy(str(kit.llama), 16, 32, torch.float32).load(kit.checkpoint)
+
+
+def test_pickled_and_split_weights_that_are_sound_are_loaded(kit, tmp_path):
+    whole = models.load_encoder(str(kit.bart)).state_dict()
+    shutil.copytree(kit.bart, tmp_path / "pickled")
+    weights = load_file(tmp_path / "pickled" / "model.safetensors")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    shutil.copytree(tmp_path / "pickled", tmp_path / "split")
+    torch.save(weights, tmp_path / "pickled" / "pytorch_model.bin")
+    names = sorted(weights)
+    for number, part in enumerate((names[::2], names[1::2])):
+        save_file({n: weights[n] for n in part}, tmp_path / "split" / f"part-{number}.safetensors", {"format": "pt"})
+    files = {n: f"part-{i % 2}.safetensors" for i, n in enumerate(names)}
+    change(tmp_path / "split" / "model.safetensors.index.json", metadata={}, weight_map=files)
+    for kind in ("pickled", "split"):
+        found = models.load_encoder(str(tmp_path / kind)).state_dict()
+        assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_a_head_finds_its_encoder_wherever_both_are_moved_together(kit, tmp_path):
+    for name in ("heads", "bart"):
+        shutil.copytree(kit.head.parent.parent / name, tmp_path / "moved" / name)
+    path = tmp_path / "moved" / "heads" / "reward1_x"
+    assert models.encoder_of_head(models.load_reward_head(path), path) == str(tmp_path / "moved" / "bart")
 
 
 def test_the_payloads_work_where_nothing_stops_them(tmp_path):

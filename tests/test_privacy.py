@@ -128,7 +128,11 @@ def ran(marked, tmp_path_factory):
     """All three stages without `--log_text`: the output folder, and what they printed."""
     out = tmp_path_factory.mktemp("quiet")
     before = os.umask(0o022)
-    printed = [run_script(*command, **marked.environment).stdout for command in commands(marked, out)]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in marked.environment.items():
+            patch.setenv(name, value)
+        first, *others = commands(marked, out)
+        printed = [run_script(*first).stdout, *(call_script(*command).stdout for command in others)]
     os.umask(before)
     return out, printed
 
@@ -201,11 +205,12 @@ cli.run(train_reward_LI_only.main)
 
 def test_an_error_after_wandb_has_started_does_not_reach_it(marked, tmp_path):
     _, *options = commands(marked, tmp_path)[0]
+    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # not this process' wandb
     stopped = subprocess.run(
         [sys.executable, "-c", FAILING, *map(str, options)],
         capture_output=True,
         text=True,
-        env={**os.environ, **marked.environment, "PYTHONPATH": str(ROOT)},
+        env={**own, **marked.environment, "PYTHONPATH": str(ROOT)},
     )
     assert "Traceback" in stopped.stderr and TEXT in stopped.stderr
     assert list((tmp_path / "wandb").rglob("*.wandb")) and found_in(tmp_path / "wandb") == {}
