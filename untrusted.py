@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cli import ENCODERS, UserError
 
-MOST_LAYERS, MOST_LABELS = 1_000, 100_000  # of any model that could be meant
+MOST_LAYERS, MOST_LABELS, MOST_NUMBER = 1_000, 100_000, 1 << 40  # in the config.json of any model that could be meant
 SPARE_NUMBERS = 1 << 24  # that a model may have beyond its weights file, such as masks
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 MODULE_NAME = re.compile(r"[\w.]+", re.ASCII)
@@ -204,22 +204,21 @@ def _find(name: str, file: str, local: bool = False) -> str | None:
         return None
 
 
-def _walk(value, key: str = ""):
-    """(key, value) of every entry of nested JSON."""
-    yield key, value
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _walk(inner, str(name))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _walk(inner, key)
+def _walk(content: dict):
+    """(key, value) of every entry of nested JSON, however deep; items of a list have the list's key."""
+    left = [("", content)]
+    while left:
+        key, value = left.pop()
+        yield key, value
+        if isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, list):
+            left += [(key, inner) for inner in value]
 
 
 def _check_number(key: str, value, what: str) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return
-    most = MOST_LAYERS if "layer" in key and isinstance(value, int) else MOST_LABELS if "label" in key else 1 << 40
-    if not (math.isfinite(value) and abs(value) <= most):
+    most = MOST_LAYERS if "layer" in key else MOST_LABELS if "label" in key else MOST_NUMBER
+    if isinstance(value, int) and abs(value) > most:
         raise UserError(f"{what}: {key[:60]}: expected at most {most:,}, found {str(value)[:40]}")
 
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import wandb
 from conftest import ROOT, call_script, run_script
 
 from candor_format import write_conversation
@@ -133,6 +134,7 @@ def ran(marked, tmp_path_factory):
             patch.setenv(name, value)
         first, *others = commands(marked, out)
         printed = [run_script(*first).stdout, *(call_script(*command).stdout for command in others)]
+        wandb.teardown()  # else it writes on for a while
     os.umask(before)
     return out, printed
 
@@ -184,6 +186,7 @@ def test_with_log_text_it_is_found(ran, marked, tmp_path, monkeypatch):
     common = ("--data_dir", marked.data, "--output_dir", tmp_path, "--context_turns", 3, "--log_text")
     (tmp_path / "wandb").mkdir(mode=0o755)
     call_script("train_reward_GELI.py", "--val", "--reward_path", head, "--run_name", "told", *common)
+    wandb.teardown()
     assert set(found_in(tmp_path / "wandb")) == set(MARKERS)
     call_script(*commands(marked, tmp_path)[2], "--log_text", "--reward_path", head)
     tables = [path.read_text() for path in (tmp_path / "wandb").rglob("*responses*.table.json")]
