@@ -17,14 +17,16 @@ import torch
 
 import cli
 import data_utils
-from data_utils import FEATURES_FILE, SURVEY_FILE, Conversation, Turn
-from runs import atomic_path, first_line, versions
+from cli import REWARD_CLASSES
+from data_utils import FACES, FEATURES_FILE, SURVEY_FILE, Conversation, Turn
+from runs import atomic_path, first_line, private_folder, versions
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Conversations as they were read
 
 
 DIGEST_BYTES = 32
+MOST_EXPANDED = 500  # times the size of its file that text may unpack to
 
 
 def _digest_of(content: bytes) -> bytes:
@@ -104,6 +106,7 @@ class ConversationCache:
         content = pa.BufferOutputStream()
         parquet.write_table(table, content, compression="zstd")
         content = content.getvalue().to_pybytes()
+        private_folder(self.path.parent)
         with atomic_path(self.path, everyone=True) as temporary:
             temporary.touch(mode=0o600)
             temporary.write_bytes(_digest_of(content) + content)
@@ -118,24 +121,56 @@ class ConversationCache:
             if digest != _digest_of(content):
                 raise ValueError("its content is not what was written")
             file = parquet.ParquetFile(pa.BufferReader(content))
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            held = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
+            if max(held, sum(group.total_byte_size for group in groups)) > MOST_EXPANDED * len(content) + (1 << 24):
+                raise ValueError("it would unpack to much more than any conversation does")
             if (file.schema_arrow.metadata or {}).get(b"code", b"").decode() != self._code:
                 return {}
             columns = file.read().to_pydict()
             return dict(map(_conversation, *columns.values()))
         except FileNotFoundError:
             return {}
-        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, IndexError) as error:
+        except (
+            OSError,
+            pa.ArrowException,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             print(f"Cache: {self.path} is not used ({first_line(error)})")
             return {}
 
 
 def _conversation(folder: bytes, signature: str, about: str, *columns):
-    """A row of the file: (folder's name, (signature, the conversation))."""
+    """A row of the file: (folder's name, (signature, the conversation)).
+
+    Raises:
+        ValueError: if no conversation is like that, whatever the checksum says.
+    """
     name = folder.decode("utf-8", "surrogateescape")
     known = json.loads(about)
-    turn_ids, speaker, *rest = columns
+    turn_ids, speaker, start, stop, utterance, n_words, affect, share = columns
     speakers = tuple(known["speakers"])
-    turns = tuple(map(Turn, turn_ids, [speakers[i] for i in speaker], *rest))
+    texts = (*speakers, *turn_ids, *utterance, *known["questions"], *known["skipped"], *known["answers"])
+    answers = [value for given in known["answers"].values() for value in given.values()]
+    numbers = np.array([*start, *stop, *share, *n_words, *known["skipped"].values(), *answers], dtype=np.float64)
+    sound = (
+        len(set(speakers)) == 2
+        and set(speaker) == {0, 1}
+        and {len(column) for column in columns} == {len(turn_ids)}
+        and all(isinstance(text, str) for text in texts)
+        and np.isfinite(numbers).all()
+        and all(0 <= a <= b for a, b in zip(start, stop, strict=True))
+        and 0 <= min(affect) <= max(affect) < len(FACES)
+        and set(known["answers"]) <= set(speakers)
+        and set(known["questions"]) <= set(REWARD_CLASSES)
+    )
+    if not sound:
+        raise ValueError(f"no conversation is like its {name[:40]!r}")
+    turns = tuple(map(Turn, turn_ids, [speakers[i] for i in speaker], start, stop, utterance, n_words, affect, share))
     questions, skipped = frozenset(known["questions"]), Counter(known["skipped"])
     return name, (signature, Conversation(name, speakers, turns, known["answers"], questions, skipped))
 
@@ -172,11 +207,12 @@ class FeatureCache:
     """Features of tokenised pairs by one encoder, in `folder`.
 
     Args:
-        folder: of all features. fingerprint: of the encoder (`encoder_fingerprint`).
+        folder: of all features. fingerprint: of the encoder (`encoder_fingerprint`). width: of its features; None:
+            any.
     """
 
-    def __init__(self, folder: Path, fingerprint: str):
-        self.folder, self.fingerprint = Path(folder) / fingerprint, fingerprint
+    def __init__(self, folder: Path, fingerprint: str, width: int | None = None):
+        self.folder, self.fingerprint, self.width = Path(folder) / fingerprint, fingerprint, width
 
     def encode(self, pairs: Sequence, encode: Callable) -> torch.Tensor:
         """(n, hidden) features of `pairs`, each distinct pair encoded at most once, ever.
@@ -218,6 +254,7 @@ class FeatureCache:
             return
         digests = torch.from_numpy(np.frombuffer(b"".join(name for name, _ in found), dtype=np.uint8).copy())
         tensors = {"digests": digests.view(-1, 16), "features": torch.stack([feature for _, feature in found])}
+        private_folder(self.folder)
         with atomic_path(self.folder / f"{secrets.token_hex(8)}.safetensors", everyone=True) as temporary:
             save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint, "checksum": _checksum(tensors)})
 
@@ -230,7 +267,16 @@ class FeatureCache:
                 metadata, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in ("digests", "features")}
             if metadata.get("fingerprint") != self.fingerprint or metadata.get("checksum") != _checksum(tensors):
                 raise ValueError("its content is not what was written")
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            digests, features = tensors["digests"], tensors["features"]
+            if (
+                (digests.dtype, features.dtype) != (torch.uint8, torch.float32)
+                or digests.shape != (len(features), 16)
+                or features.dim() != 2
+                or self.width not in (None, features.shape[1])
+                or not torch.isfinite(features).all()
+            ):
+                raise ValueError("its content is no features of this encoder, whatever its checksum says")
+        except (OSError, ValueError, LookupError, SafetensorError) as error:
             print(f"Cache: {path} is not used ({first_line(error)})")
             return {}
         names = tensors["digests"].numpy().tobytes()

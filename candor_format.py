@@ -1,6 +1,7 @@
 """Writes a conversation as CANDOR lays it out on disk; for the two scripts that make data to run on without CANDOR."""
 
 import csv
+import os
 from pathlib import Path
 
 from cli import REWARD_CLASSES, TRANSCRIPTS
@@ -71,8 +72,12 @@ def _timedelta(second: int) -> str:
     return f"0 days {second // 3600:02d}:{second // 60 % 60:02d}:{second % 60:02d}"
 
 
+def _for_its_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)  # conversations
+
+
 def _write(path: Path, columns: list[str], rows) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", opener=_for_its_owner) as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(rows)

@@ -82,7 +82,7 @@ def main() -> None:
             for dialogue in progress_bar(dialogues, desc=path.name, unit="dialogue"):
                 turns += convert_dialogue(dialogue, out)
                 conversations += 1
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: expected a JSON list of CaSiNo's dialogues ({error!r})") from None
     print(f"Wrote {conversations:,} conversations with {turns:,} turns to {out}")
 

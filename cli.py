@@ -165,6 +165,11 @@ def add_common_options(
         help="go on with the newest unfinished run that was started with the same options (or --run_name's), exactly",
     )
     add("--save_steps", type=positive_int, default=save_steps, help="steps between two states that --resume starts at")
+    add(
+        "--trust_remote_code",
+        action="store_true",
+        help="run code that a model's folder or hub repository brings along (else such a model is refused)",
+    )
     add("--no_cache", action="store_true", help="neither use nor write OUTPUT_DIR/cache")
     add("--log_text", action="store_true", help="log conversations' text and ids to wandb (never otherwise)")
 
@@ -265,9 +270,14 @@ def new_folder(path: Path) -> None:
         raise UserError(f"{path}: expected a new or empty folder, found files in it; name another or remove it")
 
 
+def one_line(text: str) -> str:
+    """The text in one line, without anything that a terminal would obey, whatever file it quotes."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def _fail(error: Exception) -> None:
     if os.environ.get("RANK", "0") == "0":  # of several processes one says it
-        line = " ".join(str(error).split())  # whatever it quotes: one line
+        line = one_line(str(error))
         print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
     sys.exit(2)
 

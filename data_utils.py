@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import REWARD_CLASSES, UserError
+from cli import REWARD_CLASSES, UserError, one_line
 
 FACES = ("anger", "contempt", "disgust", "fear", "happiness", "neutral", "sadness", "surprise")  # alphabetical
 HAPPINESS, NEUTRAL, SURPRISE = FACES.index("happiness"), FACES.index("neutral"), FACES.index("surprise")
@@ -536,7 +536,7 @@ class Corpus:
         ]
         if self.dropped:
             lines.append(f"Dropped {len(self.dropped):,} of {len(self.dropped) + len(self.conversations):,} folders:")
-            lines += [f"  {_shown(name)}: {reason}" for name, reason in sorted(self.dropped.items())]
+            lines += [f"  {one_line(f'{_shown(name)}: {reason}')}" for name, reason in sorted(self.dropped.items())]
         for reason, number in counts["dropped_trajectories_by_reason"].items():
             lines.append(f"Dropped {number:,} trajectories: {reason}.")
         for reason, number in counts["skipped_transcript_rows"].items():

@@ -18,7 +18,9 @@ def length_of(ep_len: int | str, n_turns: int) -> float:
 def _sentiment(args):
     from sentiment import classifier_sentiment, lexicon_sentiment
 
-    return partial(classifier_sentiment, args.sentiment_model) if args.sentiment_model else lexicon_sentiment
+    if not args.sentiment_model:
+        return lexicon_sentiment
+    return partial(classifier_sentiment, args.sentiment_model, trust_remote_code=args.trust_remote_code)
 
 
 # `--li_signal` -> of the options, what gives the sentiment of the user's next turn; None where the face is read

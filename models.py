@@ -10,14 +10,16 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import NamedTuple
+from pickle import UnpicklingError
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
-from cli import REWARD_CLASSES, UserError
+from cli import REWARD_CLASSES, UserError, one_line
 from data_utils import INSTRUCTION, token_batches
+from untrusted import check_adapter, check_model, check_size, check_vocabulary, named_by_file
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses of reward training
@@ -176,6 +178,31 @@ class RewardHeadConfig:
     li_signal: str = "face"
     sentiment_model: str | None = None
 
+    def check(self) -> None:
+        """Raises a ValueError for what no head says of itself."""
+        kinds = {field.name: field.type for field in fields(self)}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if (type(value) not in get_args(kind)) if get_args(kind) else type(value) is not kind:
+                raise ValueError(f"{name}: expected {getattr(kind, '__name__', kind)}, found {value!r}"[:200])
+        known = {
+            "head": HEADS,
+            "stage": (1, 2),
+            "reward_class": (None, *REWARD_CLASSES),
+            "redist_type": (None, *DECOMPOSITIONS),
+            "li_signal": ("face", "sentiment"),
+        }
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: unknown: {getattr(self, name)!r}"[:200])
+        for name in ("hidden", "max_length", "context_turns"):
+            if not 1 <= getattr(self, name) < 1 << 31:
+                raise ValueError(f"{name}: expected at least 1 and less than 2**31, found {getattr(self, name)}"[:200])
+        if self.encoder is not None and not (self.encoder.isprintable() and self.encoder):
+            raise ValueError(f"encoder: expected a hub id or a folder, found {self.encoder!r}"[:200])
+        if self.encoder_is_folder and (self.encoder is None or Path(self.encoder).is_absolute()):
+            raise ValueError(f"encoder: expected a folder relative to the head's, found {self.encoder}"[:200])
+
 
 def _relu_stack(*widths: int, normalize: bool = False) -> nn.Sequential:
     """Linear layers with ReLU between them; `normalize`: LayerNorm before each ReLU."""
@@ -324,6 +351,8 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
     """
     from safetensors import SafetensorError, safe_open
 
+    from runs import first_line
+
     path = Path(path)
     if _is_zip(path):
         return _load_published_head(path).to(device)
@@ -342,10 +371,19 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
     try:
         known = {field.name for field in fields(RewardHeadConfig)}
         config = RewardHeadConfig(**{k: v for k, v in json.loads(metadata["config"]).items() if k in known})
+        config.check()
+        with torch.device("meta"):  # a head of that configuration, of which nothing is allocated
+            expected = {name: tuple(tensor.shape) for name, tensor in RewardHead(config).state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if found != expected:
+            raise ValueError(f"its tensors are {found}, expected {expected}"[:400])
+        if not all(tensor.is_floating_point() and torch.isfinite(tensor.float()).all() for tensor in state.values()):
+            raise ValueError("weights that are not finite numbers")
         head = RewardHead(config)
         head.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: a reward head that does not fit its own configuration ({error})") from None
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, RecursionError) as error:
+        reason = first_line(error)
+        raise UserError(f"{path}: a reward head that does not fit its own configuration ({reason})") from None
     return head.eval().to(device)
 
 
@@ -400,7 +438,9 @@ def encoder_of_head(head: RewardHead, path: str | Path) -> str:
     """
     config, path = head.config, Path(path)
     if config.encoder is not None:
-        return os.path.normpath(path.parent / config.encoder) if config.encoder_is_folder else config.encoder
+        if config.encoder_is_folder:
+            return os.path.normpath(path.parent / config.encoder)
+        return named_by_file(config.encoder, path)
     own = path.parent / f"lang_model_{path.name.removeprefix('reward1_')}"
     found = (
         [own] if own.is_dir() else sorted(path.resolve().parent.parent.glob(f"*reward_function_*/{PUBLISHED_ENCODER}"))
@@ -594,7 +634,12 @@ class TurnEncoder(nn.Module):
 
 
 def load_encoder(
-    name: str, max_length: int = 1024, option: str = "--lang_model_path", adapt: bool = False, dtype=torch.float32
+    name: str,
+    max_length: int = 1024,
+    option: str = "--lang_model_path",
+    adapt: bool = False,
+    dtype=torch.float32,
+    trust_remote_code: bool = False,
 ) -> TurnEncoder:
     """Loads an encoder from a folder (nothing is looked up elsewhere then) or from the hub; a folder with an adapter
     in it (`adapter_config.json`) brings the model that it adapts.
@@ -605,6 +650,7 @@ def load_encoder(
     Args:
         adapt: put a fresh LoRA adapter (r=8, alpha=16, dropout 0.1) on it, which is then what trains and is saved.
         dtype: of the weights under an adapter; all other weights are float32.
+        trust_remote_code: run code that it brings along.
 
     Raises:
         UserError: if it cannot be loaded; `option` names what the user gave.
@@ -613,16 +659,18 @@ def load_encoder(
 
     adapter, base = None, name
     if (Path(name) / "adapter_config.json").is_file():
-        adapter, base = name, adapted_model(name, option)
-    tokenizer = load_pretrained(AutoTokenizer, name, option)
-    config = load_pretrained(AutoConfig, base, option)
+        adapter = name
+        base = named_by_file(recorded_base(name, option), Path(name) / "adapter_config.json")
+    tokenizer = load_pretrained(AutoTokenizer, name, option, trust_remote_code)
+    config = load_pretrained(AutoConfig, base, option, trust_remote_code)
     for dropout in ("attention_dropout", "attention_probs_dropout_prob"):
         if hasattr(config, dropout):  # BERT's kind has it; with it no fused attention kernel runs on a CPU
             setattr(config, dropout, 0.0)
     if not config.is_encoder_decoder and hasattr(config, "use_cache"):
         config.use_cache = False
     weights = dtype if adapter or adapt else torch.float32
-    model = load_pretrained(AutoModel, base, option, config=config, dtype=weights)
+    model = load_pretrained(AutoModel, base, option, trust_remote_code, config=config, dtype=weights)
+    check_vocabulary(tokenizer, model, name, option)
     if adapter:
         model = _load_adapter(model, adapter, option)
     elif adapt:
@@ -635,12 +683,9 @@ def load_encoder(
     return TurnEncoder(model, tokenizer, max_length, name)
 
 
-def adapted_model(folder: str, option: str) -> str:
-    """The hub id or folder of the model that the adapter in `folder` is for."""
-    try:
-        base = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        base = None
+def recorded_base(folder: str | Path, option: str) -> str:
+    """What the adapter in `folder` says of the model that it is for: a hub id or a folder, which may not be there."""
+    base = check_adapter(folder, option).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{option} {folder}: adapter_config.json in it names no base_model_name_or_path")
     return base
@@ -649,16 +694,33 @@ def adapted_model(folder: str, option: str) -> str:
 def _load_adapter(model, folder: str, option: str):
     """`model` with the adapter that `folder` holds, ready to be trained further."""
     from peft import PeftModel
-    from safetensors import SafetensorError
 
     from runs import first_line
 
-    if not (Path(folder) / "adapter_model.safetensors").is_file():  # never a pickled one
-        raise UserError(f"{option} {folder}: expected adapter_model.safetensors beside adapter_config.json, found none")
     try:
-        return PeftModel.from_pretrained(model, folder, is_trainable=True)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
+        _check_adapter_weights(adapted, folder)
+    except Exception as error:  # other people's files can fail in any way
         raise UserError(f"{option} {folder}: this adapter could not be loaded: {first_line(error)}") from None
+    return adapted
+
+
+def _check_adapter_weights(model, folder: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of the adapter in a folder.
+
+    Raises:
+        ValueError: if they are not finite, or not exactly those that the adapter of `model` has (peft leaves what is
+            missing as it was, and says nothing).
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    saved, mine = load_file(Path(folder) / "adapter_model.safetensors"), get_peft_model_state_dict(model)
+    if {name: tensor.shape for name, tensor in saved.items()} != {name: t.shape for name, t in mine.items()}:
+        raise ValueError(f"its {len(saved)} tensors are not the {len(mine)} that this model's adapter has")
+    if not all(torch.isfinite(tensor).all() for tensor in saved.values()):
+        raise ValueError("weights that are not finite")
+    return saved
 
 
 def quiet_transformers() -> None:
@@ -670,7 +732,12 @@ def quiet_transformers() -> None:
 
 
 def load_encoder_of_head(
-    head: RewardHead, path: str | Path, max_length: int, named: str | None, dtype=torch.float32
+    head: RewardHead,
+    path: str | Path,
+    max_length: int,
+    named: str | None,
+    dtype=torch.float32,
+    trust_remote_code: bool = False,
 ) -> TurnEncoder:
     """The encoder that the head at `path` was trained on; says so where the user `named` another. Of a published head,
     which records none, it is the named one.
@@ -686,30 +753,62 @@ def load_encoder_of_head(
             print(f"--lang_model_path {named} is not used: {path} was trained on {name}, which is loaded instead")
         if head.config.encoder_is_folder and not Path(name).is_dir():  # and is not looked for on the hub
             raise UserError(f"{path}: expected the encoder that it was trained on in {name}, found no such folder")
-    encoder = load_encoder(name, max_length, f"the encoder that {path} was trained on,", dtype=dtype)
+    option = f"the encoder that {path} was trained on,"
+    encoder = load_encoder(name, max_length, option, dtype=dtype, trust_remote_code=trust_remote_code)
     if encoder.hidden_size != head.config.hidden:
         raise UserError(f"{path}: takes {head.config.hidden} features, its encoder {name} gives {encoder.hidden_size}")
     return encoder
 
 
-def load_pretrained(auto_class, name: str, option: str, **arguments):
-    """`auto_class.from_pretrained(name)`, offline when `name` is a folder; no code of the model's own is run.
+def load_pretrained(auto_class, name: str, option: str, trust_remote_code: bool = False, config=None, **arguments):
+    """`auto_class.from_pretrained(name)`, offline when `name` is a folder; checked first (see `untrusted.py`).
+
+    Args:
+        trust_remote_code: run code that the model brings along; without, such a model is refused.
+        config: of a model (as against a tokenizer or a configuration), its configuration.
 
     Raises:
-        UserError: if it cannot be loaded.
+        UserError: if it is refused or cannot be loaded, or some of its weights are missing.
     """
-    from safetensors import SafetensorError
+    from transformers import AutoModel
 
     from runs import first_line
 
     quiet_transformers()
     local = Path(name).is_dir()
+    check_model(name, option, trust_remote_code)
+    missing = []
     try:
-        return auto_class.from_pretrained(name, local_files_only=local, trust_remote_code=False, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = first_line(error)
+        if config is not None:
+            arguments |= {"config": config, "output_loading_info": True}
+            if local and (Path(name) / "adapter_config.json").is_file():  # it would bring a model from elsewhere
+                raise UserError(f"{option} {name}: expected a whole model, found an adapter (adapter_config.json)")
+            if local and not trust_remote_code:
+                check_size(auto_class, name, option, config)
+        loaded = auto_class.from_pretrained(
+            name, local_files_only=local, trust_remote_code=trust_remote_code, **arguments
+        )
+        if config is not None:
+            loaded, info = loaded
+            missing = [key for key in info["missing_keys"] if "pooler" not in key]
+            if auto_class is AutoModel:  # of which the encoder alone is run
+                missing = [key for key in missing if not key.startswith("decoder.")]
+    except UserError:
+        raise
+    except UnpicklingError:  # torch's own words for it advise to run them
+        raise UserError(
+            f"{option} {name}: its pickled weights hold more than tensors; nothing of them was run; expected "
+            "model.safetensors, or a .bin file of tensors alone"
+        ) from None
+    except Exception as error:  # other people's files can fail in any way
+        reason = first_line(error) if not first_line(error).endswith(":") else one_line(str(error))[:200]
         what = "folder" if local else "hub id (and no folder of that name is here)"
         raise UserError(f"{option} {name}: this {what} could not be loaded: {reason}") from None
+    if missing:
+        raise UserError(
+            f"{option} {name}: its weights lack {len(missing)} that its config.json asks for, such as {min(missing)}"
+        )
+    return loaded
 
 
 def own_limit(config, tokenizer) -> int:
@@ -1085,26 +1184,24 @@ class Policy(nn.Module):
         Raises:
             UserError: if they do not fit this policy.
         """
-        from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
-        from safetensors import SafetensorError
+        from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
         from runs import first_line
 
+        saved, mine = check_adapter(folder, "the policy's checkpoint"), self.model.peft_config["default"]
+        if saved["r"] != mine.r:
+            raise UserError(f"{folder}: an adapter of rank {saved['r']}, the options ask for {mine.r} (see --no_accel)")
+        base = saved.get("base_model_name_or_path")
+        if base != mine.base_model_name_or_path:
+            print(f"Warning: {folder} was trained on {base!r}, --model_name is {mine.base_model_name_or_path}")
         try:
-            saved, mine = PeftConfig.from_pretrained(str(folder)), self.model.peft_config["default"]
-            if saved.r != mine.r:
-                raise UserError(
-                    f"{folder}: an adapter of rank {saved.r}, the options ask for {mine.r} (see --no_accel)"
-                )
-            if saved.base_model_name_or_path != mine.base_model_name_or_path:
-                print(
-                    f"Warning: {folder} was trained on {saved.base_model_name_or_path}, --model_name is "
-                    f"{mine.base_model_name_or_path}"
-                )
-            set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device=str(self.device)))
-            self.value_head.load_state_dict(load_file(Path(folder) / "value_head.safetensors"))
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            set_peft_model_state_dict(self.model, _check_adapter_weights(self.model, folder))
+            value_head = load_file(Path(folder) / "value_head.safetensors")
+            if not all(torch.isfinite(tensor).all() for tensor in value_head.values()):
+                raise ValueError("a value head that is not finite")
+            self.value_head.load_state_dict(value_head)
+        except Exception as error:  # other people's files can fail in any way
             raise UserError(f"{folder}: not an adapter that fits this policy ({first_line(error)})") from None
 
 
@@ -1143,11 +1240,12 @@ def _token_logprobs(logits_of: Callable, vocabulary: int, states: torch.Tensor, 
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def load_policy(name: str, rank: int, alpha: int, dtype: torch.dtype) -> Policy:
+def load_policy(name: str, rank: int, alpha: int, dtype: torch.dtype, trust_remote_code: bool = False) -> Policy:
     """A policy around the model `name` (hub id or folder) with a fresh adapter, which changes nothing yet.
 
     Args:
         rank, alpha: of LoRA (Hu et al., 2022). dtype: of the frozen weights; the adapter is float32.
+        trust_remote_code: run code that it brings along.
 
     Raises:
         UserError: if the model cannot be loaded.
@@ -1156,10 +1254,11 @@ def load_policy(name: str, rank: int, alpha: int, dtype: torch.dtype) -> Policy:
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    tokenizer = load_pretrained(AutoTokenizer, name, "--model_name")
-    config = load_pretrained(AutoConfig, name, "--model_name")
+    tokenizer = load_pretrained(AutoTokenizer, name, "--model_name", trust_remote_code)
+    config = load_pretrained(AutoConfig, name, "--model_name", trust_remote_code)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = load_pretrained(kind, name, "--model_name", dtype=dtype)
+    model = load_pretrained(kind, name, "--model_name", trust_remote_code, config=config, dtype=dtype)
+    check_vocabulary(tokenizer, model, name, "--model_name")
     attention = {"q_proj", "v_proj"} if any(n.endswith("q_proj") for n, _ in model.named_modules()) else "all-linear"
     adapter = LoraConfig(
         r=rank,

@@ -8,12 +8,13 @@ import re
 import secrets
 import shutil
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
-from cli import UserError
+from cli import UserError, file_name
 
 _ADJECTIVES = (
     "amber bold brisk calm clear crisp daring dawn deep eager early fair fleet fond frosty gentle golden grand happy "
@@ -223,6 +224,13 @@ def _exchange(a: Path, b: Path) -> bool:
     return call is not None and call(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
 
+def private_folder(path: Path) -> None:
+    """Makes a folder that only its owner can look into (where the file system has owners)."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(OSError):
+        path.chmod(0o700)
+
+
 def write_json(path: str | Path, value: object) -> None:
     """Writes strict JSON (no NaN), atomically."""
     with atomic_path(path) as temporary:
@@ -301,6 +309,8 @@ class Tracker:
 
         from states import claim_run
 
+        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder.parent / "wandb")  # with --log_text it holds conversations
         mode = os.environ.get("WANDB_MODE") or "online"
         if mode == "online" and not _logged_in():  # wandb would ask for a key
             mode = "offline"
@@ -317,10 +327,12 @@ class Tracker:
             disable_git=True,
             save_code=False,
             x_save_requirements=False,
+            x_disable_meta=True,  # command line, paths, host and user name
             silent=True,
             init_timeout=30,  # seconds; then the run goes on offline
         )
-        arguments = dict(project=project, name=run_name, dir=str(folder.parent), config=config, settings=settings)
+        shown = {key: _without_folders(value) for key, value in config.items()}
+        arguments = dict(project=project, name=run_name, dir=str(folder.parent), config=shown, settings=settings)
         if known:
             arguments |= dict(id=known["id"], resume="allow")
         try:
@@ -329,7 +341,10 @@ class Tracker:
             print(f"wandb: no connection ({first_line(error)}); this run is logged offline")
             arguments["name"] = run_name or new_run_name(folder)
             self._run = wandb.init(mode="offline", **arguments)
-        self.name = run_name or self._run.name or new_run_name(folder)
+        try:
+            self.name = run_name or file_name(self._run.name or "")
+        except ArgumentTypeError:  # what WANDB_NAME or the server says is part of paths, and must be a plain name
+            self.name = new_run_name(folder)
         if not self.claim:
             self.claim = claim_run(folder, self.name, or_another=True)  # wandb does not know what runs are here
             self.name = self._run.name = self.claim.name
@@ -369,6 +384,12 @@ class Tracker:
             self._run.finish()
         if self.claim:
             self.claim.remove()
+
+
+def _without_folders(value):
+    """An option's value; of a path of this machine its last part alone."""
+    here = isinstance(value, str) and "/" in value and (os.path.isabs(value) or os.path.exists(value))
+    return os.path.basename(os.path.normpath(value)) if here else value
 
 
 def _logged_in() -> bool:

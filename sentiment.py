@@ -18,15 +18,16 @@ def lexicon_sentiment(texts: Sequence[str]) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _classifier(name: str):
+def _classifier(name: str, trust_remote_code: bool):
     """Tokenizer, classifier and the sign of each of its labels."""
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     from models import load_pretrained
 
-    tokenizer = load_pretrained(AutoTokenizer, name, "--sentiment_model")
-    model = load_pretrained(AutoModelForSequenceClassification, name, "--sentiment_model").eval()
+    where = (name, "--sentiment_model", trust_remote_code)
+    tokenizer, config = load_pretrained(AutoTokenizer, *where), load_pretrained(AutoConfig, *where)
+    model = load_pretrained(AutoModelForSequenceClassification, *where, config=config).eval()
     labels = {i: str(label).lower() for i, label in model.config.id2label.items()}
     signs = torch.tensor([label.startswith("pos") - label.startswith("neg") for _, label in sorted(labels.items())])
     if not {-1, 1} <= set(signs.tolist()):
@@ -39,12 +40,12 @@ def _classifier(name: str):
     return tokenizer, model, signs
 
 
-def classifier_sentiment(name: str, texts: Sequence[str]) -> np.ndarray:
+def classifier_sentiment(name: str, texts: Sequence[str], trust_remote_code: bool = False) -> np.ndarray:
     """(n,) P(positive) - P(negative) of each text, in [-1, 1], by a text classifier.
 
     Args:
         name: hub id or folder of a sequence classifier with labels that begin with `pos` and `neg` (others, such as
-            `neutral`, count as 0).
+            `neutral`, count as 0). trust_remote_code: run code that it brings along.
 
     Raises:
         UserError: if it cannot be loaded, or its labels say nothing of the kind.
@@ -54,7 +55,7 @@ def classifier_sentiment(name: str, texts: Sequence[str]) -> np.ndarray:
     from models import own_limit
     from runs import progress_bar
 
-    tokenizer, model, signs = _classifier(name)
+    tokenizer, model, signs = _classifier(name, trust_remote_code)
     limit = min(own_limit(model.config, tokenizer), 512)
     found = []
     with torch.inference_mode():

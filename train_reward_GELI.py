@@ -7,7 +7,6 @@ With `--affect_path RUN` the head and the encoder start from that stage-1 run an
 without it the loss is GE alone. The encoder is frozen, so every turn is encoded once; `--unfreeze` trains it too.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -97,6 +96,7 @@ def main() -> None:
     from models import load_encoder, load_reward_head
     from runs import Tracker, frozen_dtype, make_accelerator, seed_everything
     from states import reward_run_to_resume
+    from untrusted import named_by_file
 
     seed_everything(args.seed)
     accelerator = make_accelerator(args.device, args.dtype)
@@ -104,7 +104,8 @@ def main() -> None:
     saved, path = load_saved(args)
     if args.li_signal is None:
         args.li_signal = saved.config.li_signal if saved else "face"
-        args.sentiment_model = args.sentiment_model or (saved.config.sentiment_model if saved else None)
+        if saved and saved.config.sentiment_model and not args.sentiment_model:
+            args.sentiment_model = named_by_file(saved.config.sentiment_model, path)
     if args.sentiment_model and args.li_signal == "face":
         raise UserError("--sentiment_model is for --li_signal sentiment, and this run learns from the face")
     if saved and not args.train:  # a saved head is evaluated as it was trained
@@ -129,7 +130,12 @@ def main() -> None:
         head = load_reward_head(head_path)  # the best, as it was written
         paths.append(head_path)
         if args.unfreeze:
-            best = load_encoder(str(encoder_path), args.max_length, dtype=frozen_dtype(accelerator))
+            best = load_encoder(
+                str(encoder_path),
+                args.max_length,
+                dtype=frozen_dtype(accelerator),
+                trust_remote_code=args.trust_remote_code,
+            )
             turns.encoder = place_encoder(best, args, accelerator)
             paths.append(encoder_path)
     redist = head.config.redist_type
@@ -200,9 +206,11 @@ def find_encoder(args, saved, path: Path | None, dtype):
     from models import load_encoder, load_encoder_of_head
 
     if saved:
-        return load_encoder_of_head(saved, path, args.max_length, args.lang_model_path, dtype)
+        named = args.lang_model_path
+        return load_encoder_of_head(saved, path, args.max_length, named, dtype, args.trust_remote_code)
     name, option = named_encoder(args)
-    return load_encoder(name, args.max_length, option, adapt=args.unfreeze and args.model in ADAPTED, dtype=dtype)
+    adapt = args.unfreeze and args.model in ADAPTED
+    return load_encoder(name, args.max_length, option, adapt, dtype, args.trust_remote_code)
 
 
 def new_head(args, folder: Path, saved, encoder, encoder_path: Path, training):
@@ -257,7 +265,8 @@ class Encoded:
         folder = cache_folder(args)
         if folder and not args.unfreeze:
             numerics = f"{device_name(accelerator.device)} {accelerator.mixed_precision}"
-            self._cache = FeatureCache(folder / "features", encoder_fingerprint(encoder, numerics))
+            key = encoder_fingerprint(encoder, numerics)
+            self._cache = FeatureCache(folder / "features", key, encoder.hidden_size)
 
     def prepare(self, training) -> None:
         """Tokenises the training turns and, where the encoder is frozen, encodes them."""
@@ -300,6 +309,7 @@ class Encoded:
 def conversations_seen(path: Path | None, saved) -> frozenset[str]:
     """The conversations that the head at `path`, or the encoder under it, was trained on, as far as it is recorded."""
     from models import encoder_of_head
+    from untrusted import read_json
 
     if path is None:
         return frozenset()
@@ -309,12 +319,14 @@ def conversations_seen(path: Path | None, saved) -> frozenset[str]:
         records.append(encoder.with_name(f"reward1_{encoder.name.removeprefix('lang_model_')}.json"))
     seen: set[str] = set()
     for record in records:
-        try:
-            found = json.loads(record.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # without a record, such as the published ones
-        if isinstance(found, dict) and "steps" in found.get("metrics", {}):  # it trained
-            seen.update(map(str, found.get("training_conversations", [])))
+        if not record.is_file():
+            continue  # such as of the published ones
+        found = read_json(record, str(record))
+        metrics, trained_on = found.get("metrics", {}), found.get("training_conversations", [])
+        if not isinstance(metrics, dict) or not isinstance(trained_on, list):
+            raise UserError(f"{record}: expected the record of a run, with its metrics and training_conversations")
+        if "steps" in metrics:  # it trained
+            seen.update(map(str, trained_on))
     return frozenset(seen)
 
 

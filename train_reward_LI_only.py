@@ -80,7 +80,8 @@ def main() -> None:
     claim = reward_run_to_resume(args, folder, accelerator)
     corpus, training, validation = load_data(args)
     name, option = named_encoder(args)
-    encoder = load_encoder(name, args.max_length, option, adapt=args.model in ADAPTED, dtype=frozen_dtype(accelerator))
+    how = {"dtype": frozen_dtype(accelerator), "trust_remote_code": args.trust_remote_code}
+    encoder = load_encoder(name, args.max_length, option, adapt=args.model in ADAPTED, **how)
     place_encoder(encoder, args, accelerator)
     described = {**vars(args), "data": corpus.numbers()}
     tracker = Tracker(folder.name, folder, described, args.run_name, accelerator, claim)
@@ -104,7 +105,7 @@ def main() -> None:
     paths, rewards = [head_path, encoder_path], None
     accelerator.wait_for_everyone()
     if args.val:  # of what was written, not of what is in memory
-        encoder = load_encoder(str(encoder_path), args.max_length, dtype=frozen_dtype(accelerator))
+        encoder = load_encoder(str(encoder_path), args.max_length, **how)
         place_encoder(encoder, args, accelerator)
         features = encode_together(encoder, encoder.tokenize(validation.texts), accelerator, progress="validation")
         rewards = head_rewards(load_reward_head(head_path), features)

@@ -137,6 +137,10 @@ def parse():
         parser.error("nothing to do: give --train, --val or --generate")
     if args.algo == "ppo" and args.trl:
         parser.error("--trl are options of TRL's trainers: give --algo rloo or --algo grpo")
+    if not args.log_text:
+        for word in args.trl or ():  # what prompts and responses would leave the machine by
+            if word.partition("=")[0].startswith(("report_to", "log_completions", "push_to_hub", "hub_")):
+                parser.error(f"--trl {word}: it can send conversations elsewhere: give --log_text if they may")
     if args.algo != "ppo" and args.ppo_off:
         parser.error("--ppo_off is for --algo ppo")
     if args.ppo_off and not args.train:
@@ -323,7 +327,8 @@ def build_policy(args, accelerator, name: str):
 
     rank, alpha = (24, 48) if args.no_accel else (16, 32)
     half = accelerator.mixed_precision == "bf16"
-    return load_policy(name, rank, alpha, torch.bfloat16 if half else torch.float32).to(accelerator.device)
+    dtype = torch.bfloat16 if half else torch.float32
+    return load_policy(name, rank, alpha, dtype, args.trust_remote_code).to(accelerator.device)
 
 
 def build_score(args, accelerator, head_path: Path | None):
@@ -336,7 +341,8 @@ def build_score(args, accelerator, head_path: Path | None):
         return RandomScorer(args.seed + accelerator.process_index)
     head = load_reward_head(head_path, accelerator.device)
     max_length = min(args.max_length, head.config.max_length)
-    encoder = load_encoder_of_head(head, head_path, max_length, args.lang_model_path, frozen_dtype(accelerator))
+    how = (frozen_dtype(accelerator), args.trust_remote_code)
+    encoder = load_encoder_of_head(head, head_path, max_length, args.lang_model_path, *how)
     return RewardScorer(encoder.to(accelerator.device), head, accelerator.autocast)
 
 
@@ -395,9 +401,9 @@ def warm_start(args, accelerator, policy, prompts, tracker, folder: Path):
 
 def base_of(checkpoint: Path, warm: Path) -> str | None:
     """The warm-started model `warm` where the checkpoint's adapter was trained on one of its name."""
-    from models import adapted_model
+    from models import recorded_base
 
-    if Path(adapted_model(str(checkpoint), "--val")).name != warm.name:
+    if Path(recorded_base(checkpoint, "--val")).name != warm.name:
         return None
     if not warm.is_dir():
         raise UserError(f"{checkpoint} was trained on {warm}, which is not there: put it back, or train again")
@@ -409,7 +415,7 @@ def set_aside(folder: Path, stem: str, claim) -> None:
     it never finished, its states too. Adapters are told where the warm-started model that they belong to now is."""
     import json
 
-    from models import adapted_model
+    from models import recorded_base
     from runs import write_json
 
     earlier = sorted(p for p in folder.glob("*") if outputs_of(stem).fullmatch(p.name))
@@ -423,7 +429,7 @@ def set_aside(folder: Path, stem: str, claim) -> None:
         place = aside / claim.folder.name if path in states else aside
         place.mkdir(parents=True, exist_ok=True)
         config = path / "adapter_config.json"
-        if config.is_file() and Path(adapted_model(str(path), "--train")).name == f"{stem}_sft":
+        if config.is_file() and Path(recorded_base(path, "--train")).name == f"{stem}_sft":
             moved = {"base_model_name_or_path": str((aside / f"{stem}_sft").resolve())}
             write_json(config, json.loads(config.read_text(encoding="utf-8")) | moved)
         path.rename(place / path.name)
@@ -434,8 +440,8 @@ def set_aside(folder: Path, stem: str, claim) -> None:
 
 def newest_checkpoint(folder: Path, stem: str) -> Path:
     """The checkpoint of the most steps."""
-    steps = [p.name.removeprefix(f"{stem}_") for p in folder.glob(f"{stem}_*")]
-    steps = [int(step) for step in steps if step.isdigit()]
+    steps = [p.name.removeprefix(f"{stem}_") for p in folder.glob("*") if p.name.startswith(f"{stem}_")]
+    steps = [int(step) for step in steps if step.isascii() and step.isdecimal()]
     if not steps:
         raise UserError(f"--val without --train: expected a checkpoint {folder}/{stem}_STEP, found none; add --train")
     return folder / f"{stem}_{max(steps)}"

@@ -528,7 +528,7 @@ def test_aliases_stand_for_the_published_models(monkeypatch, sample, tmp_path):
     }
     asked = []
 
-    def load(auto_class, name, option, **_):
+    def load(auto_class, name, option, *_, **__):
         asked.append(name)
         raise KeyboardInterrupt  # far enough
 
