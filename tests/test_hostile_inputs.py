@@ -30,6 +30,7 @@ import cache
 import cli
 import models
 import sample_candor
+import states
 from data_utils import read_corpus
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,6 +248,55 @@ def feature_cache(spoil: Callable) -> Callable:
     return case
 
 
+def state(spoil: Callable) -> Callable:
+    """A case of a run's state that `--resume` would go on from, spoiled by (path, canary)."""
+
+    def case(kit, out, canary):
+        from accelerate import Accelerator
+
+        path = out / "state_x" / "step_00000003.safetensors"
+        tracker = SimpleNamespace(claim=SimpleNamespace(folder=path.parent))
+        run = states.RunState(tracker, Accelerator(cpu=True), {"head": torch.nn.Linear(2, 1)}, {}, {}, 10, 10)
+        states._write(path, 3, run._values(), [run._random()], {})
+        spoil(path, canary)
+        return run.restore
+
+    return case
+
+
+def state_of(**changes) -> Callable:
+    """A state with a right checksum, some of whose content is something else."""
+
+    def spoil(path, canary):
+        step, values, randoms, inputs = states._read(path)
+        found = {"step": step, "values": values, "randoms": randoms, "inputs": inputs, **changes}
+        states._write(path, *found.values())
+
+    return spoil
+
+
+def state_tree(text: str) -> Callable:
+    """A state with a right checksum, whose JSON is this text."""
+
+    def spoil(path, canary):
+        tensors = {"0": torch.zeros(1)}
+        save_file(tensors, path, {"format": states._FORMAT, "tree": text, "checksum": states._checksum(text, tensors)})
+
+    return spoil
+
+
+def cut(path, canary):
+    """A file without its last byte."""
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flipped(path, canary):
+    """A file with one other byte."""
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
 def pickled(name: str, instead_of: str) -> Callable:
     """Puts a pickle that runs a command in place of a file."""
 
@@ -408,7 +458,8 @@ CASES = [
     Case("reward head", "hidden=10**9", head(setting(hidden=10**9)), "expected {'layers.0.weight': (128, 1000000000)"),
     Case("reward head", "hidden=10**30", head(setting(hidden=10**30)), "less than 2**31"),
     Case("reward head", "a configuration nested 100,000 deep",
-         head(lambda path, canary: rewrite(path, text=DEEP)), "does not fit its own configuration"),
+         head(lambda path, canary: rewrite(path, text=f'["geli-reward-head-1", {DEEP}]')),
+         "does not fit its own configuration"),
     Case("reward head", "a kind of head that is no head", head(setting(head="os.system")), "head: unknown"),
     Case("reward head", "a list where a number belongs",
          head(setting(context_turns=[1])), "context_turns: expected int"),
@@ -545,6 +596,23 @@ CASES = [
          feature_cache(lambda t: {**t, "features": t["features"] * float("nan")}), "is not used", False),
     Case("cache of features", "right checksum, fewer names than features",
          feature_cache(lambda t: {**t, "digests": t["digests"][:0]}), "is not used", False),
+    Case("state", "a pickle that calls `os.system`",
+         state(lambda path, canary: path.write_bytes(pickle.dumps(Payload(canary)))), "is not used", False),
+    Case("state", "cut short", state(cut), "is not used", False),
+    Case("state", "one byte is another", state(flipped), "its content is not what was written", False),
+    Case("state", "a header of 2**62 bytes", state(lambda path, canary: path.write_bytes(ABSURD_HEADER)),
+         "is not used", False),
+    Case("state", "a tensor of 2**40 numbers in four bytes",
+         state(lambda path, canary: path.write_bytes(ABSURD_TENSOR)), "is not used", False),
+    Case("state", "right checksum, JSON nested 100,000 deep", state(state_tree(DEEP)), "is not used", False),
+    Case("state", "right checksum, an unknown kind of value",
+         state(state_tree('{"os.system": ["touch x"]}')), "is not used", False),
+    Case("state", "right checksum, weights of another shape",
+         state(state_of(values={"head": {"weight": torch.zeros(9, 9), "bias": torch.zeros(1)}})),
+         "does not fit this run"),
+    Case("state", "right checksum, random numbers' state is text",
+         state(state_of(randoms=[{"python": "x"}])), "does not fit this run"),
+    Case("state", "right checksum, of other data", state(state_of(inputs={"data": "x"})), "not the same"),
     Case("CaSiNo's JSON", "nested 100,000 deep", casino(DEEP), "expected a JSON list of CaSiNo's dialogues"),
     Case("CaSiNo's JSON", "a dialogue's id is a path",
          casino(dialogue(dialogue_id="../../x")), "expected a JSON list of CaSiNo's dialogues"),
@@ -555,11 +623,11 @@ CASES = [
     Case("CaSiNo's JSON", "an utterance is a list",
          casino(dialogue(chat_logs=[{"id": "a", "text": [1]}])), "expected a JSON list of CaSiNo's dialogues"),
     Case("conversation", "a transcript that is a pickle", data(pickled_csv), "cliffhanger.csv: ", False),
-    Case("conversation", "a transcript that never ends (a link to /dev/zero)", data(never_ending), "no regular file",
+    Case("conversation", "a transcript that never ends (a link to /dev/zero)", data(never_ending), ": not a file",
          False),
-    Case("conversation", "a survey that is a pipe", data(pipe), "no regular file", False),
+    Case("conversation", "a survey that is a pipe", data(pipe), ": not a file", False),
     Case("conversation", "a folder's name that clears the terminal and forges a line",
-         data(speaking_name), "  [2Jx Reward head: fine: transcript", False),
+         data(speaking_name), "the folder's name has characters that cannot be printed", False),
 ]  # fmt: skip
 
 
@@ -720,7 +788,7 @@ def test_a_name_that_wandb_gives_is_never_a_path(tmp_path, monkeypatch):
 
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    monkeypatch.setattr(wandb, "init", lambda **_: SimpleNamespace(name="../../x"))
+    monkeypatch.setattr(wandb, "init", lambda **_: SimpleNamespace(name="../../x", id="x"))
     name = Tracker("p", tmp_path / "out", {}, None, make_accelerator("cpu", "float32")).name
     assert cli.file_name(name) == name
 
