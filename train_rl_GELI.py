@@ -144,6 +144,10 @@ def main() -> None:
     head_path = find_reward(args) if scored and args.reward == "redistributed_reward" else None
     prompts, held_out, counts = load_prompts(args)
     policy = build_policy(args, accelerator)
+    if args.algo != "ppo" and policy.agree:
+        raise UserError(
+            f"--algo {args.algo}: TRL does not train a policy that is spread; use --algo ppo or whole copies"
+        )
     ppo = build_ppo(args, accelerator, policy, build_score(args, accelerator, head_path) if scored else None)
     folder = Path(args.output_dir) / "rlmf_weights"
     stem = f"{args.exp_name}_{Path(args.model_name).name}"
@@ -245,6 +249,7 @@ def build_policy(args, accelerator):
     import torch
 
     from models import load_policy
+    from runs import spread
 
     name = args.model_name
     if name == "llama" and Path(LOCAL_LLAMA).is_dir():
@@ -252,7 +257,7 @@ def build_policy(args, accelerator):
     name = POLICIES.get(name, name)
     rank, alpha = (24, 48) if args.no_accel else (16, 32)
     half = accelerator.mixed_precision == "bf16"
-    return load_policy(name, rank, alpha, torch.bfloat16 if half else torch.float32).to(accelerator.device)
+    return spread(load_policy(name, rank, alpha, torch.bfloat16 if half else torch.float32), accelerator)
 
 
 def build_score(args, accelerator, head_path: Path | None):
