@@ -56,6 +56,8 @@ def place_encoder(encoder, args, accelerator, trains: bool = False):
 
     encoder.tokens_per_batch = args.tokens_per_batch
     spread(encoder, accelerator) if trains else encoder.to(accelerator.device)
+    if args.compile and encoder.agree:
+        raise UserError("--compile does not work on an encoder that is spread: leave it out, or train whole copies")
     if args.compile:
         encoder.compile()
     return encoder

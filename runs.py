@@ -189,6 +189,8 @@ def spread(owner, accelerator):
         )
     whole = {p for p in model.parameters() if p.requires_grad} if isinstance(model, PeftModel) else set()
     for layer, _ in layers:
+        if not whole:
+            layer.register_forward_hook(_use_all_weights)
         fully_shard(layer, ignored_params=whole, **settings)
         layer.set_gradient_divide_factor(1.0)  # our losses are parts of a sum
         layer.set_force_sum_reduction_for_comms(True)  # which gloo can do as well
@@ -221,6 +223,19 @@ def _layers(model, names: Sequence[str] | None) -> list[tuple]:
             above = above.rpartition(".")[0]
         found[path] = (module, modules[above])
     return list(found.values())
+
+
+def _use_all_weights(layer, inputs, output):
+    """Forward hook of a layer: gives every weight that trains a gradient, if a zero. Which get one else depends on the
+    input in some models (LongT5's, on its length), and the processes then add up gradients of different sizes."""
+    import torch
+
+    trained = [p.flatten()[0] for p in layer.parameters() if p.requires_grad]
+    if not trained or not torch.is_grad_enabled():
+        return output
+    first, *others = output if isinstance(output, tuple) else (output,)
+    first = first + 0 * torch.stack([p.to(first.dtype) for p in trained]).sum()
+    return (first, *others) if isinstance(output, tuple) else first
 
 
 def _largest(n: int, device) -> int:
