@@ -14,7 +14,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, small_model
 
 CONFIGS = ROOT / "accelerate_configs"
 OPTIONS = {  # heads without dropout: its random numbers are each process' own
@@ -38,7 +38,9 @@ def launch(processes: int, script: str, *options, config: str | None = None, wai
         command += ["--num_processes", str(processes), "--main_process_port", str(port)]
     elif processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(ROOT / script), "--device", "cpu", *map(str, options)]
+    command += [str(ROOT / script), *map(str, options)]
+    if script.startswith("train"):
+        command += ["--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     if not wait:
@@ -132,6 +134,8 @@ def test_spread_encoders_give_what_one_process_gives(spread, tiny, run):
     assert whole.keys() == gathered.keys()
     moved = 0
     for name, weights in whole.items():
+        if name.endswith("k_proj.bias"):
+            continue  # its gradient is 0 but for rounding, which Adam makes steps of
         assert torch.allclose(gathered[name], weights, atol=1e-3), name
         moved += "encoder.layers" in name and not torch.allclose(weights, start[name], atol=3e-3)
     assert moved > 10  # else their equality would say little
@@ -165,6 +169,15 @@ def test_a_process_holds_half_of_the_layers_weights(spread, tiny):
             int(n.replace(",", "")) for n in re.search(r"of ([\d,]+) weights .* holds ([\d,]+) ", text).groups()
         )
         assert total - mine == sum(p.numel() for part in parts for p in part.parameters()) / 2
+
+
+def test_several_architectures_can_be_spread(sample, tmp_path):
+    from spread_kinds import ENCODERS, POLICIES
+
+    for kind in (*ENCODERS, *POLICIES):
+        small_model(kind, tmp_path / kind, sample)
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    assert "compared: " + " ".join((*ENCODERS, *POLICIES)) in launch(2, "tests/spread_kinds.py", tmp_path, **fsdp)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
