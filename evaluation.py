@@ -51,10 +51,15 @@ def load_data(args, seen: frozenset[str] = frozenset()) -> tuple[Corpus, TurnSet
     return corpus, training, validation
 
 
-def place_encoder(encoder, args, accelerator):
-    """Puts an encoder on its device, with the options of the command line that say how it is run."""
+def place_encoder(encoder, args, accelerator, trains: bool = False):
+    """Puts an encoder on its device, with the options of the command line that say how it is run; one that `trains` is
+    spread where that is asked for."""
+    from sharding import spread
+
     encoder.tokens_per_batch = args.tokens_per_batch
-    encoder.to(accelerator.device)
+    spread(encoder, accelerator) if trains else encoder.to(accelerator.device)
+    if args.compile and encoder.agree:
+        raise UserError("--compile does not work on an encoder that is spread: leave it out, or train whole copies")
     if args.compile:
         encoder.compile()
     return encoder

@@ -499,6 +499,7 @@ class TurnEncoder(nn.Module):
             raise UserError(f"{name}: its tokenizer has neither an end nor a separator token, where a turn is read")
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._suffix[-1]
         self.tokens_per_batch: int | None = None  # None: by memory
+        self.agree: Callable[[int], int] | None = None  # see `runs.spread`
         self._run: Callable | None = None
 
     def compile(self) -> None:
@@ -579,6 +580,16 @@ class TurnEncoder(nn.Module):
         last = attention_mask.sum(dim=1) - 1  # every pair ends in its end token
         return hidden[torch.arange(len(last), device=hidden.device), last]
 
+    def _features(self, pairs: Sequence[TokenPair], autocast) -> torch.Tensor:
+        """(n, hidden) float32 of one pass; it is made, with a pair that says nothing, for no pairs too."""
+        blank = TokenPair(np.array(self._suffix[-1:], dtype=np.int32), 1)
+        with autocast():
+            return self(**self.collate(pairs or [blank])).float()[: len(pairs)]
+
+    def _filled(self, batches: list[np.ndarray], passes: int) -> list[np.ndarray]:
+        """`batches`, and empty ones up to as many as there are `passes`."""
+        return batches + [np.arange(0)] * (passes - len(batches))
+
     def encode_with_gradients(self, pairs: Sequence[TokenPair], autocast=nullcontext, parts: int = 1):
         """(n, hidden) float32 representations that gradients flow through.
 
@@ -589,14 +600,18 @@ class TurnEncoder(nn.Module):
         from torch.utils.checkpoint import checkpoint
 
         def features(batch):
-            with autocast():
-                return self(**self.collate([pairs[i] for i in batch])).float()
+            return self._features([pairs[i] for i in batch], autocast)
 
-        lengths = np.array([len(pair.ids) for pair in pairs])
+        if not len(pairs) and not self.agree:
+            return torch.zeros(0, self.hidden_size)
+        lengths = np.array([len(pair.ids) for pair in pairs], dtype=int)
         budget = self.token_budget(gradients=True)
-        if lengths.max() * len(lengths) * parts <= budget:
-            return features(np.arange(len(pairs)))
         batches = token_batches(lengths, budget)
+        passes = 0 if lengths.max(initial=0) * len(lengths) * parts <= budget else len(batches)
+        passes = self.agree(passes) if self.agree else passes
+        if not passes:  # all fit at once, in every process
+            return features(np.arange(len(pairs)))
+        batches = self._filled(batches, passes)
         rows = torch.cat([checkpoint(features, batch, use_reentrant=False) for batch in batches])
         return rows[torch.from_numpy(np.argsort(np.concatenate(batches))).to(rows.device)]
 
@@ -615,9 +630,9 @@ class TurnEncoder(nn.Module):
         features = torch.empty(len(pairs), self.hidden_size)
         lengths = np.array([len(pair.ids) for pair in pairs])
         with progress_bar(total=len(pairs), desc=progress, unit="turn", disable=progress is None) as bar:
-            for batch in token_batches(lengths, self.token_budget()):
-                with autocast():
-                    features[batch] = self(**self.collate([pairs[i] for i in batch])).float().cpu()
+            batches = token_batches(lengths, self.token_budget())
+            for batch in self._filled(batches, self.agree(len(batches)) if self.agree else len(batches)):
+                features[batch] = self._features([pairs[i] for i in batch], autocast).cpu()
                 if on_batch:
                     on_batch(batch, features[batch])
                 bar.update(len(batch))
@@ -625,11 +640,14 @@ class TurnEncoder(nn.Module):
         return features
 
     def save(self, folder: str | Path) -> None:
-        """Writes model and tokenizer as Hugging Face does, atomically."""
+        """Writes model and tokenizer as Hugging Face does, atomically; all processes call it together."""
         from runs import atomic_folder
+        from sharding import whole_state
 
+        adapted = hasattr(self.model, "peft_config")  # then only the adapter is written, which is never spread
+        state = whole_state(self.model) if self.agree and not adapted else None
         with atomic_folder(folder) as temporary:
-            self.model.save_pretrained(temporary)
+            self.model.save_pretrained(temporary, state_dict=state)
             self.tokenizer.save_pretrained(temporary)
 
 
@@ -977,6 +995,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.has_encoder = bool(model.config.is_encoder_decoder)
+        self.agree: Callable[[int], int] | None = None  # see `runs.spread`
         # starts at 0: the value of nothing learned yet
         self.value_head = nn.Linear(model.config.hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
@@ -1082,7 +1101,8 @@ class Policy(nn.Module):
             ended |= token == self.end
             if done and step % DONE_EVERY == 0:
                 ended |= done(response).to(ended.device)
-            if ended.all():
+            going = int(not ended.all())
+            if not (self.agree(going) if self.agree else going):
                 break
         return response, torch.stack(states, dim=1)
 
@@ -1109,7 +1129,11 @@ class Policy(nn.Module):
         return tuple(blank.masked_scatter(kept, x.float()) for x in (logprobs, values, entropies))
 
     def _states(self, query, query_mask, response, response_mask) -> torch.Tensor:
-        """(n, R, hidden) the last hidden state before each response token."""
+        """(n, R, hidden) the last hidden state before each response token; a pass is made for n = 0 too."""
+        if not len(query):
+            blank = response.new_full((1, response.shape[1]), self.end)
+            ones = torch.ones_like(blank)
+            return self._states(blank[:, :1], ones[:, :1], blank, ones)[:0]
         base = self.model.get_base_model()
         if self.has_encoder:
             encoded = base.get_encoder()(input_ids=query, attention_mask=query_mask).last_hidden_state
@@ -1236,7 +1260,7 @@ def _token_logprobs(logits_of: Callable, vocabulary: int, states: torch.Tensor, 
         return log_p.gather(1, chosen[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=1)
 
     size = max(1, LOGITS_PER_CHUNK // vocabulary)
-    parts = [chunk(states[i : i + size], tokens[i : i + size]) for i in range(0, len(states), size)]
+    parts = [chunk(states[i : i + size], tokens[i : i + size]) for i in range(0, max(len(states), 1), size)]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 

@@ -194,14 +194,13 @@ class PPO:
         from transformers.optimization import Adafactor
 
         self.policy, self.score, self.config, self.accelerator = policy, score, config, accelerator
-        optimizer = Adafactor(
+        self.optimizer = Adafactor(
             policy.trainable(),
             lr=config.learning_rate,
             scale_parameter=False,
             relative_step=False,
             warmup_init=False,
         )
-        self.optimizer = accelerator.prepare(optimizer)
         if config.batch_size < accelerator.num_processes:
             raise UserError(
                 f"--batch_size {config.batch_size}: expected at least one prompt for each of "
@@ -337,12 +336,17 @@ class PPO:
         """(n,) whether the next speaker has begun in the responses so far (n, R): what follows would be cut off."""
         return torch.tensor([bool(MARKERS.search(text)) for text in self._texts(tokens[:, -MARKER_TOKENS:])])
 
+    def _minibatches(self, n: int) -> range:
+        """Where the minibatches of this process' n responses begin; of a policy that is spread as many as any process
+        has, the last ones empty."""
+        return range(0, self.policy.agree(n) if self.policy.agree else n, self.config.mini_batch_size)
+
     @torch.no_grad()
     def look(self, rollout: Rollout) -> dict[str, torch.Tensor]:
         """Log-probabilities, values and entropies under the policy as it is, and the reference's log-probabilities."""
         columns = defaultdict(list)
         size = self.config.mini_batch_size
-        for first in range(0, len(rollout.texts), size):
+        for first in self._minibatches(len(rollout.texts)):
             inputs = rollout.rows(slice(first, first + size))
             if rollout.states is None:
                 seen = self.policy(*inputs)
@@ -398,7 +402,7 @@ class PPO:
         tokens = self._sum({"tokens": rollout.mask[mine].sum()})["tokens"]
         names = ("approx_kl", "policy_clipped", "value_clipped", "ratio", "policy_loss", "value_loss")
         sums = {name: torch.zeros((), device=device) for name in names}
-        for first in range(0, len(mine), config.mini_batch_size):
+        for first in self._minibatches(len(mine)):
             part = mine[first : first + config.mini_batch_size]
             logprobs, values, _ = self.policy(*rollout.rows(part))
             policy_loss, value_loss, found = ppo_loss(
@@ -437,6 +441,8 @@ class PPO:
             uniforms = self.draw_uniforms(len(part), limit, sampling)
             mine = share(part, self.accelerator)
             found, kl = [], []
+            if not mine and self.policy.agree:  # all take part: with a prompt that does not count
+                self.look(self.rollout(part[:1], uniforms[:1]))
             if mine:
                 rollout = self.rollout(mine, share(uniforms, self.accelerator))
                 seen = self.look(rollout)

@@ -54,9 +54,14 @@ def make_accelerator(device: str, dtype: str, cpu_dtype: str = "auto"):
         dtype: of forward and backward passes (weights stay float32): bfloat16, float32, or auto, which is bfloat16
             where the hardware computes in it.
         cpu_dtype: what auto means on a CPU.
+
+    Raises:
+        UserError: for a device that is not there, or a way to spread models that is not known here (see `spread`).
     """
     import torch
     from accelerate import Accelerator
+
+    from sharding import check_spreading
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
     if not available[device]:
@@ -64,12 +69,8 @@ def make_accelerator(device: str, dtype: str, cpu_dtype: str = "auto"):
     if dtype == "auto" and (device == "cpu" or not (available["cuda"] or available["mps"])):
         dtype = cpu_dtype
     bfloat16 = dtype == "bfloat16" or (dtype == "auto" and _computes_in_bfloat16(device))
+    check_spreading()
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if bfloat16 else "no")
-    if str(accelerator.distributed_type).split(".")[-1] in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
-        raise UserError(
-            f"accelerate is configured for {accelerator.distributed_type}: expected several whole copies of the model "
-            "(MULTI_GPU or MULTI_CPU); see accelerate_configs/"
-        )
     if not is_writer():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     return accelerator
@@ -118,14 +119,21 @@ def gather_shares(mine: list, accelerator) -> list:
 
 
 def sum_gradients(parameters: Iterable, accelerator) -> float:
-    """Adds up the gradients of all processes; one that had nothing to do adds zeros, so that none waits for it. Returns
-    the norm of the sum."""
+    """Adds up the gradients of all processes, where that is not done already (see `sharding.spread`); one that had
+    nothing to do adds zeros, so that none waits for it. Returns the norm of the sum."""
     import torch
 
+    from sharding import is_spread
+
     parameters = list(parameters)
+    spread, whole = ([p for p in parameters if is_spread(p) == kind] for kind in (True, False))
     if accelerator.num_processes > 1:
-        _sum_gradients(parameters, accelerator)
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+        _sum_gradients(whole, accelerator)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in whole if p.grad is not None]).double().cpu() ** 2
+    if spread:
+        mine = torch.nn.utils.get_total_norm([p.grad.to_local() for p in spread]) ** 2
+        norm += accelerator.reduce(mine, "sum").double().cpu()
+    return norm.sqrt().item()
 
 
 def _sum_gradients(parameters: list, accelerator) -> None:

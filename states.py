@@ -32,6 +32,7 @@ from runs import (
     reward_outputs,
     write_json,
 )
+from sharding import is_spread, reshard, spread_like
 
 STATES_KEPT = 2
 _FORMAT = "geli-state-1"
@@ -213,18 +214,20 @@ class Trained:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Name -> value."""
+        reshard(self.module)
         return {name: p.detach() for name, p in self._parameters().items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Copies values into the parameters, which stay where they are."""
+        reshard(self.module)
         mine = self._parameters()
         if mine.keys() != state.keys():
             raise ValueError(f"parameters {sorted(mine.keys() ^ state.keys())[:3]} are not in both")
         for name, parameter in mine.items():
             if parameter.shape != state[name].shape:
                 raise ValueError(f"{name} has the shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
-            parameter.copy_(state[name])
+            parameter.copy_(spread_like(parameter, state[name]))
 
 
 class RunState:
@@ -362,8 +365,9 @@ class RunState:
             from accelerate.utils import gather_object
 
             randoms = gather_object(randoms)
+        values = _whole(values or self._values())
         if is_writer():
-            _write(self.folder / f"step_{step:08}.safetensors", step, values or self._values(), randoms, self.inputs)
+            _write(self.folder / f"step_{step:08}.safetensors", step, values, randoms, self.inputs)
             for path in self._files()[:-STATES_KEPT]:
                 path.unlink(missing_ok=True)
         self.saved = step
@@ -376,7 +380,12 @@ class RunState:
 
     def _set_values(self, values: dict) -> None:
         for name, part in self.parts.items():
-            part.update(values[name]) if isinstance(part, dict) else part.load_state_dict(values[name])
+            if isinstance(part, dict):
+                part.update(values[name])
+                continue
+            if isinstance(part, torch.optim.Optimizer):
+                _spread_moments(part, values[name]["state"])
+            part.load_state_dict(values[name])
 
     def _random(self) -> dict:
         """The states of all sources of random numbers of this process."""
@@ -470,6 +479,24 @@ def _unpacked(tree, tensors: dict[str, torch.Tensor]):
     if kind == "dict":
         return {_unpacked(key, tensors): _unpacked(item, tensors) for key, item in content}
     return {"list": list, "tuple": tuple}[kind](_unpacked(item, tensors) for item in content)
+
+
+def _whole(value):
+    """A value whose tensors are whole, where they were spread over the processes (all of them ask together)."""
+    if isinstance(value, torch.Tensor):
+        return value.full_tensor() if is_spread(value) else value
+    if isinstance(value, dict):
+        return {key: _whole(item) for key, item in value.items()}
+    return type(value)(map(_whole, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _spread_moments(optimizer, state: dict[int, dict]) -> None:
+    """Spreads an optimizer's saved state as the parameters that it belongs to are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, entries in state.items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameters[i].shape:
+                entries[name] = spread_like(parameters[i], value)
 
 
 def _copied(value):

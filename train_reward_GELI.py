@@ -115,7 +115,8 @@ def main() -> None:
     seen = conversations_seen(path, saved)
     corpus, training, validation = load_data(args, seen)
     warn_of_leaks(seen, validation)
-    encoder = place_encoder(find_encoder(args, saved, path, frozen_dtype(accelerator)), args, accelerator)
+    encoder = find_encoder(args, saved, path, frozen_dtype(accelerator))
+    place_encoder(encoder, args, accelerator, trains=args.unfreeze)
     encoder_name = encoder.name
     described = {**vars(args), "data": corpus.numbers()}
     tracker = Tracker(folder.name, folder, described, args.run_name, accelerator, claim)
@@ -368,7 +369,8 @@ def train(args, head, turns: Encoded, training, validation, tracker, head_path: 
     parameters = [{"params": list(head.parameters()), "lr": args.learning_rate}]
     if args.unfreeze:
         parameters.append({"params": turns.encoder.trainable(), "lr": args.encoder_learning_rate})
-    optimizer = torch.optim.AdamW(parameters)
+    # foreach cannot mix weights that are spread with whole ones
+    optimizer = torch.optim.AdamW(parameters, foreach=False if turns.encoder.agree else None)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     best = {"steps": steps, "best_epoch": 0, "best_ge_loss": None}
     order: dict[str, list[int]] = {}  # of the conversations in this epoch
@@ -464,6 +466,8 @@ def batch_loss(args, head, turns: Encoded, training, chosen: list[int], scales, 
         ge = (score - decomposition.predicted_return(rewards.detach(), length).item()) ** 2
         hidden_seen.append(hidden)
         seen.append((part, ge, li.item(), rewards.detach().numpy()))
+    for _ in range(len(mine), -(-len(drawn) // turns.accelerator.num_processes)):  # where another process has one more
+        losses.append(turns.training(drawn[0][1][:0], drawn[0][2][:0], 1).sum())
     loss, term = torch.stack(losses).sum() / len(chosen), torch.zeros(())
     if contrastive and seen:
         labels = training.labels[np.concatenate([part for part, *_ in seen])]

@@ -82,7 +82,7 @@ def main() -> None:
     name, option = named_encoder(args)
     how = {"dtype": frozen_dtype(accelerator), "trust_remote_code": args.trust_remote_code}
     encoder = load_encoder(name, args.max_length, option, adapt=args.model in ADAPTED, **how)
-    place_encoder(encoder, args, accelerator)
+    place_encoder(encoder, args, accelerator, trains=True)
     described = {**vars(args), "data": corpus.numbers()}
     tracker = Tracker(folder.name, folder, described, args.run_name, accelerator, claim)
     config = RewardHeadConfig(
@@ -153,7 +153,8 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
         chosen_pairs = encoder.tokenize([validation.texts[i] for i in np.flatnonzero(chosen)])
 
     parameters = [*encoder.trainable(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate)
+    # foreach cannot mix weights that are spread with whole ones
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, foreach=False if encoder.agree else None)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
     head.to(accelerator.device)
     encoder.train()
@@ -232,9 +233,9 @@ def batch_loss(encoder, head, training, batch, shown, contrastive: bool, acceler
     from runs import share
 
     mine = share(np.arange(len(batch)), accelerator)
-    if not len(mine):
-        return torch.zeros(()), torch.zeros(2), torch.zeros(0)
     features = encoder.encode_with_gradients([shown[i] for i in mine], accelerator.autocast)
+    if not len(mine):
+        return features.sum(), torch.zeros(2), torch.zeros(0)
     with accelerator.autocast():
         rewards, hidden = head(features, with_hidden=True)
     rewards, part = rewards.squeeze(1).float(), len(mine) / len(batch)

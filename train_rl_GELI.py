@@ -324,11 +324,16 @@ def build_policy(args, accelerator, name: str):
     import torch
 
     from models import load_policy
+    from sharding import spread
 
     rank, alpha = (24, 48) if args.no_accel else (16, 32)
     half = accelerator.mixed_precision == "bf16"
     dtype = torch.bfloat16 if half else torch.float32
-    return load_policy(name, rank, alpha, dtype, args.trust_remote_code).to(accelerator.device)
+    policy = spread(load_policy(name, rank, alpha, dtype, args.trust_remote_code), accelerator)
+    if policy.agree and (args.algo != "ppo" or args.sft_steps):
+        option = "--sft_steps" if args.sft_steps else f"--algo {args.algo}"
+        raise UserError(f"{option}: TRL does not train a policy that is spread; use --algo ppo alone, or whole copies")
+    return policy
 
 
 def build_score(args, accelerator, head_path: Path | None):

@@ -1,8 +1,11 @@
-"""All three stages in two processes: the same results as in one, one writer, and no hang when one dies."""
+"""All three stages in two processes, with whole copies of the models and with their layers spread over the processes:
+the same results as in one, one writer, and no hang when one dies."""
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,28 +13,45 @@ import time
 import pandas as pd
 import psutil
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, run_script, small_model
 
+CONFIGS = ROOT / "accelerate_configs"
 OPTIONS = {  # heads without dropout: its random numbers are each process' own
     "train_reward_LI_only.py": "--val --epochs 1 --batch_size 31 --learning_rate 1e-3 --run_name li",
     "train_reward_GELI.py": "--train --val --affect_path li --epochs 2 --batch_size 1 --K 3 --run_name geli",
-    "train_rl_GELI.py": "--train --val --steps 2 --batch_size 7 --val_prompts 5 --rf_model GELI",
+    # of the minibatches and of the held-out prompts one process has fewer, and of the last ones none
+    "train_rl_GELI.py": "--train --val --steps 2 --batch_size 9 --val_prompts 10 --rf_model GELI",
 }
+UNFROZEN = "--train --val --epochs 1 --batch_size 1 --K 3 --unfreeze --encoder_learning_rate 1e-3 --run_name unfrozen"
 
 
-def launch(processes: int, script: str, *options, wait=True):
-    """Runs a script in one process, or in several that talk over gloo."""
+def launch(processes: int, script: str, *options, config: str | None = None, wait=True, **environment):
+    """Runs a script in one process, or in several that talk over gloo; with `config` as `accelerate launch` does with
+    that file of accelerate_configs/."""
     command = [sys.executable]
-    if processes > 1:
+    if config:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
+        command += ["--num_processes", str(processes), "--main_process_port", str(port)]
+    elif processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += [str(ROOT / script), *map(str, options)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    if script.startswith("train"):
+        command += ["--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     if not wait:
         return process
     out, error = process.communicate(timeout=300)
     assert process.returncode == 0, out + error
     return out
+
+
+def common(sample, out) -> list:
+    return ["--data_dir", sample, "--output_dir", out, "--context_turns", 2, "--dtype", "float32"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +62,7 @@ def runs(sample, tiny, tmp_path_factory):
         out = tmp_path_factory.mktemp(f"processes{processes}")
         printed = {}
         for script, options in OPTIONS.items():
-            data = ["--data_dir", sample, "--output_dir", out, "--context_turns", 2, "--dtype", "float32"]
+            data = common(sample, out)
             if script == "train_reward_LI_only.py":
                 data += ["--lang_model_path", tiny / "bart"]
             elif script == "train_rl_GELI.py":
@@ -52,24 +72,145 @@ def runs(sample, tiny, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("run", ["li", "geli"])
-def test_reward_stages_give_what_one_process_gives(runs, run):
-    metrics = {}
-    for processes, (out, _) in runs.items():
-        record = json.loads(next(out.glob(f"*/reward1_{run}.json")).read_text())
-        metrics[processes] = record["metrics"]["validation"]
-    assert metrics[1].keys() == metrics[2].keys()
-    for name, value in metrics[1].items():
-        assert metrics[2][name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+@pytest.fixture(scope="module")
+def spread(sample, tiny, runs, tmp_path_factory):
+    """(output folder of one process, of two with spread models, {script: what those two printed})
+
+    Stages 2 and 3 start in both from what one process trained in the stages before.
+    """
+    one, out = runs[1][0], tmp_path_factory.mktemp("spread")
+    li, geli = (next(one.glob(f"*/reward1_{run}")) for run in ("li", "geli"))
+    scripts = list(OPTIONS)
+    printed = {}
+    # ZeRO 2, as `accelerate launch` passes it on: it needs DeepSpeed installed, which the scripts do not
+    zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+    options = [*OPTIONS[scripts[0]].split(), "--lang_model_path", tiny / "bart", *common(sample, out)]
+    printed[scripts[0]] = launch(2, scripts[0], *options, **zero)
+    # as many tokens at once as make the processes' numbers of passes differ
+    options = [*UNFROZEN.split(), "--affect_path", li, "--tokens_per_batch", 120]
+    launch(1, scripts[1], *options, *common(sample, one))
+    printed[scripts[1]] = launch(2, scripts[1], *options, *common(sample, out), config="fsdp")
+    options = [*OPTIONS[scripts[2]].split(), "--reward_path", geli, "--model_name", tiny / "llama"]
+    printed[scripts[2]] = launch(2, scripts[2], *options, *common(sample, out), config="fsdp")
+    return one, out, printed
 
 
-def test_stage_3_gives_what_one_process_gives(runs):
-    first, second = (pd.read_csv(out / "rlmf_weights" / "GELI_llama_steps.csv") for out, _ in runs.values())
+def assert_same_validation(outs, run: str) -> None:
+    """The validation metrics of a reward run are the same in both output folders."""
+    first, second = (
+        json.loads(next(out.glob(f"*/reward1_{run}.json")).read_text())["metrics"]["validation"] for out in outs
+    )
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert second[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+
+
+def assert_same_ppo(outs) -> None:
+    """The first step, and what was measured before it, are the same in both output folders."""
+    first, second = (pd.read_csv(out / "rlmf_weights" / "GELI_llama_steps.csv") for out in outs)
     columns = ("score_mean", "human_score_mean", "kl", "policy_loss", "value_loss", "entropy", "response_length_mean")
     for column in columns:
         assert second[column][0] == pytest.approx(first[column][0], abs=1e-3), column
-    before = [json.loads((out / "rlmf_weights" / "GELI_llama.json").read_text())["metrics"] for out, _ in runs.values()]
+    before = [json.loads((out / "rlmf_weights" / "GELI_llama.json").read_text())["metrics"] for out in outs]
     assert before[1]["before"] == pytest.approx(before[0]["before"], abs=1e-3)
+
+
+@pytest.mark.parametrize("run", ["li", "geli"])
+def test_reward_stages_give_what_one_process_gives(runs, run):
+    assert_same_validation([out for out, _ in runs.values()], run)
+
+
+def test_stage_3_gives_what_one_process_gives(runs):
+    assert_same_ppo([out for out, _ in runs.values()])
+
+
+@pytest.mark.parametrize("run", ["li", "unfrozen"])
+def test_spread_encoders_give_what_one_process_gives(spread, tiny, run):
+    from safetensors.torch import load_file
+
+    assert_same_validation(spread[:2], run)
+    whole, gathered = (load_file(next(out.glob(f"*/lang_model_{run}")) / "model.safetensors") for out in spread[:2])
+    start = load_file(tiny / "bart" / "model.safetensors")
+    assert whole.keys() == gathered.keys()
+    moved = 0
+    for name, weights in whole.items():
+        if name.endswith("k_proj.bias"):
+            continue  # its gradient is 0 but for rounding, which Adam makes steps of
+        assert torch.allclose(gathered[name], weights, atol=1e-3), name
+        moved += "encoder.layers" in name and not torch.allclose(weights, start[name], atol=3e-3)
+    assert moved > 10  # else their equality would say little
+
+
+def test_a_spread_policy_gives_what_one_process_gives(spread):
+    assert_same_ppo(spread[:2])
+
+
+def test_what_spread_models_leave_has_the_same_names_and_loads_in_one_process(spread, sample, tiny):
+    one, out, _ = spread
+    for pattern in ("*/lang_model_li/*", "*/lang_model_unfrozen/*", "rlmf_weights/*", "rlmf_weights/GELI_llama_2/*"):
+        names = [{path.name for path in folder.glob(pattern)} for folder in (one, out)]
+        assert names[0] == names[1] and names[0], pattern
+    assert not list(out.rglob("*.tmp*"))
+    options = ["--val", "--val_prompts", 3, "--reward_path", next(out.glob("*/reward1_unfrozen"))]
+    launch(1, "train_rl_GELI.py", *options, "--model_name", tiny / "llama", *common(sample, out))
+
+
+def test_a_process_holds_half_of_the_layers_weights(spread, tiny):
+    from transformers import AutoModelForCausalLM, BartModel
+
+    bart, llama = BartModel.from_pretrained(tiny / "bart"), AutoModelForCausalLM.from_pretrained(tiny / "llama")
+    layers = (
+        [*bart.encoder.layers, *bart.decoder.layers],
+        [*bart.encoder.layers, *bart.decoder.layers],
+        llama.model.layers,
+    )
+    for text, parts in zip(spread[2].values(), layers, strict=True):
+        total, mine = (
+            int(n.replace(",", "")) for n in re.search(r"of ([\d,]+) weights .* holds ([\d,]+) ", text).groups()
+        )
+        assert total - mine == sum(p.numel() for part in parts for p in part.parameters()) / 2
+
+
+def test_several_architectures_can_be_spread(sample, tmp_path):
+    from spread_kinds import ENCODERS, POLICIES
+
+    for kind in (*ENCODERS, *POLICIES):
+        small_model(kind, tmp_path / kind, sample)
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    assert "compared: " + " ".join((*ENCODERS, *POLICIES)) in launch(2, "tests/spread_kinds.py", tmp_path, **fsdp)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_the_configurations(path, monkeypatch):
+    from accelerate.commands import launch as launcher
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    import sharding
+
+    args = launcher.launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+    args, *_ = launcher._validate_launch_command(args)
+    args.deepspeed_fields_from_accelerate_config = ""
+    found = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", found)
+        sharding.check_spreading()  # refuses none of them
+    spread = path.stem.startswith(("fsdp", "deepspeed"))
+    assert (found.get("ACCELERATE_USE_FSDP") == "true") == spread
+    if spread:
+        assert found["FSDP_RESHARD_AFTER_FORWARD"] == ("false" if path.stem.endswith("zero2") else "true")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "fsdp_version 2"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "zero_stage from 0 to 3"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM"),
+    ],
+)
+def test_what_is_not_done_is_refused(variable, value, says):
+    result = run_script("train_rl_GELI.py", "--val", "--device", "cpu", check=2, **{variable: value})
+    assert says in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_one_process_writes_and_speaks(runs):
@@ -77,7 +218,8 @@ def test_one_process_writes_and_speaks(runs):
         {path.relative_to(out).as_posix() for path in out.rglob("*") if "wandb" not in path.parts and path.is_file()}
         for out, _ in runs.values()
     ]
-    kept = [{name for name in found if not name.startswith("cache/features")} for found in names]
+    # "unfrozen" is `spread`'s, of one process alone
+    kept = [{n for n in found if not n.startswith("cache/features") and "unfrozen" not in n} for found in names]
     assert kept[0] == kept[1]
     assert not [name for name in names[1] if ".tmp" in name]
     for _, printed in runs.values():
