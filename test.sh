@@ -5,7 +5,8 @@ cd "$(dirname "$0")"
 source setup_env.sh
 setup_env requirements.txt requirements-test.txt requirements-trl.txt
 
-export HF_HUB_OFFLINE=1 WANDB_MODE=offline
+export HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 # a core for each worker
+cores=$(nproc)
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+python -m pytest -n $((cores < 4 ? cores : 4)) --dist loadfile "$@"

@@ -171,6 +171,22 @@ def test_a_process_holds_half_of_the_layers_weights(spread, tiny):
         assert total - mine == sum(p.numel() for part in parts for p in part.parameters()) / 2
 
 
+def test_a_spread_run_goes_on_after_a_kill(spread, sample, tiny, tmp_path):
+    script, zero = "train_reward_LI_only.py", {"ACCELERATE_USE_DEEPSPEED": "true"}
+    zero["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = "2"
+    options = [*OPTIONS[script].split(), "--lang_model_path", tiny / "bart", *common(sample, tmp_path)]
+    options += ["--save_steps", 3, "--resume"]
+    launcher = launch(2, script, *options, wait=False, **zero)
+    while not list(tmp_path.glob("*/state_li/step_*")):
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    for process in [*psutil.Process(launcher.pid).children(recursive=True), launcher]:
+        process.kill()
+    launcher.communicate()
+    assert "Going on after step" in launch(2, script, *options, **zero)
+    assert_same_validation([spread[1], tmp_path], "li")
+
+
 def test_several_architectures_can_be_spread(sample, tmp_path):
     from spread_kinds import ENCODERS, POLICIES
 
