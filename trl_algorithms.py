@@ -1,6 +1,6 @@
 """`--algo rloo`, `--algo grpo` and `--sft_steps`: TRL's maintained trainers on our prompts, reward, LoRA and folders.
 
-For users who outgrow the PPO loop: TRL brings vLLM rollouts and spread-out models through its own options (`--trl`).
+For users who outgrow the PPO loop: TRL brings vLLM rollouts and more through its own options (`--trl`).
 """
 
 import tempfile
