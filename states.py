@@ -169,7 +169,8 @@ def _find(args, folder: Path, outputs, record, name: str | None) -> tuple[Claim 
         try:
             if not reason:
                 return Claim(folder, own, outputs(own), resume=True), False
-            refused.append(f"{path} was started with {reason}")
+            if name or list(path.glob("step_*")):  # else there is nothing in it to go on with
+                refused.append(f"{path} was started with {reason}")
         except UserError as error:
             refused.append(str(error))
     if name and not found and (known := _arguments(record(name))) is not None:

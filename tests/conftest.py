@@ -16,12 +16,13 @@ ROOT = Path(__file__).parent.parent
 
 def run_script(script: str, *arguments, cwd=None, check: int | None = 0, **environment):
     """Runs one of the commands as a user does; `check` is the exit code that is expected."""
+    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # not this process' wandb
     result = subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={**own, **environment},
     )
     if check is not None:
         assert result.returncode == check, f"{script} exited with {result.returncode}\n{result.stdout}\n{result.stderr}"

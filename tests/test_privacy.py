@@ -133,6 +133,7 @@ def ran(marked, tmp_path_factory):
         for name, value in marked.environment.items():
             patch.setenv(name, value)
         first, *others = commands(marked, out)
+        wandb.teardown()  # what other tests have started knows nothing of these settings
         printed = [run_script(*first).stdout, *(call_script(*command).stdout for command in others)]
         wandb.teardown()  # else it writes on for a while
     os.umask(before)
