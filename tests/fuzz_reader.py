@@ -78,7 +78,8 @@ def csv_of(rows: list[list[str]], quotes: str = "needed", end: str = "\n") -> by
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Changes: of a content, function(rng, content, content of that file in another conversation) -> content; of a table,
-# function(rng, rows, header first) -> rows; of a folder, function(rng, folder), once it is written
+# function(rng, rows, header first) -> rows; of a folder, function(rng, folder), once it is written;
+# of a case, function(rng, case, another conversation's case)
 
 MARK = "\ufeff".encode()  # byte order mark
 NASTY = b'""""\n\r,,;\t\0\\\'-+.eE019 \xff\xc3\xef\xbb\xbf'
@@ -141,11 +142,13 @@ def cells(columns, *kinds, times=(1, 3, 1000), where=slice(1, None), quotes=("ne
 
 
 def rows_by(change):
-    """change(rng, row) in place of some rows, or of all."""
-    share = (0.1, 1)
-    return edit(
-        lambda rng, rows: [rows[0], *(change(rng, r) if rng.random() < rng.choice(share) else r for r in rows[1:])]
-    )
+    """change(rng, row) in place of one row, or of all."""
+
+    def changed(rng, rows):
+        chosen = rng.choice((range(1, len(rows)), [rng.randrange(1, len(rows))]))
+        return [change(rng, row) if i in chosen else row for i, row in enumerate(rows)]
+
+    return edit(changed)
 
 
 def turned(rows):
@@ -205,7 +208,7 @@ def odd_names(rng, case, other):
 # The mutations: name -> change
 
 ANY, TALK, SHOWN, RATED = [], [TRANSCRIPT], [FEATURES_FILE], [SURVEY_FILE]  # ANY: one of the three
-CONTENTS = {
+CONTENTS = {  # name: (files, change); those of bytes are done one to three times
     "bytes: flip": (ANY, lambda rng, x, y:
         (int.from_bytes(x) ^ 1 << rng.randrange(8 * len(x) or 1)).to_bytes(len(x) or 1)),
     "bytes: insert": (ANY, lambda rng, x, y: bytes([rng.choice((*NASTY, *rng.randbytes(40)))]).join(cut(rng, x))),
@@ -264,6 +267,7 @@ CONTENTS = {
     "faces: even ties": (SHOWN, cells(PROBABILITIES, ["0.7", "0.3", "0.1", "0", "0", "0"], times=(10_000,))),
     "survey: somebody twice, missing, or nobody": (RATED, lambda rng, x, y: rng.choice((
         edit(lambda rng, t: [t[0], *rng.choices(t[1:], k=rng.randrange(4))]),
+        edit(lambda rng, t: [*t, [f" {cell} " for cell in rng.choice(t[1:])]]),
         cells(["user_id"], OWN, ["", "nobody", " "])))(rng, x, y)),
     "survey: answers that are none": (RATED, cells(REWARD_CLASSES, [
         "", "often", "700", "-1", "1e1", "nan", "inf", "1_0", "\uff17", "0x7", "True", "7,5", "7.5", " 7 ", "١"])),
