@@ -64,14 +64,14 @@ def reference_table(folder: Path, file: str, ids: set[str] = frozenset()) -> tup
 
 
 def reference_number(cell: str) -> float:
-    value = float(cell) if NUMBER.fullmatch(cell := cell.strip()) else math.nan
+    value = float(cell) if NUMBER.fullmatch(cell := cell.strip(" \t\n\r\v\f")) else math.nan
     return value if math.isfinite(value) else math.nan
 
 
 def reference_seconds(cell: str) -> float:
     found = TIME.fullmatch(cell.strip())
     if not found:
-        return reference_number(cell)
+        return reference_number(cell.strip())
     days, hours, minutes, seconds = found.groups(default="0")
     return int(days) * 86400 + int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 

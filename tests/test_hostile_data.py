@@ -185,7 +185,7 @@ def test_a_name_that_looks_like_a_missing_value_is_a_name(folder, name):
     assert conversation.speakers == ("u", name) and conversation.answers[name] == {"overall_affect": 4}
 
 
-@pytest.mark.parametrize("cell", ["1_0", "\uff17", "0x7", "True", "inf", "nan", "-1", "11", "7,5"])
+@pytest.mark.parametrize("cell", ["1_0", "\uff17", "0x7", "True", "inf", "nan", "-1", "11", "7,5", "7\x1e", "7\x85"])
 def test_what_is_no_answer_is_none(folder, cell):
     lines = (folder / SURVEY_FILE).read_text().splitlines()
     at = lines[0].split(",").index("overall_affect")
