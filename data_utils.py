@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -251,7 +251,7 @@ def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversa
     if not folder.name.isprintable():  # such an id could be neither written to a file nor shown
         raise Dropped("the folder's name has characters that cannot be printed")
     turns, skipped = _read_transcript(folder / "transcription" / f"transcript_{transcript}.csv")
-    speakers = tuple(dict.fromkeys(turn[1] for turn in turns))
+    speakers = tuple(dict.fromkeys(turn.speaker for turn in turns))
     if len(speakers) != 2:
         raise Dropped(f"2 speakers are expected, {len(speakers)} found in the transcript")
     faces = _read_faces(folder / FEATURES_FILE, speakers)
@@ -259,8 +259,8 @@ def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversa
         raise Dropped(f"{FEATURES_FILE}: no frame with a face of either speaker")
     answers, questions = _read_survey(folder / SURVEY_FILE, speakers)
 
-    who = np.array([speakers.index(turn[1]) for turn in turns])
-    start, stop, n_words = (np.array([turn[i] for turn in turns]) for i in (2, 3, 5))
+    who = np.array([speakers.index(turn.speaker) for turn in turns])
+    start, stop, n_words = (np.array([getattr(turn, name) for turn in turns]) for name in ("start", "stop", "n_words"))
     affect, share = np.full(len(turns), NEUTRAL), np.zeros(len(turns))
     for i, listener in enumerate(speakers[::-1]):
         rows = np.flatnonzero(who == i)
@@ -268,7 +268,9 @@ def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversa
     return Conversation(
         id=folder.name,
         speakers=speakers,
-        turns=tuple(Turn(*turn, *face) for turn, *face in zip(turns, affect.tolist(), share.tolist(), strict=True)),
+        turns=tuple(
+            Turn(*turn[:-2], *face) for turn, *face in zip(turns, affect.tolist(), share.tolist(), strict=True)
+        ),
         answers={user: answers[user] for user in speakers if user in answers},
         questions=questions,
         skipped_turns=skipped,
@@ -276,7 +278,7 @@ def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversa
 
 
 def _read_bytes(path: Path) -> bytes:
-    """A file of UTF-8 text, without byte order mark.
+    """A file of UTF-8 text, without byte order mark and without NUL.
 
     Raises:
         Dropped: if it is anything else. A FIFO would keep whoever opens it waiting, and /dev/zero has no end.
@@ -325,7 +327,7 @@ def _read_rows(path: Path) -> list[list[str]]:
 
 
 def _read_csv(
-    path: Path, required: Iterable[str], optional: Iterable[str] = (), ids: Iterable[str] = (), id_column: str = ""
+    path: Path, required: Sequence[str], optional: Iterable[str] = (), ids: Iterable[str] = (), id_column: str = ""
 ) -> dict[str, list[str]]:
     """The wanted columns of a CSV file, cell by cell.
 
@@ -339,7 +341,6 @@ def _read_csv(
         Dropped: if a required column is missing, a wanted one is there twice, or the file is no CSV.
     """
     header, *rows = _read_rows(path)
-    required = list(required)
     places = {name: header.index(name) for name in (*required, *optional) if name in header}
     if missing := [name for name in required if name not in places]:
         raise Dropped(f"{path.name}: no column {', '.join(missing)}")
@@ -348,8 +349,7 @@ def _read_csv(
     columns = {name: [row[i] for row in rows] for name, i in places.items()}
     known = {*ids, *map(str.strip, columns.get(id_column, ()))} - {""}
     long_cells = (cell for row in rows for cell in row if "\n" in cell or "\r" in cell)
-    parts = (part[0].strip(' "') for cell in long_cells for part in re.finditer(r"[^,\r\n]+", cell))
-    if not known.isdisjoint(parts):
+    if any(part[0].strip(' "') in known for cell in long_cells for part in re.finditer(r"[^,\r\n]+", cell)):
         raise Dropped(f"{path.name}: a cell has a row in it (a stray quote?)")
     return columns
 
@@ -363,9 +363,9 @@ def _number(cell: str) -> float:
     return value if math.isfinite(value) else math.nan
 
 
-def _read_transcript(path: Path) -> tuple[list[tuple], Counter]:
-    """The rows that are turns, (turn_id, speaker, start, stop, utterance, n_words), in the order of their ids; and how
-    many were skipped, by reason.
+def _read_transcript(path: Path) -> tuple[list[Turn], Counter]:
+    """The rows that are turns, in the order of their ids, neutral as long as no face was read; and how many were
+    skipped, by reason.
 
     Raises:
         Dropped: if there are none, or no table.
@@ -389,10 +389,10 @@ def _read_transcript(path: Path) -> tuple[list[tuple], Counter]:
             skipped[f"utterance of more than {MOST_CHARACTERS:,} characters"] += 1
         else:
             n_words = int(n) if 0 <= n <= MOST_WORDS else len(utterance.split())
-            turns.append((turn_id, speaker, start, stop, utterance, n_words))
+            turns.append(Turn(turn_id, speaker, start, stop, utterance, n_words, NEUTRAL, 0.0))
     if not turns:
         raise Dropped("the transcript has no usable turn")
-    order = np.array([_number(turn[0]) for turn in turns])
+    order = np.array([_number(turn.turn_id) for turn in turns])
     known = order[~np.isnan(order)]
     if len(known) == len(order):
         turns = [turns[i] for i in np.argsort(order, kind="stable")]
@@ -417,8 +417,8 @@ def _read_faces(path: Path, speakers: tuple[str, str]) -> dict[str, tuple[np.nda
 
 
 def _fast_faces(path: Path, names: list[str]):
-    """The columns of a sound file: users (m,), times (m,) as text, probabilities (m, 8). None for a file that is not
-    quite regular, of which `_careful_faces` says what it is."""
+    """The columns of a sound file: users (m,), times (m,) as text, probabilities (m, 8), by pyarrow. None for a file
+    that is not quite regular, of which `_careful_faces` says what it is."""
     import pyarrow as pa
     from pyarrow import csv
 
@@ -437,13 +437,12 @@ def _fast_faces(path: Path, names: list[str]):
         )
     except (pa.ArrowException, Dropped):
         return None
+    if not len(table):
+        return None
     users = table["user_id"].combine_chunks().dictionary_encode()
     known = np.array([user.strip() for user in users.dictionary.to_pylist()], dtype=object)
-    if not len(known):
-        return None
-    times = table["timedelta"].to_pandas()
     probabilities = np.column_stack([table[name].to_numpy() for name in names])
-    return known[users.indices.to_numpy()], times, probabilities
+    return known[users.indices.to_numpy()], table["timedelta"].to_pandas(), probabilities
 
 
 def _careful_faces(path: Path, names: list[str], speakers: Iterable[str] = ()):

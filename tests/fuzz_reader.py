@@ -5,7 +5,7 @@
 A mutated conversation must load or be dropped with a reason. Anything else is counted as a crash, a hang, or a wrong
 value, and makes the exit code 1. A value is wrong where any of these does not hold:
 
-- a second reader, written here plainly after DESIGN.md, comes to the same conversation, or drops it too;
+- a second reader, `second_reader.py`, comes to the same conversation, or drops it too;
 - a line of the transcript that a mutation left alone is a turn, with that line's cells;
 - a mutation that changes nothing of what was said, shown or answered changes nothing of the conversation;
 - read through the cache it is the same, both times; and what is in range by `Conversation`'s documentation is.
@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import faulthandler
 import io
+import itertools
 import math
 import os
 import random
@@ -23,223 +24,90 @@ import re
 import resource
 import shutil
 import signal
-import socket
+import stat
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from second_reader import FILES, PROBABILITIES, READ, TRANSCRIPT, Refused, reference, reference_seconds
+
 import data_utils
 from cli import REWARD_CLASSES, UserError
-from data_utils import ANSWER_LIMITS, FACES, FEATURES_FILE, MIN_WORDS, MOST_WORDS, SURVEY_FILE, Conversation, Dropped
+from data_utils import FACES, FEATURES_FILE, MOST_WORDS, SURVEY_FILE, Conversation, Dropped
 
-TRANSCRIPT = "transcription/transcript_cliffhanger.csv"
-FILES = (TRANSCRIPT, FEATURES_FILE, SURVEY_FILE)
-PROBABILITIES = [f"prob_face_{face}" for face in FACES]
 LIMIT = 10  # seconds a conversation
 BATCH = 50  # conversations that are read as a corpus too, through the cache
 
 
 @dataclasses.dataclass
 class Case:
-    """A conversation as it will lie on disk: content of each file, its folder's name, and what is done to the folder
-    when the files are there."""
+    """A conversation: content of each file, its folder's name, and what happens to the folder once it is written."""
 
     files: dict[str, bytes]
     name: str
-    on_disk: list[Callable[[Path], None]] = dataclasses.field(default_factory=list)
+    then: Callable[[Path], object] = lambda folder: None
 
-    def text(self, file: str) -> str:
-        return self.files[file].decode("utf-8-sig")
+    def write(self, parent: Path) -> Path:
+        folder = parent / self.name
+        for file, content in self.files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_bytes(content)
+        self.then(folder)
+        return folder
 
-    def rows(self, file: str) -> list[list[str]]:
-        return list(csv.reader(io.StringIO(self.text(file), newline="")))
 
-    def write(self, file: str, rows: list[list[str]], end: str = "\n", all_quoted: bool = False) -> None:
-        def shown(cell: str) -> str:  # csv.writer leaves a line end that is not its own without quotes
-            return '"' + cell.replace('"', '""') + '"' if all_quoted or set(cell) & set('",\r\n') else cell
+def rows_of(content: bytes) -> list[list[str]]:
+    """The rows of a sound file, header first."""
+    return list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
 
-        self.files[file] = "".join(",".join(map(shown, row)) + end for row in rows).encode()
 
-    def edit(self, file: str, change: Callable[[list[str], list[list[str]]], object], **how) -> None:
-        """change(header, rows) in place."""
-        header, *rows = self.rows(file)
-        change(header, rows)
-        self.write(file, [header, *rows], **how)
+def csv_of(rows: list[list[str]], quotes: str = "needed", end: str = "\n") -> bytes:
+    """The file of these rows, with quotes where `needed`, around `all` cells or around `none`."""
+
+    def shown(cell: str) -> str:  # csv.writer leaves a line end that is not its own without quotes
+        bare = quotes == "none" or (quotes == "needed" and not set(cell) & set('",\r\n'))
+        return cell if bare else '"' + cell.replace('"', '""') + '"'
+
+    return "".join(",".join(map(shown, row)) + end for row in rows).encode()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mutations: name -> function(rng, case, other), `other` being another conversation's case
+# Changes: of a content, function(rng, content, content of that file in another conversation) -> content; of a table,
+# function(rng, rows, header first) -> rows; of a folder, function(rng, folder), once it is written;
+# of a case, function(rng, case, another conversation's case)
 
-MUTATIONS: dict[str, Callable] = {}
-
-
-def mutation(name: str):
-    def register(function):
-        MUTATIONS[name] = function
-        return function
-
-    return register
-
-
-def some_file(rng) -> str:
-    return rng.choices(FILES, (6, 2, 2))[0]
-
-
+MARK = "\ufeff".encode()  # byte order mark
 NASTY = b'""""\n\r,,;\t\0\\\'-+.eE019 \xff\xc3\xef\xbb\xbf'
-
-
-def bytewise(name: str):
-    """A mutation of a file's bytes, done one to three times: function(rng, content, other content) -> content."""
-
-    def register(function):
-        @mutation(f"bytes: {name}")
-        def mutate(rng, case, other):
-            file = some_file(rng)
-            for _ in range(rng.choice((1, 1, 2, 3))):
-                case.files[file] = function(rng, case.files[file], other.files[file])
-
-        return function
-
-    return register
-
-
-def span(rng, content: bytes) -> tuple[int, int]:
-    start = rng.randrange(len(content) + 1)
-    return start, min(len(content), start + int(rng.paretovariate(0.6)))
-
-
-@bytewise("flip")
-def _(rng, content, other):
-    at = rng.randrange(max(1, len(content)))
-    return content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :] if content else content
-
-
-@bytewise("insert")
-def _(rng, content, other):
-    at = rng.randrange(len(content) + 1)
-    return content[:at] + bytes(rng.choice((rng.randrange(256), rng.choice(NASTY))) for _ in range(1)) + content[at:]
-
-
-@bytewise("delete")
-def _(rng, content, other):
-    start, stop = span(rng, content)
-    return content[:start] + content[stop:]
-
-
-@bytewise("duplicate")
-def _(rng, content, other):
-    start, stop = span(rng, content)
-    return content[:stop] + content[start:stop] + content[stop:]
-
-
-@bytewise("splice from another conversation")
-def _(rng, content, other):
-    (a, b), (start, stop) = span(rng, content), span(rng, other)
-    return content[:a] + other[start:stop] + content[b:]
-
-
-@bytewise("swap two spans")
-def _(rng, content, other):
-    a, b, c, d = sorted(rng.randrange(len(content) + 1) for _ in range(4))
-    return content[:a] + content[c:d] + content[b:c] + content[a:b] + content[d:]
-
-
-@bytewise("truncate")
-def _(rng, content, other):
-    return content[: rng.randrange(len(content) + 1)]
-
-
-@bytewise("cut off the front")
-def _(rng, content, other):
-    return content[rng.randrange(len(content) + 1) :]
-
-
-@bytewise("random bytes")
-def _(rng, content, other):
-    return rng.randbytes(int(rng.paretovariate(0.5)) % 5000)
-
-
-@bytewise("another file of the conversation")
-def _(rng, content, other):
-    return other
-
-
-@mutation("bytes: files in each other's place")
-def _(rng, case, other):
-    a, b = rng.sample(FILES, 2)
-    case.files[a], case.files[b] = case.files[b], case.files[a]
-
-
-@bytewise("NUL bytes")
-def _(rng, content, other):
-    at = rng.randrange(len(content) + 1)
-    return content[:at] + bytes(rng.choice((1, 1, 2, 4096))) + content[at:]
-
-
 ENCODINGS = "utf-16 utf-16-le utf-16-be utf-32 utf-7 latin-1 cp1252 cp037 shift_jis".split()
+ENDS = [end.encode() for end in ("\n", "\r", "\r\n", "\n\n", "\n\r", "\x0b", "\x0c", "\x1e", "\x85", "\u2028")]
 
 
-@mutation("encodings: another one")
-def _(rng, case, other):
-    file = some_file(rng)
-    accents = case.text(file).replace("e", "é", 3) if rng.random() < 0.5 else case.text(file)
-    case.files[file] = accents.encode(rng.choice(ENCODINGS), "replace")
+def cut(rng, content: bytes, cuts: int = 1) -> list[bytes]:
+    """The content in parts, cut anywhere."""
+    places = sorted(rng.randrange(len(content) + 1) for _ in range(cuts))
+    return [content[a:b] for a, b in itertools.pairwise([0, *places, len(content)])]
 
 
-@mutation("encodings: several byte order marks, or misplaced ones")
-def _(rng, case, other):
-    file = some_file(rng)
-    content, mark = case.files[file], "\ufeff".encode()
-    at = rng.randrange(len(content))
-    case.files[file] = rng.choice((mark * 2 + content, content[:at] + mark + content[at:], content + mark))
+def span(rng, content: bytes) -> list[bytes]:
+    """What is before a span, the span, mostly a short one, and what is behind it."""
+    start = rng.randrange(len(content) + 1)
+    stop = start + int(rng.paretovariate(0.6))
+    return [content[:start], content[start:stop], content[stop:]]
 
 
-@mutation("encodings: lines that end in many ways")
-def _(rng, case, other):
-    file = some_file(rng)
-    ends = ("\n", "\r", "\r\n", "\n\n", "\n\r", "\x0b", "\x0c", "\x1e", "\x85", "\u2028")
-    odd = rng.choice((0.02, 0.5))
-    lines = case.text(file).split("\n")
-    case.files[file] = "".join(x + (rng.choice(ends) if rng.random() < odd else "\n") for x in lines).encode()
-
-
-@mutation("quotes: stray ones")
-def _(rng, case, other):
-    file = some_file(rng)
-    content = case.files[file]
-    for _ in range(rng.choice((1, 2, 2, 3, 4))):
-        ends = [m.start() for m in re.finditer(rb"(?<=[,\n])|(?=[,\r\n])", content)] or [0]
-        at = rng.choice(ends) if rng.random() < 0.8 else rng.randrange(len(content) + 1)
-        content = content[:at] + rng.choice((b'"', b'"', b'"', b'""')) + content[at:]
-    case.files[file] = content
-
-
-@mutation("quotes: two that make one cell of two places in a column")
-def _(rng, case, other):
-    file = rng.choices(FILES, (4, 1, 3))[0]
-    lines = [line.split(b",") for line in case.files[file].split(b"\n")]
-    first, last = sorted(rng.sample(range(1, len(lines)), 2)) if len(lines) > 2 else (0, 0)
-    if rng.random() < 0.6:
-        last = min(first + rng.choice((1, 1, 2)), len(lines) - 1)
-    column = rng.randrange(len(lines[0]))
+def one_cell_of_two(rng, content, other):
+    lines = [line.split(b",") for line in content.split(b"\n")]
+    first, column = rng.randrange(len(lines)), rng.randrange(len(lines[0]))
+    last = min(first + rng.choice((1, 1, 2, rng.randrange(len(lines)))), len(lines) - 1)
     if column < min(len(lines[first]), len(lines[last])):
         lines[first][column] = b'"' + lines[first][column]
         lines[last][column] += b'"'
-    case.files[file] = b"\n".join(b",".join(line) for line in lines)
-
-
-@mutation("quotes: all of one kind gone, or others in their place")
-def _(rng, case, other):
-    file = some_file(rng)
-    case.edit(file, lambda header, rows: None, all_quoted=True)
-    content = case.files[file]
-    case.files[file] = rng.choice(
-        (content.replace(b'"', b"'"), content.replace(b'"', b"", 1), content.replace(b',"', b", "))
-    )
+    return b"\n".join(map(b",".join, lines))
 
 
 HOSTILE_CELLS = [
@@ -250,674 +118,281 @@ HOSTILE_CELLS = [
     "-1 days +23:59:59", "1 days", "00:01", "0 days 00:00:01.5", "99999999 days 00:00:00", "P0DT0H1M7S", "1 h", "5 min",
     "NaT", "now",
 ]  # fmt: skip
+OWN = []  # in place of values: those that the column has
 
 
-@mutation("cells: hostile ones")
-def _(rng, case, other):
-    def change(header, rows):
-        wanted = [i for i, name in enumerate(header) if name != "feature"] or [0]
-        for _ in range(rng.choice((1, 1, 3, 10))):
-            if rows:
-                rng.choice(rows)[rng.choice(wanted)] = rng.choice(HOSTILE_CELLS)
+def edit(change=lambda rng, rows: rows, quotes=("needed",), ends=("\n",)):
+    """A change of a table as one of the file's content."""
+    return lambda rng, content, other: csv_of(change(rng, rows_of(content)), rng.choice(quotes), rng.choice(ends))
 
-    case.edit(some_file(rng), change, all_quoted=rng.random() < 0.5)
 
+def cells(columns, *kinds, times=(1, 3, 1000), where=slice(1, None), quotes=("needed",)):
+    """Puts values of one of the kinds in some cells of these columns (empty: of all). A value is a text, with {} for
+    what the cell held, or function(cell)."""
 
-@mutation("cells: hostile ones without quotes")
-def _(rng, case, other):
-    file = some_file(rng)
-    rows = case.rows(file)
-    for _ in range(rng.choice((1, 1, 3))):
-        row = rng.choice(rows)
-        if row:
-            row[rng.randrange(len(row))] = rng.choice(HOSTILE_CELLS)
-    case.files[file] = "\n".join(map(",".join, rows)).encode()
+    def change(rng, rows):
+        places = [(row, i) for row in rows[where] for i, name in enumerate(rows[0]) if name in columns or not columns]
+        values = rng.choice(kinds) or [row[i] for row, i in places]
+        for row, i in rng.sample(places, min(rng.choice(times), len(places))):
+            value = rng.choice(values)
+            row[i] = value(row[i]) if callable(value) else value.replace("{}", row[i])
+        return rows
 
+    return edit(change, quotes)
 
-@mutation("cells: of 10 MB")
-def _(rng, case, other):
-    if rng.random() < 0.8:  # they take long to write
-        return MUTATIONS["cells: hostile ones"](rng, case, other)
-    large = rng.choice(("x", "1", "word ", '"', "\n", ",")) * 2_000_000 * rng.choice((1, 5))
 
-    def change(header, rows):
-        rng.choice(rows)[rng.randrange(len(header))] = large
+def rows_by(change):
+    """change(rng, row) in place of one row, or of all."""
 
-    case.edit(some_file(rng), change)
+    def changed(rng, rows):
+        chosen = rng.choice((range(1, len(rows)), [rng.randrange(1, len(rows))]))
+        return [change(rng, row) if i in chosen else row for i, row in enumerate(rows)]
 
+    return edit(changed)
 
-@mutation("cells: a column shifted by one")
-def _(rng, case, other):
-    def change(header, rows):
-        for row in rows if rng.random() < 0.3 else [rng.choice(rows)]:
-            at = rng.randrange(len(header))
-            row[at:at] = [row[at] if rng.random() < 0.5 else ""]
-            if rng.random() < 0.5:
-                row.pop()
 
-    case.edit(some_file(rng), change)
+def turned(rows):
+    """Rows of columns, columns of rows."""
+    return list(zip(*rows, strict=True))
 
 
-@mutation("columns: one missing")
-def _(rng, case, other):
-    def change(header, rows):
-        at = rng.randrange(len(header))
-        for row in (header, *rows):
-            del row[at]
+def column_twice(rng, rows):
+    columns, read = turned(rows), {*itertools.chain(*READ.values())}
+    name, *cells = rng.choice([column for column in columns if column[0] in read])
+    columns.insert(rng.randrange(len(columns) + 1), (name, *rng.choice((cells, rng.sample(cells, len(cells))))))
+    return turned(columns)
 
-    case.edit(some_file(rng), change)
 
-
-@mutation("columns: one twice")
-def _(rng, case, other):
-    file = some_file(rng)
-
-    def change(header, rows):
-        used = [i for i, name in enumerate(header) if name in USED[file]]
-        a, b = rng.choice(used), rng.randrange(len(header) + 1)
-        values = [row[a] for row in rows]
-        if rng.random() < 0.7:
-            rng.shuffle(values)
-        header.insert(b, header[a])
-        for row, value in zip(rows, values, strict=True):
-            row.insert(b, value)
-
-    case.edit(file, change)
-
-
-@mutation("columns: names changed")
-def _(rng, case, other):
-    def change(header, rows):
-        at = rng.randrange(len(header))
-        header[at] = rng.choice((header[at].upper(), header[at] + " ", "", rng.choice(header), "\ufeff" + header[at]))
-
-    case.edit(some_file(rng), change)
-
-
-@mutation("columns: a header alone, or none")
-def _(rng, case, other):
-    file = some_file(rng)
-    rows = case.rows(file)
-    case.write(file, rng.choice((rows[:1], rows[1:], [[]])))
-
-
-@mutation("rows: cut short, or with too many cells")
-def _(rng, case, other):
-    def change(header, rows):
-        row = rng.choice(rows)
-        if rng.random() < 0.5:
-            del row[rng.randrange(len(row)) :]
-        else:
-            row += [rng.choice(HOSTILE_CELLS)] * rng.choice((1, 2, 100))
-
-    case.edit(some_file(rng), change)
-
-
-@mutation("rows: dropped, doubled or shuffled")
-def _(rng, case, other):
-    def change(header, rows):
-        if rng.random() < 0.3:
-            rng.shuffle(rows)
-        for _ in range(rng.choice((1, 3))):
-            if rows:
-                at = rng.randrange(len(rows))
-                rows[at : at + 1] = [rows[at]] * rng.choice((0, 2)) if rng.random() < 0.9 else []
-
-    case.edit(some_file(rng), change)
-
-
-@mutation("rows: ids of turns that are none, and rows out of order")
-def _(rng, case, other):
-    def change(header, rows):
-        at = header.index("turn_id")
-        for _ in range(rng.choice((1, 2))):
-            rng.choice(rows)[at] = rng.choice(("", "x", "nan", "inf", "-1", "1e3", "0", "9" * 30))
-        if rng.random() < 0.5:
-            rng.shuffle(rows)
-
-    case.edit(TRANSCRIPT, change)
-
-
-@mutation("rows: 20,000 of them")
-def _(rng, case, other):
-    if rng.random() < 0.9:
-        return MUTATIONS["rows: dropped, doubled or shuffled"](rng, case, other)
-    file = rng.choice((TRANSCRIPT, FEATURES_FILE))
-
-    def change(header, rows):
-        who = header.index("speaker" if file == TRANSCRIPT else "user_id")
-        new = [list(row) for row in rows * (20_000 // len(rows) + 1)]
-        if file == FEATURES_FILE and rng.random() < 0.7:
-            for i, row in enumerate(new[len(rows) :]):
-                row[who] = f"somebody {i}"
-        rows[:] = new
-
-    case.edit(file, change)
-
-
-@mutation("speakers: one, three, nobody, or somebody else")
-def _(rng, case, other):
-    def change(header, rows):
-        at = header.index("speaker")
-        names = sorted({row[at] for row in rows})
-        kind = rng.randrange(6)
-        for row in rows:
-            if kind == 0:
-                row[at] = names[0]
-            elif kind == 1 and rng.random() < 0.2:
-                row[at] = rng.choice(("third", row[at] + "x", row[at].upper(), "\ufeff" + row[at]))
-            elif kind == 2 and rng.random() < 0.3:
-                row[at] = rng.choice(("", " "))
-            elif kind == 3:
-                row[at] = rng.choice((" ", "", "\t")) + row[at] + " "
-            elif kind == 4:
-                row[at] = rng.choice(names)
-            elif kind == 5:
-                row[at] = dict(zip(names, ("NA", "null"), strict=False)).get(row[at], row[at])
-
-    case.edit(TRANSCRIPT, change)
-
-
-@mutation("speakers: names that look like something else, everywhere")
-def _(rng, case, other):
-    header, *rows = case.rows(TRANSCRIPT)
-    names = list(dict.fromkeys(row[header.index("speaker")] for row in rows))
-    odd = rng.sample(
-        ("NA", "null", "nan", "0", "1e5", "inf", "a,b", 'a"b', "a\nb", "\u202e", "None", "-", "u" * 500), 2
-    )
-    table = dict(zip(names, odd, strict=False))
-    for file in FILES:
-        rows = [[table.get(cell, cell) for cell in row] for row in case.rows(file)]
-        case.write(file, rows)
-
-
-@mutation("times: negative, reversed, not finite, far away")
-def _(rng, case, other):
-    def change(header, rows):
-        start, stop = header.index("start"), header.index("stop")
-        for row in rng.sample(rows, rng.randrange(1, len(rows) + 1)):
-            kind = rng.randrange(5)
-            if kind == 0:
-                row[start], row[stop] = row[stop], row[start]
-            elif kind == 1:
-                row[start] = f"-{row[start]}"
-            elif kind == 2:
-                row[rng.choice((start, stop))] = rng.choice(("nan", "inf", "-inf", "", "soon", "1e400", "00:01:07"))
-            elif kind == 3:
-                row[stop] = rng.choice(("1e300", "9e99", "1e5"))
-            else:
-                row[start] = row[stop]
-
-    case.edit(TRANSCRIPT, change)
-
-
-@mutation("times: of faces")
-def _(rng, case, other):
-    odd = (
-        "",
-        "nan",
-        "inf",
-        "-5",
-        "1e300",
-        "0 days",
-        "0 days 00:61:00",
-        "0 days 00:00:61",
-        "x",
-        "0 days 00:00:01.123456789",
-    )
-    odd += (
-        "0 days 0:0:1",
-        "-1 days +23:59:59",
-        "99999999999 days 00:00:00",
-        "1 day, 0:00:01",
-        "00:00:04",
-        "1:02",
-        "0 days 00:01:077",
-    )
-
-    def change(header, rows):
-        at = header.index("timedelta")
-        for row in rng.sample(rows, rng.randrange(1, len(rows) + 1)):
-            row[at] = rng.choice(odd)
-
-    case.edit(FEATURES_FILE, change)
-
-
-@mutation("words: counts that are none")
-def _(rng, case, other):
-    def change(header, rows):
-        for row in rng.sample(rows, rng.randrange(1, len(rows) + 1)):
-            row[header.index("n_words")] = rng.choice(("", "nan", "-3", "1e7", "1e400", "six", "5.5", "1_0", "0"))
-
-    case.edit(TRANSCRIPT, change)
-
-
-@mutation("faces: lost, or no probabilities")
-def _(rng, case, other):
-    odd = rng.choice((("",), ("", "nan", "x"), ("-1", "2", "1e300", "-1e300", "inf", "1.0000001", "-0.0"), ("1e16",)))
-
-    def change(header, rows):
-        for row in rng.sample(rows, rng.choice((1, 3, len(rows)))):
-            row[header.index(rng.choice(PROBABILITIES))] = rng.choice(odd)
-
-    case.edit(FEATURES_FILE, change)
-
-
-@mutation("faces: even ties")
-def _(rng, case, other):
-    def change(header, rows):
-        first = header.index(PROBABILITIES[0])
-        for row in rows:
-            order = rng.sample(("0.7", "0.3", "0.1", "0.1", "0", "0", "0", "0"), 8)
-            row[first : first + 8] = order
-
-    case.edit(FEATURES_FILE, change)
-
-
-@mutation("survey: somebody twice, missing, or nobody")
-def _(rng, case, other):
-    def change(header, rows):
-        row = rng.choice(rows)
-        kind = rng.randrange(5)
-        if kind == 0:
-            rows.append(list(row))
-        elif kind == 1:
-            rows.append([f" {row[0]} ", *rng.choice(rows)[1:]])
-        elif kind == 2:
-            rows.remove(row)
-        elif kind == 3:
-            row[header.index("user_id")] = rng.choice(("", "nobody", " "))
-        else:
-            rows.clear()
-
-    case.edit(SURVEY_FILE, change)
-
-
-@mutation("survey: answers that are none")
-def _(rng, case, other):
-    odd = ("", "often", "700", "-1", "1e1", "nan", "inf", "1_0", "\uff17", "0x7", "True", "7,5", "7.5", " 7 ", "١")
-
-    def change(header, rows):
-        for row in rows:
-            for i, name in enumerate(header):
-                if name != "user_id" and rng.random() < 0.5:
-                    row[i] = rng.choice(odd)
-
-    case.edit(SURVEY_FILE, change)
-
-
-def put(case: Case, file: str, make: Callable[[Path], object]) -> None:
-    """Puts something else where a file should be."""
-
-    def do(folder):
-        (folder / file).unlink(missing_ok=True)
-        make(folder / file)
-
-    case.on_disk.append(do)
-
-
-def _socket(path: Path) -> None:
-    here = os.getcwd()
-    os.chdir(path.parent)  # a socket's path may be no longer than some 100 bytes
-    try:
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(path.name)
-    finally:
-        os.chdir(here)
-
-
-def _sparse(path: Path) -> None:
-    with open(path, "wb") as file:
-        file.truncate(2**40)
-
-
-NO_FILES = {
+def more_columns(rng, rows):
+    columns = turned(rows)
+    for n in range(rng.choice((1, 5, 60))):
+        value = rng.choice(("", "1", "x y", "a,b", 'say "so"', "a\nb", "\ufeff", "nan", "é"))
+        columns.insert(rng.randrange(len(columns) + 1), (f"more {n}", *[value] * (len(rows) - 1)))
+    return turned(columns)
+
+
+NO_FILES = {  # what lies where a file should be: function(path)
     "links: to itself": lambda path: path.symlink_to(path.name),
     "links: to nothing": lambda path: path.symlink_to("nothing"),
     "links: to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
     "links: to a folder": lambda path: path.symlink_to("."),
     "no files: a FIFO": os.mkfifo,
-    "no files: a socket": _socket,
+    "no files: a socket": lambda path: os.mknod(path, stat.S_IFSOCK),
     "no files: a folder": lambda path: path.mkdir(),
-    "no files: a terabyte of nothing": _sparse,
+    "no files: a terabyte of nothing": lambda path: (path.touch(), os.truncate(path, 2**40)),
     "no files: nothing": lambda path: None,
 }
-for name, make in NO_FILES.items():
-    MUTATIONS[name] = lambda rng, case, other, make=make: put(case, some_file(rng), make)
 
 
-@mutation("links: two in a circle")
-def _(rng, case, other):
-    put(case, TRANSCRIPT, lambda path: path.symlink_to("../" + SURVEY_FILE))
-    put(case, SURVEY_FILE, lambda path: path.symlink_to(TRANSCRIPT))
+def instead(path: Path, make) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    make(path)
 
 
-@mutation("links: the folder of transcripts in a circle, or a file")
-def _(rng, case, other):
-    kind = rng.randrange(3)
-
-    def do(folder):
-        shutil.rmtree(folder / "transcription", ignore_errors=True)
-        if kind == 2:
-            (folder / "transcription").write_text("hello")
-        else:
-            (folder / "transcription").symlink_to(("..", "transcription")[kind])
-
-    case.on_disk.append(do)
+def links_elsewhere(rng, folder):
+    elsewhere = folder.parent.parent / "elsewhere" / folder.name
+    for entry in (FEATURES_FILE, rng.choice((SURVEY_FILE, "transcription"))):
+        os.renames(folder / entry, elsewhere / entry)
+        (folder / entry).symlink_to(elsewhere / entry)
 
 
-ODD_NAMES = (
-    "a\nb",
-    "\udcff\udcfe",
-    "\x1b[2J",
-    "a..",
-    "~",
-    "-rf",
-    "a,b",
-    'a"b',
-    "\u202e",
-    "x" * 200,
-    "CON",
-    "%s{0}",
-    " ",
-)
-
-
-@mutation("names: of the folder")
-def _(rng, case, other):
-    case.name = f"{rng.choice(ODD_NAMES)}{case.name}"[:200]
-
-
-@mutation("names: folders in folders")
-def _(rng, case, other):
-    depth = rng.choice((1, 5, 90))
-
-    def do(folder):
-        deep = folder.joinpath(*["d"] * depth)
-        deep.mkdir(parents=True)
-        for file in FILES:
-            os.rename(folder / file, deep / Path(file).name)
-
-    case.on_disk.append(do)
-
-
-# What changes nothing
-
-
-def neutral(name: str):
-    return mutation(f"neutral: {name}")
-
-
-@neutral("byte order mark")
-def _(rng, case, other):
-    for file in FILES:
-        case.files[file] = "\ufeff".encode() + case.text(file).encode()
-
-
-@neutral("other line ends")
-def _(rng, case, other):
-    end = rng.choice(("\r\n", "\r"))
-    for file in FILES:
-        case.edit(file, lambda header, rows: None, end=end)
-
-
-@neutral("everything in quotes")
-def _(rng, case, other):
-    for file in FILES:
-        case.edit(file, lambda header, rows: None, all_quoted=True)
-
-
-@neutral("no last line end, or several")
-def _(rng, case, other):
-    for file in FILES:
-        case.files[file] = case.files[file].rstrip(b"\r\n") + rng.choice((b"", b"\n\n\r\n", b"\r\n"))
-
-
-@neutral("more columns")
-def _(rng, case, other):
-    def change(header, rows):
-        for n in range(rng.choice((1, 5, 60))):
-            at = rng.randrange(len(header) + 1)
-            header.insert(at, f"more {n}")
-            value = rng.choice(("", "1", "x y", "a,b", 'say "so"', "a\nb", "\ufeff", "nan", "é"))
-            for row in rows:
-                row.insert(at, value)
-
-    for file in FILES:
-        case.edit(file, change)
-
-
-@neutral("columns in another order")
-def _(rng, case, other):
-    for file in FILES:
-        rows = case.rows(file)
-        order = rng.sample(range(len(rows[0])), len(rows[0]))
-        case.write(file, [[row[i] for i in order] for row in rows])
-
-
-@neutral("rows in another order")
-def _(rng, case, other):
-    for file in FILES:
-        case.edit(file, lambda header, rows: rng.shuffle(rows))
-
-
-@neutral("times of faces in seconds, or without days")
-def _(rng, case, other):
-    decimals = rng.choice((None, 0, 1, 6))
-
-    def change(header, rows):
-        at = header.index("timedelta")
-        for row in rows:
-            second = reference_seconds(row[at])
-            row[at] = row[at].split()[-1] if decimals is None else f"{second:.{decimals}f}"
-
-    case.edit(FEATURES_FILE, change)
-
-
-@neutral("spaces around names and utterances")
-def _(rng, case, other):
-    def change(header, rows):
-        for row in rows:
-            for name in {"speaker", "user_id", "utterance"} & set(header):
-                at = header.index(name)
-                row[at] = rng.choice(("", " ", "\t ")) + row[at] + rng.choice(("", "  "))
-
-    for file in FILES:
-        case.edit(file, change)
-
-
-@neutral("frames and answers of others")
-def _(rng, case, other):
-    for file in (FEATURES_FILE, SURVEY_FILE):
-        header, *more = other.rows(file)
-        if header == case.rows(file)[0]:
-            case.edit(file, lambda _, rows, more=more: rows.extend(more))
-
-
-@neutral("links to files and folders elsewhere")
-def _(rng, case, other):
-    def do(folder):
-        elsewhere = folder.parent.parent / "elsewhere" / folder.name
-        elsewhere.mkdir(parents=True)
-        for entry in (FEATURES_FILE, rng.choice((SURVEY_FILE, "transcription"))):
-            os.rename(folder / entry, elsewhere / entry)
-            (folder / entry).symlink_to(elsewhere / entry)
-
-    case.on_disk.append(do)
-
-
-@neutral("files that nobody reads")
-def _(rng, case, other):
-    def do(folder):
-        os.mkfifo(folder / "metadata.json")
-        (folder / "processed").symlink_to(".")
-        os.mkfifo(folder / "transcription" / "transcript_audiophile.csv")
-
-    case.on_disk.append(do)
-
-
-# Shapes that conversations come in, so that mutations meet more than one
-
-
-WORDINGS = ("{}, you know", '"{}"', 'so "{}", I say', ", {}", "é {}", "{}\n{}", '{} 5" tall')
-
-
-def in_some_shape(rng, case: Case, other: Case) -> None:
-    if rng.random() < 0.4:  # utterances that need quotes
-
-        def change(header, rows):
-            for row in rng.sample(rows, rng.randrange(1, len(rows) + 1)):
-                at = header.index("utterance")
-                row[at] = rng.choice(WORDINGS).format(row[at], row[at])
-
-        case.edit(TRANSCRIPT, change)
-    for name in rng.sample(("byte order mark", "other line ends", "everything in quotes", "more columns"), 4):
-        if rng.random() < 0.1:
-            MUTATIONS[f"neutral: {name}"](rng, case, other)
+def odd_names(rng, case, other):
+    header, *rows = rows_of(case.files[TRANSCRIPT])
+    odd = ("NA", "null", "nan", "0", "1e5", "inf", "a,b", 'a"b', "a\nb", "\u202e", "None", "-", "u" * 500)
+    names = dict(zip({row[header.index("speaker")]: 0 for row in rows}, rng.sample(odd, 2), strict=False))
+    for file, content in case.files.items():
+        case.files[file] = csv_of([[names.get(cell, cell) for cell in row] for row in rows_of(content)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The second reader: as slow and plain as can be
+# The mutations: name -> change
 
-CELL = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"|([^",\r\n][^,\r\n]*)?)(,|\r\n|\r|\n|\Z)')
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
-TIME = re.compile(r"(?:(\d{1,5}) days?,? )?(\d{1,2}):([0-5]\d):([0-5]\d(?:\.\d{1,9})?)", re.ASCII)
-USED = {
-    TRANSCRIPT: ["turn_id", "speaker", "start", "stop", "utterance", "n_words"],
-    FEATURES_FILE: ["user_id", "timedelta", *PROBABILITIES],
-    SURVEY_FILE: ["user_id", *REWARD_CLASSES],
-}
-OPTIONAL = {"n_words", *REWARD_CLASSES}
+ANY, TALK, SHOWN, RATED = [], [TRANSCRIPT], [FEATURES_FILE], [SURVEY_FILE]  # ANY: one of the three
+CONTENTS = {  # name: (files, change); those of bytes are done one to three times
+    "bytes: flip": (ANY, lambda rng, x, y:
+        (int.from_bytes(x) ^ 1 << rng.randrange(8 * len(x) or 1)).to_bytes(len(x) or 1)),
+    "bytes: insert": (ANY, lambda rng, x, y: bytes([rng.choice((*NASTY, *rng.randbytes(40)))]).join(cut(rng, x))),
+    "bytes: delete": (ANY, lambda rng, x, y: b"".join(span(rng, x)[::2])),
+    "bytes: duplicate": (ANY, lambda rng, x, y: (lambda a, b, c: a + b + b + c)(*span(rng, x))),
+    "bytes: splice from another conversation": (ANY, lambda rng, x, y: span(rng, y)[1].join(span(rng, x)[::2])),
+    "bytes: swap two spans": (ANY, lambda rng, x, y: (lambda a, b, c, d, e: a + d + c + b + e)(*cut(rng, x, 4))),
+    "bytes: truncate": (ANY, lambda rng, x, y: cut(rng, x)[0]),
+    "bytes: cut off the front": (ANY, lambda rng, x, y: cut(rng, x)[1]),
+    "bytes: random bytes": (ANY, lambda rng, x, y: rng.randbytes(int(rng.paretovariate(0.5)) % 5000)),
+    "bytes: another file of the conversation": (ANY, lambda rng, x, y: y),
+    "bytes: NUL bytes": (ANY, lambda rng, x, y: bytes(rng.choice((1, 1, 2, 4096))).join(cut(rng, x))),
+    "encodings: another one": (ANY, lambda rng, x, y:
+        x.decode().replace("e", "é", rng.choice((0, 3))).encode(rng.choice(ENCODINGS), "replace")),
+    "encodings: several byte order marks, or misplaced ones": (ANY, lambda rng, x, y:
+        rng.choice((MARK * 2 + x, MARK.join(cut(rng, x)), x + MARK))),
+    "encodings: lines that end in many ways": (ANY, lambda rng, x, y:
+        re.sub(b"\r\n|\r|\n", lambda end: rng.choice([end[0]] * 60 + ENDS), x)),
+    "quotes: stray ones": (ANY, lambda rng, x, y: re.sub(  # at ends of cells
+        rb"(?<=[,\n])|(?=[,\r\n])", lambda end: rng.choice([b""] * x.count(b",") + [b'"', b'""']), x)),
+    "quotes: two that make one cell of two places in a column": (ANY, one_cell_of_two),
+    "quotes: all of one kind gone, or others in their place": (ANY, lambda rng, x, y:
+        csv_of(rows_of(x), "all").replace(*rng.choice(((b'"', b"'"), (b'"', b"", 1), (b',"', b", "))))),
+    "cells: hostile ones": (ANY, cells([], HOSTILE_CELLS, times=(1, 1, 3, 10), quotes=("needed", "all"))),
+    "cells: hostile ones without quotes": (ANY, cells([], HOSTILE_CELLS, times=(1, 1, 3), quotes=("none",))),
+    "cells: of 10 MB":
+        (ANY, cells([], [partial(lambda x, cell: x * 2_000_000, x * 5) for x in 'x1 ",\n'], times=(1,))),
+    "cells: a column shifted by one": (ANY, rows_by(lambda rng, row:
+        [*row[: (i := rng.randrange(len(row)))], rng.choice(("", row[i])), *row[i:]][: len(row) + rng.randrange(2)])),
+    "columns: one missing": (ANY, edit(lambda rng, t: turned(rng.sample(turned(t), len(t[0]) - 1)))),
+    "columns: one twice": (ANY, edit(column_twice)),
+    "columns: names changed": (ANY, cells([], OWN, [str.upper, "{} ", "", "\ufeff{}"], times=(1,), where=slice(1))),
+    "columns: a header alone, or none": (ANY, edit(lambda rng, t: rng.choice((t[:1], t[1:], [[]])))),
+    "rows: cut short, or with too many cells": (ANY, rows_by(lambda rng, row:
+        rng.choice((row[: rng.randrange(len(row))], row + [rng.choice(HOSTILE_CELLS)] * rng.choice((1, 2, 100)))))),
+    "rows: dropped, doubled or shuffled": (ANY, edit(lambda rng, t: [t[0], *(
+        row for row in rng.sample(t[1:], len(t) - 1) for _ in range(rng.choice([0, 2] + [1] * 8)))])),
+    "rows: ids of turns that are none, and rows out of order":
+        (TALK, cells(["turn_id"], ["", "x", "nan", "inf", "-1", "1e3", "0", "9" * 30])),
+    "rows: 20,000 of them": (ANY, edit(lambda rng, t: t + [  # of as many people, or of the same
+        [f"{cell}-{n}" if name == who else cell for name, cell in zip(t[0], row, strict=True)]
+        for who in rng.sample(("user_id", ""), 1) for n in range(20_000 // len(t)) for row in t[1:]])),
+    "speakers: one, three, nobody, or somebody else":
+        (TALK, cells(["speaker"],
+            OWN, ["one"], ["third", "{}x", str.upper, "\ufeff{}", "NA", "null"], ["", " ", "\t{} "])),
+    "times: negative, reversed, not finite, far away": (TALK, cells(["start", "stop"], OWN, ["-{}"],
+        ["nan", "inf", "-inf", "", "soon", "1e400", "00:01:07"], ["1e300", "9e99", "1e5"], times=(1, 3, 10))),
+    "times: of faces": (SHOWN, cells(["timedelta"], [
+        "", "nan", "inf", "-5", "1e300", "0 days", "0 days 00:61:00", "0 days 00:00:61", "x", "0 days 0:0:1",
+        "0 days 00:00:01.123456789", "-1 days +23:59:59", "99999999999 days 00:00:00", "1 day, 0:00:01", "00:00:04",
+        "1:02", "0 days 00:01:077"])),
+    "words: counts that are none":
+        (TALK, cells(["n_words"], ["", "nan", "-3", "1e7", "1e400", "six", "5.5", "1_0", "0"])),
+    "faces: lost, or no probabilities": (SHOWN, cells(PROBABILITIES,
+        [""], ["", "nan", "x"], ["-1", "2", "1e300", "-1e300", "inf", "1.0000001", "-0.0"], ["1e16"])),
+    "faces: even ties": (SHOWN, cells(PROBABILITIES, ["0.7", "0.3", "0.1", "0", "0", "0"], times=(10_000,))),
+    "survey: somebody twice, missing, or nobody": (RATED, lambda rng, x, y: rng.choice((
+        edit(lambda rng, t: [t[0], *rng.choices(t[1:], k=rng.randrange(4))]),
+        edit(lambda rng, t: [*t, [f" {cell} " for cell in rng.choice(t[1:])]]),
+        cells(["user_id"], OWN, ["", "nobody", " "])))(rng, x, y)),
+    "survey: answers that are none": (RATED, cells(REWARD_CLASSES, [
+        "", "often", "700", "-1", "1e1", "nan", "inf", "1_0", "\uff17", "0x7", "True", "7,5", "7.5", " 7 ", "١"])),
 
+    "quotes: that belong to what was said": (TALK, cells(["utterance"],
+        ["{}, you know", '"{}"', 'so "{}", I say', ", {}", "é {}", "{}\n{}", '{} 5" tall'])),
 
-class Refused(Exception):
-    """The second reader drops it too."""
-
-
-def reference_table(path: Path, used: list[str], ids: set[str] = frozenset()) -> list[dict[str, str]]:
-    """Rows of the used columns; a row with a cell of several lines, one of which has an id for a cell, is refused."""
-    if not path.is_file() or path.stat().st_size > data_utils.MOST_BYTES:
-        raise Refused("no file")
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        raise Refused("not UTF-8") from None
-    if "\0" in text:
-        raise Refused("NUL")
-    text, rows, row, at = text.removeprefix("\ufeff"), [], [], 0
-    while at < len(text) or row:
-        found = CELL.match(text, at)
-        if not found:
-            raise Refused("quotes")
-        quoted, plain, end = found.groups()
-        blank = not row and quoted is None and not plain and end != ","
-        row.append(quoted.replace('""', '"') if quoted is not None else plain or "")
-        at = found.end()
-        if end != ",":
-            rows += [] if blank else [row]
-            row = []
-    if not rows:
-        raise Refused("empty")
-    header = rows.pop(0)
-    if any(header.count(name) != 1 for name in used if name not in OPTIONAL or name in header):
-        raise Refused("columns")
-    if any(len(row) != len(header) for row in rows):
-        raise Refused("cells")
-    if "speaker" in used:
-        ids = {row[header.index("speaker")].strip() for row in rows} - {""}
-    for row in rows:
-        for cell in row:
-            lines = re.split("[\r\n]+", cell)
-            if len(lines) > 1 and any(part.strip(' "') in ids for line in lines for part in line.split(",")):
-                raise Refused("rows in a cell")
-    return [{name: row[header.index(name)] for name in used if name in header} for row in rows]
-
-
-def reference_number(cell: str) -> float:
-    value = float(cell) if NUMBER.fullmatch(cell := cell.strip()) else math.nan
-    return value if math.isfinite(value) else math.nan
-
-
-def reference_seconds(cell: str) -> float:
-    found = TIME.fullmatch(cell.strip())
-    if not found:
-        return reference_number(cell)
-    days, hours, minutes, seconds = found.groups(default="0")
-    return int(days) * 86400 + int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-
-
-def reference(folder: Path) -> Conversation:
-    """What the reader must make of a folder.
-
-    Raises:
-        Refused: where it must drop it.
-    """
-    if not folder.name.isprintable():
-        raise Refused("name")
-    turns, skipped = [], Counter()
-    for row in reference_table(folder / TRANSCRIPT, USED[TRANSCRIPT]):
-        start, stop = reference_number(row["start"]), reference_number(row["stop"])
-        said, speaker = row["utterance"].strip(), row["speaker"].strip()
-        if not said:
-            skipped["empty utterance"] += 1
-        elif not speaker:
-            skipped["no speaker"] += 1
-        elif math.isnan(start) or math.isnan(stop):
-            skipped["start or stop is not a number"] += 1
-        elif stop < start or start < 0:
-            skipped["starts before 0 or stops before it starts"] += 1
-        elif len(said) > data_utils.MOST_CHARACTERS:
-            skipped[f"utterance of more than {data_utils.MOST_CHARACTERS:,} characters"] += 1
-        else:
-            words = reference_number(row.get("n_words", ""))
-            words = int(words) if 0 <= words <= MOST_WORDS else len(said.split())
-            turns.append((row["turn_id"], speaker, start, stop, said, words))
-    ids = [reference_number(turn[0]) for turn in turns]
-    known = [i for i in ids if not math.isnan(i)]
-    if len(known) == len(ids):
-        turns = [turns[i] for i in sorted(range(len(turns)), key=lambda i: ids[i])]
-    elif known != sorted(known):
-        raise Refused("order")
-    speakers = tuple(dict.fromkeys(turn[1] for turn in turns))
-    if len(speakers) != 2:
-        raise Refused("speakers")
-
-    frames = {speaker: [] for speaker in speakers}
-    for row in reference_table(folder / FEATURES_FILE, USED[FEATURES_FILE], set(speakers)):
-        user, second = row["user_id"].strip(), reference_seconds(row["timedelta"])
-        shown = [reference_number(row[name]) for name in PROBABILITIES]
-        if user in frames and not math.isnan(second) and all(0 <= p <= 1 + 1e-6 for p in shown):
-            frames[user].append((second, shown))
-    if not any(frames.values()):
-        raise Refused("faces")
-    whole = [reference_turn(turn, frames[speakers[turn[1] == speakers[0]]]) for turn in turns]
-
-    answers, questions = {}, frozenset()
-    for row in reference_table(folder / SURVEY_FILE, USED[SURVEY_FILE], set(speakers)):
-        user = row.pop("user_id").strip()
-        if user and user in answers:
-            raise Refused("twice")
-        answers[user] = {}
-        for question, cell in row.items():
-            low, high = ANSWER_LIMITS[REWARD_CLASSES[question]]
-            value = reference_number(cell)
-            if low <= value <= high:
-                answers[user][question] = value
-    header = next(csv.reader(io.StringIO((folder / SURVEY_FILE).read_text("utf-8-sig"), newline="")), [])
-    questions = frozenset(header) & frozenset(REWARD_CLASSES)
-    answers = {user: answers[user] for user in speakers if user in answers}
-    return Conversation(folder.name, speakers, tuple(whole), answers, questions, skipped)
+    "neutral: byte order mark": (FILES, lambda rng, x, y: MARK + x.removeprefix(MARK)),
+    "neutral: other line ends": (FILES, edit(ends=("\r\n", "\r"))),
+    "neutral: everything in quotes": (FILES, edit(quotes=("all",))),
+    "neutral: no last line end, or several": (FILES, lambda rng, x, y:
+        x.rstrip(b"\r\n") + rng.choice((b"", b"\n\n\r\n", b"\r\n"))),
+    "neutral: more columns": (FILES, edit(more_columns)),
+    "neutral: columns in another order": (FILES, edit(lambda rng, t: turned(rng.sample(turned(t), len(t[0]))))),
+    "neutral: rows in another order": (FILES, edit(lambda rng, t: t[:1] + rng.sample(t[1:], len(t) - 1))),
+    "neutral: times of faces in seconds, or without days": (SHOWN, cells(["timedelta"], [lambda x: x.split()[-1],
+        *(partial(lambda digits, x: f"{reference_seconds(x):.{digits}f}", digits) for digits in (0, 1, 6))])),
+    "neutral: spaces around names and utterances":
+        (FILES, cells(["speaker", "user_id", "utterance"], [" {}", "\t {}", "{}  ", " {} "])),
+    "neutral: frames and answers of others": ([FEATURES_FILE, SURVEY_FILE], lambda rng, x, y:
+        csv_of(rows_of(x) + rows_of(y)[1:] * (rows_of(x)[0] == rows_of(y)[0]))),
+}  # fmt: skip
+FOLDERS = {
+    **{name: partial(lambda make, rng, folder: instead(folder / rng.choice(FILES), make), make)
+       for name, make in NO_FILES.items()},
+    "links: two in a circle": lambda rng, folder: (
+        instead(folder / TRANSCRIPT, lambda path: path.symlink_to("../" + SURVEY_FILE)),
+        instead(folder / SURVEY_FILE, lambda path: path.symlink_to(TRANSCRIPT))),
+    "links: the folder of transcripts in a circle, or a file": lambda rng, folder: instead(folder / "transcription",
+        rng.choice((lambda x: x.symlink_to(".."), lambda x: x.symlink_to(x.name), lambda x: x.write_text("hello")))),
+    "names: folders in folders": lambda rng, folder: [os.renames(folder / file, folder / ("d/" * depth) / file)
+        for depth in rng.sample((1, 5, 90), 1) for file in FILES],
+    "neutral: links to files and folders elsewhere": links_elsewhere,
+    "neutral: files that nobody reads": lambda rng, folder: (
+        os.mkfifo(folder / "metadata.json"), os.mkfifo(folder / "transcription" / "transcript_audiophile.csv"),
+        (folder / "processed").symlink_to(".")),
+}  # fmt: skip
+ODD_NAMES = "a\nb", "\udcff\udcfe", "\x1b[2J", "a..", "~", "-rf", "a,b", 'a"b', "\u202e", "x" * 200, "CON", "%s{0}", " "
+CASES = {
+    "bytes: files in each other's place": lambda rng, case, other: case.files.update(
+        dict(zip(FILES, rng.sample(list(case.files.values()), 3), strict=True))),
+    "speakers: names that look like something else, everywhere": odd_names,
+    "names: of the folder": lambda rng, case, other:
+        vars(case).update(name=f"{rng.choice(ODD_NAMES)}{case.name}"[:200]),
+}  # fmt: skip
+MUTATIONS = [*CONTENTS, *FOLDERS, *CASES]
+SLOW = {"cells: of 10 MB": 0.2, "rows: 20,000 of them": 0.1}  # how often, where the others are drawn once
 
 
-def reference_turn(turn: tuple, frames: list) -> data_utils.Turn:
-    """A turn with its listener's affect, by looking at every frame."""
-    shown = [p for second, p in frames if turn[2] <= second <= turn[3]]
-    if not shown or turn[5] < MIN_WORDS:
-        return data_utils.Turn(*turn, data_utils.NEUTRAL, 0.0)
-    classes = Counter(max(range(8), key=p.__getitem__) for p in shown)
-    sums = [sum(round(p[face] * 1e12) for p in shown) for face in range(8)]
-    affect = max(range(8), key=lambda face: (classes[face], sums[face]))
-    return data_utils.Turn(*turn, affect, classes[data_utils.HAPPINESS] / len(shown))
+def mutate(name: str, rng, case: Case, other: Case) -> None:
+    if name in CASES:
+        CASES[name](rng, case, other)
+    elif name in FOLDERS:
+        case.then = partial(FOLDERS[name], rng)
+    else:
+        files, change = CONTENTS[name]
+        for file in files or rng.choices(FILES, (6, 2, 2)):
+            for _ in range(rng.choice((1, 1, 2, 3)) if name.startswith("bytes") else 1):
+                case.files[file] = change(rng, case.files[file], other.files[file])
+
+
+SHAPES = {  # that conversations come in, so that mutations meet more than one, and how often
+    "quotes: that belong to what was said": 0.4, "neutral: other line ends": 0.1, "neutral: everything in quotes": 0.1,
+    "neutral: more columns": 0.1, "neutral: byte order mark": 0.1,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is wrong with what was read: functions that say it in words, or return an empty text
+
+
+def lost_line(before: bytes, after: bytes, base: Conversation, found: Conversation) -> str:
+    """A line of the transcript that is as it was, but is no turn with its cells."""
+    (header, *lines), (new_header, *new_lines) = (
+        re.split("\r\n|\r|\n", content.decode("utf-8", "replace").removeprefix("\ufeff")) for content in (before, after)
+    )
+    if header != new_header:
+        return ""
+    (names,), turn_of = csv.reader([header]), {}
+    turns = {(turn.turn_id, turn.utterance): turn[:6] for turn in base.turns}
+    for line in lines:
+        row = dict(zip(names, next(csv.reader([line]), []), strict=False))
+        if len(row) == len(names) and (row["turn_id"], row["utterance"].strip()) in turns:
+            turn_of[line] = turns[row["turn_id"], row["utterance"].strip()]
+    wanted = Counter(turn_of[line] for line in new_lines if line in turn_of)
+    lost = wanted - Counter(turn[:6] for turn in found.turns)
+    return f"a line that was left alone is no turn: {next(iter(lost))}" if lost else ""
+
+
+def out_of_range(c: Conversation) -> str:
+    for turn in c.turns:
+        sound = (
+            0 <= turn.start <= turn.stop < math.inf and turn.utterance.strip() == turn.utterance != ""
+            and 0 <= turn.n_words <= MOST_WORDS and 0 <= turn.affect < len(FACES) and 0 <= turn.happy_share <= 1
+            and [type(value) for value in turn] == [str, str, float, float, str, int, int, float]
+        )  # fmt: skip
+        if not sound:
+            return f"out of range: {turn}"
+    if len(set(c.speakers)) != 2 or {turn.speaker for turn in c.turns} != set(c.speakers):
+        return f"speakers: {c.speakers}"
+    return "" if set(c.answers) <= set(c.speakers) else "answers of others"
+
+
+def difference(found: Conversation, expected: Conversation) -> str:
+    parts = [f.name for f in dataclasses.fields(found) if getattr(found, f.name) != getattr(expected, f.name)]
+    turns = [(a, b) for a, b in zip(found.turns, expected.turns, strict=False) if a != b][:1]
+    return f"{parts} differ, {len(found.turns)} and {len(expected.turns)} turns, {turns}" if parts else ""
+
+
+def through_the_cache(data: Path, cache: Path, found: dict[str, object]) -> str:
+    """What differs from what was `found` when the folders are read as a corpus, twice, through a cache."""
+    for _ in range(2):
+        try:
+            corpus = data_utils.read_corpus(data, "overall_affect", cache=cache)
+        except UserError as error:
+            usable = any(isinstance(c, Conversation) and c.questions for c in found.values())
+            return f"no corpus: {error}" if usable else ""
+        got = {**{c.id: c for c in corpus.conversations}, **corpus.dropped}
+        for name in sorted({*got, *found}, key=ascii):
+            if got.get(name) != found.get(name):
+                return f"{name!a}: {str(found.get(name))[:200]} became {str(got.get(name))[:200]} in the corpus"
+        printed = corpus.describe().encode()  # can be printed
+        if len(printed.splitlines()) > 20 + len(corpus.dropped):
+            return "a line of the summary is broken"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -928,68 +403,14 @@ class TimedOut(BaseException):
     """Reading took longer than `LIMIT`."""
 
 
-def _timed_out(*_):
-    raise TimedOut
-
-
-def lines_of(content: bytes) -> list[str]:
-    return re.split("\r\n|\r|\n", content.decode("utf-8", "replace").removeprefix("\ufeff"))
-
-
-def lost_line(before: Case, after: Case, base: Conversation, loaded: Conversation) -> str:
-    """A line of the transcript that is as it was, but is no turn with its cells; empty if there is none."""
-    header, *lines = lines_of(before.files[TRANSCRIPT])
-    new_header, *new_lines = lines_of(after.files[TRANSCRIPT])
-    if header != new_header:
-        return ""
-    turn_of = {}
-    (names,), sound = csv.reader([header]), Counter(turn[:6] for turn in base.turns)
-    for line in lines:
-        cells = next(csv.reader([line]), [])
-        if len(cells) == len(names):
-            row = dict(zip(names, cells, strict=True))
-            for turn in sound:
-                if turn[0] == row["turn_id"] and turn[4] == row["utterance"].strip():
-                    turn_of[line] = turn
-    wanted = Counter(turn_of[line] for line in new_lines if line in turn_of)
-    lost = wanted - Counter(turn[:6] for turn in loaded.turns)
-    return f"a line that was left alone is no turn: {next(iter(lost))}" if lost else ""
-
-
-def out_of_range(c: Conversation) -> str:
-    for turn in c.turns:
-        sound = (
-            0 <= turn.start <= turn.stop < math.inf
-            and turn.speaker in c.speakers
-            and turn.utterance.strip() == turn.utterance != ""
-            and 0 <= turn.n_words <= MOST_WORDS
-            and 0 <= turn.affect < len(FACES)
-            and 0 <= turn.happy_share <= 1
-            and [type(value) for value in turn] == [str, str, float, float, str, int, int, float]
-        )
-        if not sound:
-            return f"out of range: {turn}"
-    if len(set(c.speakers)) != 2 or {turn.speaker for turn in c.turns} != set(c.speakers):
-        return f"speakers: {c.speakers}"
-    if not set(c.answers) <= set(c.speakers):
-        return "answers of others"
-    return ""
-
-
-def write_case(case: Case, parent: Path) -> Path:
-    folder = parent / case.name
-    for file, content in case.files.items():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_bytes(content)
-    for do in case.on_disk:
-        do(folder)
-    return folder
-
-
 def read(folder: Path) -> tuple[str, object]:
     """(`loaded`, the conversation), (`dropped`, reason), (`crash`, exception) or (`hang`, None), within `LIMIT`."""
+
+    def stop(*_):
+        raise TimedOut
+
     faulthandler.dump_traceback_later(10 * LIMIT, exit=True)  # where no signal gets through
-    before = signal.signal(signal.SIGALRM, _timed_out)
+    before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, LIMIT)
     try:
         return "loaded", data_utils.read_conversation(folder)
@@ -1005,51 +426,28 @@ def read(folder: Path) -> tuple[str, object]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def judge(name: str, before: Case, after: Case, base: Conversation, folder: Path) -> tuple[str, object, str]:
-    """(outcome, what was read, why it is wrong)."""
-    kind, found = read(folder)
-    if kind in ("crash", "hang"):
-        return kind, found, f"{type(found).__name__}: {found}"
+def judge(name: str, before: Case, after: Case, plain: Path, data: Path) -> tuple[str, object, str]:
+    """(outcome, what was read of `after` in `data`, what is wrong with it)."""
+    (sound, base), (kind, found) = read(before.write(plain)), read(folder := after.write(data))
+    if {"crash", "hang"} & {sound, kind}:
+        return kind if kind in ("crash", "hang") else sound, found, f"{base!r:.250} {found!r:.250}"
+    if sound == "dropped":
+        return "wrong", found, f"not even mutated: {base}"
     try:
         expected = reference(folder)
     except Refused as reason:
-        expected, why = None, reason
-    if kind == "dropped":
-        if expected is not None:
-            return "wrong", found, f"dropped although it is sound: {found}"
-        if name.startswith("neutral"):
-            return "wrong", found, f"dropped for a change that changes nothing: {found}"
-        return "dropped", found, "" if found and found.isprintable() else "no reason in one line"
-    if expected is None:
-        return "wrong", found, f"loaded although it is not sound: {why}"
-    if found != expected:
-        parts = [f.name for f in dataclasses.fields(found) if getattr(found, f.name) != getattr(expected, f.name)]
-        turns = [(a, b) for a, b in zip(found.turns, expected.turns, strict=False) if a != b][:1]
-        return "wrong", found, f"{parts} differ, {len(found.turns)} and {len(expected.turns)} turns, {turns}"
-    same = dataclasses.replace(found, id=base.id) == base
-    if name.startswith("neutral") and not same:
-        return "wrong", found, "changed by what changes nothing"
-    lost = lost_line(before, after, base, found) or out_of_range(found)
-    return ("wrong" if lost else "unchanged" if same else "changed"), found, lost
-
-
-def through_the_cache(data: Path, cache: Path, found: dict[str, object]) -> str:
-    """Reads a batch as a corpus, twice, through a cache: why that is not what was `found`, or empty."""
-    usable = {name: c for name, c in found.items() if isinstance(c, Conversation)}
-    for _ in range(2):
-        try:
-            corpus = data_utils.read_corpus(data, "overall_affect", cache=cache)
-        except UserError as error:
-            return "" if not any(c.questions for c in usable.values()) else f"no corpus: {error}"
-        got = {**{c.id: c for c in corpus.conversations}, **corpus.dropped}
-        if got != found:
-            first = next(name for name in sorted({*got, *found}, key=ascii) if got.get(name) != found.get(name))
-            return f"{first!a}: {str(found.get(first))[:200]} became {str(got.get(first))[:200]} in the corpus"
-        printed = corpus.describe()
-        printed.encode()  # can be printed
-        if len(printed.splitlines()) > 20 + len(corpus.dropped):
-            return "a line of the summary is broken"
-    return ""
+        expected = reason
+    same = kind == "loaded" and dataclasses.replace(found, id=base.id) == base
+    if (kind == "dropped") != isinstance(expected, Refused):
+        wrong = f"{kind}, other than by the second reader: {found if kind == 'dropped' else expected}"
+    elif name.startswith("neutral") and not same:
+        wrong = f"changed by what changes nothing: {found}"
+    elif kind == "dropped":
+        return kind, found, "" if found and found.isprintable() else f"no reason in one line: {found!a}"
+    else:
+        lines = before.files[TRANSCRIPT], after.files[TRANSCRIPT]
+        wrong = difference(found, expected) or lost_line(*lines, base, found) or out_of_range(found)
+    return "wrong" if wrong else "unchanged" if same else "changed", found, wrong
 
 
 @dataclasses.dataclass
@@ -1066,55 +464,49 @@ def bases_of(folder: Path, most: int = 100) -> list[Case]:
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     chosen = names[:: max(1, len(names) // most)][:most]
     cases = [Case({file: (folder / name / file).read_bytes() for file in FILES}, name) for name in chosen]
-    return [case for case in cases if len(case.rows(TRANSCRIPT)) > 3]
-
-
-def reason_class(reason: str) -> str:
-    file = next((Path(file).name for file in FILES if Path(file).name in reason), "")
-    return f"{file} {re.sub(r'^[^:]*: ', '', re.sub(r'line [0-9]+: ', '', reason)) if file else reason}".strip()[:90]
+    return [case for case in cases if len(rows_of(case.files[TRANSCRIPT])) > 3]
 
 
 def fuzz(corpora: list[list[Case]], inputs: range, seed: int, progress: bool = False) -> Result:
     """Mutates conversations of the corpora in turn; input i is the same in every run with the same seed."""
     result = Result({name: Counter() for name in MUTATIONS}, Counter(), [])
-    names = list(MUTATIONS)
-    for first in range(inputs.start, inputs.stop, BATCH):
+    for batch in (inputs[k : k + BATCH] for k in range(0, len(inputs), BATCH)):
         with tempfile.TemporaryDirectory() as temporary:
-            data, plain, batch = Path(temporary) / "data", Path(temporary) / "plain", {}
-            for i in range(first, min(first + BATCH, inputs.stop)):
+            data, plain, cache = (Path(temporary) / name for name in ("data", "plain", "cache"))
+            read_so_far = {}
+            for i in batch:
                 rng = random.Random(f"{seed} {i}")
-                case, other = (Case(dict(one.files), one.name) for one in rng.sample(corpora[i % len(corpora)], 2))
-                case.name = f"{case.name}-{i}"
-                name = names[i // len(corpora) % len(names)] if i < len(names) * len(corpora) else rng.choice(names)
-                in_some_shape(rng, case, other)
-                before = Case(dict(case.files), case.name)
-                kind, base = read(write_case(before, plain))
-                MUTATIONS[name](rng, case, other)
-                folder = write_case(case, data)
-                if kind == "loaded":
-                    outcome, found, why = judge(name, before, case, base, folder)
-                else:
-                    outcome, found, why = "wrong" if kind == "dropped" else kind, base, f"not even mutated: {base}"
+                case, other = (Case({**x.files}, f"{x.name}-{i}") for x in rng.sample(corpora[i % len(corpora)], 2))
+                drawn = rng.choices(MUTATIONS, [SLOW.get(name, 1) for name in MUTATIONS])[0]
+                name = drawn if i >= len(corpora) * len(MUTATIONS) else MUTATIONS[i // len(corpora)]
+                for shape in rng.sample(list(SHAPES), len(SHAPES)):
+                    if rng.random() < SHAPES[shape]:
+                        mutate(shape, rng, case, other)
+                before = dataclasses.replace(case, files=dict(case.files))
+                mutate(name, rng, case, other)
+                outcome, found, wrong = judge(name, before, case, plain, data)
                 result.outcomes[name][outcome] += 1
                 if outcome == "dropped":
-                    result.reasons[reason_class(found)] += 1
-                if why:
-                    result.failures.append(f"input {i}, {name}: {outcome}: {why[:600]}")
-                if outcome == "hang":
-                    shutil.rmtree(folder)
+                    result.reasons[re.sub(r"line \d+: ", "", found)[:90]] += 1
+                if wrong:
+                    result.failures.append(f"input {i}, {name}: {outcome}: {wrong[:600]}")
+                if outcome in ("crash", "hang"):
+                    shutil.rmtree(data / case.name)
                 else:
-                    batch[case.name] = found
-            if not any("crash" in counts or "hang" in counts for counts in result.outcomes.values()):
-                why = through_the_cache(data, Path(temporary) / "cache", batch)
-                if why:
-                    result.outcomes.setdefault("the corpus and its cache", Counter())["wrong"] += 1
-                    result.failures.append(f"inputs {first} to {first + BATCH}: {why}")
-        if progress and first // BATCH % 20 == 19:
-            print(f"{first + BATCH:,} inputs …", file=sys.stderr, flush=True)
+                    read_so_far[case.name] = found
+            if wrong := through_the_cache(data, cache, read_so_far):
+                result.outcomes.setdefault("the corpus and its cache", Counter())["wrong"] += 1
+                result.failures.append(f"inputs {batch}: {wrong}")
+        if progress and batch.stop % (20 * BATCH) == 0:
+            print(f"{batch.stop:,} inputs …", file=sys.stderr, flush=True)
     return result
 
 
-COLUMNS = ("unchanged", "changed", "dropped", "crash", "hang", "wrong")
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+OUTCOMES = ("unchanged", "changed", "dropped", "crash", "hang", "wrong")
 
 
 def table_of(outcomes: dict[str, Counter], each: bool) -> str:
@@ -1122,13 +514,12 @@ def table_of(outcomes: dict[str, Counter], each: bool) -> str:
     rows = {}
     for name, counts in outcomes.items():
         rows.setdefault(name if each else name.split(":")[0], Counter()).update(counts)
-    rows = {name: counts for name, counts in rows.items() if counts}
     rows["all"] = sum(rows.values(), Counter())
     lines = ["| mutation | inputs | loaded unchanged | loaded, changed | dropped | crash | hang | wrong value |"]
     lines.append("|---" * 8 + "|")
     for name, counts in rows.items():
-        cells = [name, counts.total(), *(counts[column] for column in COLUMNS)]
-        lines.append("| " + " | ".join(f"{x:,}" if isinstance(x, int) else x for x in cells) + " |")
+        numbers = [counts.total(), *(counts[outcome] for outcome in OUTCOMES)]
+        lines += ["| " + " | ".join([name, *(f"{number:,}" for number in numbers)]) + " |"] * bool(counts)
     return "\n".join(lines)
 
 
