@@ -19,7 +19,7 @@ import cli
 import data_utils
 from cli import REWARD_CLASSES
 from data_utils import FACES, FEATURES_FILE, SURVEY_FILE, Conversation, Turn
-from runs import atomic_path, first_line, private_folder, versions
+from runs import atomic_path, first_line, private_folder, sweep_old, versions
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Conversations as they were read
@@ -49,6 +49,7 @@ class ConversationCache:
         self.path = Path(folder) / f"conversations-{hashlib.sha256(what).hexdigest()[:16]}.cache"
         code = (data_utils.__file__, cli.__file__, __file__)
         self._code = hashlib.sha256(b"".join(Path(module).read_bytes() for module in code)).hexdigest()
+        sweep_old(self.path.parent)
         self._rows = self._read()
 
     def signature(self, folder: Path) -> str:
@@ -213,6 +214,7 @@ class FeatureCache:
 
     def __init__(self, folder: Path, fingerprint: str, width: int | None = None):
         self.folder, self.fingerprint, self.width = Path(folder) / fingerprint, fingerprint, width
+        sweep_old(self.folder)
 
     def encode(self, pairs: Sequence, encode: Callable) -> torch.Tensor:
         """(n, hidden) features of `pairs`, each distinct pair encoded at most once, ever.

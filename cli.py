@@ -276,9 +276,9 @@ def one_line(text: str) -> str:
 
 
 def _fail(error: Exception) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of several processes one says it
-        line = one_line(str(error))
-        print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    who = os.path.basename(sys.argv[0]) + (f" (rank {rank})" if rank != "0" else "")
+    print(f"{who}: error: {one_line(str(error))}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -499,7 +499,7 @@ class TurnEncoder(nn.Module):
             raise UserError(f"{name}: its tokenizer has neither an end nor a separator token, where a turn is read")
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._suffix[-1]
         self.tokens_per_batch: int | None = None  # None: by memory
-        self.agree: Callable[[int], int] | None = None  # see `runs.spread`
+        self.agree: Callable[[int], int] | None = None  # see `sharding.spread`
         self._run: Callable | None = None
 
     def compile(self) -> None:
@@ -995,7 +995,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.has_encoder = bool(model.config.is_encoder_decoder)
-        self.agree: Callable[[int], int] | None = None  # see `runs.spread`
+        self.agree: Callable[[int], int] | None = None  # see `sharding.spread`
         # starts at 0: the value of nothing learned yet
         self.value_head = nn.Linear(model.config.hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)

@@ -8,6 +8,7 @@ import re
 import secrets
 import shutil
 import sys
+import time
 from argparse import ArgumentTypeError
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -151,7 +152,8 @@ def _sum_gradients(parameters: list, accelerator) -> None:
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.tmp(\.\w+)?")
 
 
-def _temporary(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` for what is not whole yet, or not wanted any more."""
     return path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp{path.suffix}"
 
 
@@ -164,7 +166,7 @@ def atomic_path(path: str | Path, everyone: bool = False) -> Iterator[Path]:
         UserError: if it cannot be written, as on a full disk.
     """
     path = Path(path)
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     try:
         with _named_when_it_fails(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +183,7 @@ def atomic_path(path: str | Path, everyone: bool = False) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """As `atomic_path`, for a folder; a folder of that name is replaced, in one step where the system can do that."""
     path = Path(path)
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     try:
         with _named_when_it_fails(path):
             temporary.mkdir(parents=True)
@@ -192,7 +194,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 if not path.exists():
                     temporary.rename(path)
                 elif not _exchange(temporary, path):
-                    old = _temporary(path)
+                    old = temporary_name(path)
                     path.rename(old)
                     temporary.rename(path)
                     temporary = old
@@ -237,6 +239,14 @@ def private_folder(path: Path) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     with suppress(OSError):
         path.chmod(0o700)
+
+
+def sweep_old(folder: Path) -> None:
+    """Removes what runs that were killed a day ago or earlier have left half-written in a folder that many share."""
+    for path in folder.glob(".*") if folder.is_dir() else ():
+        with suppress(OSError):
+            if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > 24 * 3600:
+                path.unlink()
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -318,7 +328,9 @@ class Tracker:
         from states import claim_run
 
         folder.mkdir(parents=True, exist_ok=True)
-        private_folder(folder.parent / "wandb")  # with --log_text it holds conversations
+        logs = folder.parent / "wandb"
+        if config.get("log_text") or not logs.exists():  # then it may hold conversations
+            private_folder(logs)
         mode = os.environ.get("WANDB_MODE") or "online"
         if mode == "online" and not _logged_in():  # wandb would ask for a key
             mode = "offline"
@@ -396,6 +408,11 @@ class Tracker:
 
 def _without_folders(value):
     """An option's value; of a path of this machine its last part alone."""
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    if isinstance(value, str) and "=" in value:  # --trl NAME=VALUE
+        name, _, value = value.partition("=")
+        return f"{name}={_without_folders(value)}"
     here = isinstance(value, str) and "/" in value and (os.path.isabs(value) or os.path.exists(value))
     return os.path.basename(os.path.normpath(value)) if here else value
 

@@ -4,6 +4,7 @@ While a run lives it holds `state_{name}/` in its folder: a lock, `run.json` (ho
 states, one safetensors file each, behind a checksum. Nothing in them is ever executed. A run that finishes removes it.
 """
 
+import argparse
 import fcntl
 import hashlib
 import json
@@ -12,6 +13,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cli import Stopped, UserError
+from cli import Stopped, UserError, file_name
 from runs import (
     TEMPORARY,
     atomic_path,
@@ -30,6 +32,7 @@ from runs import (
     new_run_name,
     record_path,
     reward_outputs,
+    temporary_name,
     write_json,
 )
 from sharding import is_spread, reshard, spread_like
@@ -67,7 +70,7 @@ class Claim:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{self.folder}: the run {name} is being trained by another process") from None
-        self.description = _read_json(self.folder / "run.json")
+        self.description = _description(self.folder)
         _sweep(folder, outputs)
         _sweep(self.folder, re.compile(".*"))
 
@@ -76,13 +79,19 @@ class Claim:
         self.description = description
         write_json(self.folder / "run.json", description)
 
+    def states(self) -> list[Path]:
+        """The states of the run, the newest last."""
+        return _states(self.folder)
+
     def unfinished(self) -> list[Path]:
         """What an earlier process of the run left: how it was started, and its states."""
         return [path for path in sorted(self.folder.iterdir()) if path.name != "lock"]
 
     def remove(self) -> None:
         """The run is finished, or there was nothing to hold on to."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        gone = temporary_name(self.folder)
+        self.folder.rename(gone)  # in one step: of a finished run nothing stays that looks like an unfinished one
+        shutil.rmtree(gone, ignore_errors=True)
         self._lock.close()
 
 
@@ -100,7 +109,10 @@ def claim_run(folder: Path, name: str | None = None, or_another: bool = False) -
                 return claim
             claim.remove()
         except FileExistsError:
-            pass
+            if name and not or_another:
+                claim = Claim(folder, own, reward_outputs(own), resume=True)
+                if not claim.states():  # it died before there was anything to go on with
+                    return claim
         if name and not or_another:
             raise UserError(
                 f"--run_name {name}: {folder} has a run of that name already: choose another, or give --resume to go "
@@ -111,6 +123,21 @@ def claim_run(folder: Path, name: str | None = None, or_another: bool = False) -
 
 def _state_folder(folder: Path, name: str) -> Path:
     return folder / f"state_{name}"
+
+
+def _states(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step_*.safetensors"))
+
+
+def _description(folder: Path) -> dict:
+    """How a run was started, by its `run.json`; empty if that is not there or is no such thing."""
+    found = _read_json(folder / "run.json")
+    wandb = found.get("wandb")
+    try:
+        sound = isinstance(found.get("arguments"), dict) and re.fullmatch(r"\w+", wandb["id"])
+        return found if sound and file_name(wandb["name"]) else {}
+    except (TypeError, KeyError, AttributeError, argparse.ArgumentTypeError):
+        return {}
 
 
 def _read_json(path: Path) -> dict:
@@ -129,16 +156,16 @@ def _sweep(folder: Path, outputs: re.Pattern) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def claim_to_resume(args, folder: Path, outputs, record, name: str | None, accelerator) -> Claim | None:
+def claim_to_resume(args, folder: Path, outputs, record, name: str | None) -> Claim | None:
     """What `--resume` goes on with: the run `name`, or else the newest unfinished one in `folder` that was started with
     the same options. None, said in a line, where there is nothing to go on with.
 
     Args:
         args: the options. outputs: run name -> what its files' names look like. record: run name -> the file that a
-            finished run has written. accelerator: of several processes one holds the claim, the others get None.
+            finished run has written. (Of several processes one holds the claim, the others get None.)
 
     Raises:
-        UserError: if there are unfinished runs, but with other options. SystemExit: if the run is complete.
+        UserError: if the run `name` was started with other options, or is living. SystemExit: if it is complete.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -150,11 +177,14 @@ def claim_to_resume(args, folder: Path, outputs, record, name: str | None, accel
     return claim
 
 
-def reward_run_to_resume(args, folder: Path, accelerator) -> Claim | None:
+def reward_run_to_resume(args, folder: Path) -> Claim | None:
     """`claim_to_resume` for stages 1 and 2, whose files are named after their runs; None without `--resume`."""
     if not args.resume:
         return None
-    return claim_to_resume(args, folder, reward_outputs, partial(record_path, folder), args.run_name, accelerator)
+    claim = claim_to_resume(args, folder, reward_outputs, partial(record_path, folder), args.run_name)
+    if claim and claim.description:
+        claim.description["wandb"]["name"] = claim.name  # which its files have
+    return claim
 
 
 def _find(args, folder: Path, outputs, record, name: str | None) -> tuple[Claim | None, bool]:
@@ -162,26 +192,33 @@ def _find(args, folder: Path, outputs, record, name: str | None) -> tuple[Claim 
     found = sorted((path for path in found if path.is_dir()), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     refused = []
     for path in found:
-        own, known = path.name.removeprefix("state_"), _arguments(path / "run.json")
-        if known is None and not name:
-            continue  # it died before it began
-        reason = _difference(known or {}, args)
-        try:
-            if not reason:
-                return Claim(folder, own, outputs(own), resume=True), False
-            if name or list(path.glob("step_*")):  # else there is nothing in it to go on with
-                refused.append(f"{path} was started with {reason}")
-        except UserError as error:
-            refused.append(str(error))
-    if name and not found and (known := _arguments(record(name))) is not None:
+        own, known = path.name.removeprefix("state_"), _description(path).get("arguments")
+        if known is None and (not name or record(name).exists()):
+            continue  # it died before it began, or after its end
+        reason = _difference(known, args) if known is not None else None
+        if reason and _states(path):
+            refused.append(f"{path} was started with {reason}")
+        elif not reason or name:
+            try:
+                claim = Claim(folder, own, outputs(own), resume=True)
+            except UserError as error:
+                refused.append(str(error))
+                continue
+            if reason:  # it has no state, so that nothing is lost by beginning it anew
+                claim.description = {}
+            return claim, False
+    known = _arguments(record(name)) if name and not refused else None
+    if known is not None:
         reason = _difference(known, args)
         if not reason:
             print(f"--resume: the run {name} is complete already ({record(name)})")
             return None, True
         refused.append(f"{name} is complete, and was started with {reason}")
-    if refused:
-        raise UserError(f"--resume: {refused[0]}; give the options that it had, or leave --resume away to start anew")
-    print(f"--resume: no unfinished run in {folder}; starting from the beginning")
+    if name and refused:
+        raise UserError(f"--resume: {refused[0]}; leave --resume away, and choose another name, to start anew")
+    for reason in refused:
+        print(f"--resume: not {reason}")
+    print(f"--resume: no unfinished run of these options in {folder}; starting from the beginning")
     return None, False
 
 
@@ -195,8 +232,8 @@ def _difference(known: dict, args) -> str | None:
     """The first option that was another one than it is asked for now."""
     asked = json.loads(json.dumps(vars(args), default=str))
     for name, value in asked.items():
-        if name not in _MAY_DIFFER and known.get(name, value) != value:
-            return f"--{name} {known[name]}, not {value}"
+        if name not in _MAY_DIFFER and (name not in known or known[name] != value):
+            return f"--{name} {known.get(name, '(unknown)')}, not {value}"
     return None
 
 
@@ -252,16 +289,25 @@ class RunState:
         self.accelerator, self.parts, self.generators, self.inputs = accelerator, parts, generators, inputs
         self.every, self.total, self.keep_copy = every, total, keep_copy
         self.saved: int | None = None  # the step of the newest state
-        self._signal = 0
+        self._signal, self._signalled_at = 0, 0.0
+        self._failed = False  # and would fail again
         self._good: tuple = (0, None, None)  # step, random states, and values where they are kept
 
     def restore(self) -> int:
         """Puts everything as it was after the newest complete state; returns its step, 0 where there is none.
 
         Raises:
-            UserError: if the run was given something else then.
+            UserError: if the run was given something else then, or the processes do not see the same state.
         """
-        for path in reversed(self._files()):
+        from accelerate.utils import gather_object
+
+        step = self._restore()
+        if self.accelerator.num_processes > 1 and len(set(gather_object([step]))) > 1:
+            raise UserError(f"--resume: not every process sees the same states in {self.folder}: all need one folder")
+        return step
+
+    def _restore(self) -> int:
+        for path in reversed(_states(self.folder)):
             try:
                 step, values, randoms, inputs = _read(path)
             except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
@@ -302,15 +348,15 @@ class RunState:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def done(self, step: int) -> None:
-        """After a step: saves a state when one is due.
+    def done(self, step: int, save: bool = False) -> None:
+        """After a step: saves a state when one is due, or when what the step has written (the best) asks for it.
 
         Raises:
             Stopped: after a signal.
         """
         self._keep(step)
         number = self._signal_anywhere()
-        if step % self.every == 0 or step == self.total or number:
+        if step % self.every == 0 or step == self.total or number or save:
             self._save()
         if number:
             raise Stopped(
@@ -332,20 +378,23 @@ class RunState:
         path = self.folder / "not_finite.json"
         write_json(path, {"step": step, "what": what, "batch": list(ids)})
         shown = ", ".join(ids[:3]) + (", …" if len(ids) > 3 else "")
-        raise UserError(f"{what} is not finite at step {step} (batch: {shown}; all in {path}): try a lower "
-                        "--learning_rate")  # fmt: skip
+        self._failed = True
+        raise UserError(f"{what} is not finite at step {step} (batch: {shown}; all in {path})")
 
     def _kept(self) -> str:
         if self.saved is None:
             return "no state of it was saved yet"
-        return (
-            f"the state after step {self.saved:,} of {self.total:,} is kept in {self.folder}: "
-            "the same command with --resume goes on from there"
-        )
+        kept = f"the state after step {self.saved:,} of {self.total:,} is kept in {self.folder}"
+        if self._failed:
+            return f"{kept}, and would fail again: start anew with a lower --learning_rate"
+        return f"{kept}: the same command with --resume goes on from there"
 
     def _remember(self, number: int, frame) -> None:
-        self._signal = number
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        """The first signal; it may come more than once, from a launcher and from whom it obeys."""
+        if number == signal.SIGINT and self._signal and time.monotonic() - self._signalled_at > 1:
+            raise KeyboardInterrupt  # somebody does not want to wait
+        if not self._signal:
+            self._signal, self._signalled_at = number, time.monotonic()
 
     def _signal_anywhere(self) -> int:
         """The signal that this or another process got, else 0."""
@@ -369,12 +418,9 @@ class RunState:
         values = _whole(values or self._values())
         if is_writer():
             _write(self.folder / f"step_{step:08}.safetensors", step, values, randoms, self.inputs)
-            for path in self._files()[:-STATES_KEPT]:
+            for path in _states(self.folder)[:-STATES_KEPT]:
                 path.unlink(missing_ok=True)
         self.saved = step
-
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("step_*.safetensors"))
 
     def _values(self) -> dict:
         return {name: dict(p) if isinstance(p, dict) else p.state_dict() for name, p in self.parts.items()}

@@ -111,7 +111,7 @@ def main() -> None:
     if saved and not args.train:  # a saved head is evaluated as it was trained
         args.context_turns, args.max_length = saved.config.context_turns, saved.config.max_length
         folder = Path(args.output_dir) / path.resolve().parent.name
-    claim = reward_run_to_resume(args, folder, accelerator)
+    claim = reward_run_to_resume(args, folder)
     seen = conversations_seen(path, saved)
     corpus, training, validation = load_data(args, seen)
     warn_of_leaks(seen, validation)
@@ -351,6 +351,7 @@ def train(args, head, turns: Encoded, training, validation, tracker, head_path: 
     import numpy as np
     import torch
 
+    from cache import encoder_fingerprint
     from data_utils import fingerprint, told_share
     from evaluation import evaluate, head_rewards, wandb_validation
     from models import save_reward_head
@@ -378,6 +379,8 @@ def train(args, head, turns: Encoded, training, validation, tracker, head_path: 
     if args.unfreeze:
         parts["encoder"] = Trained(turns.encoder.encoder)
     inputs = {"data": fingerprint(training.trajectories + validation.trajectories)}
+    if not args.unfreeze:  # else it is in the state
+        inputs["encoder"] = encoder_fingerprint(turns.encoder, "")
     state = RunState(tracker, turns.accelerator, parts, {"training": rng}, inputs, args.save_steps, steps)
     first = state.restore()
     head.train()
@@ -403,8 +406,8 @@ def train(args, head, turns: Encoded, training, validation, tracker, head_path: 
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            if place == epoch_steps - 1:  # the epoch's end
-                better = True
+            better = place == epoch_steps - 1  # the epoch's end
+            if better:
                 if args.val:
                     rewards = head_rewards(head, turns.held_out(validation), validation)
                     metrics = evaluate(validation, rewards, args.ep_len, args.redist_type)
@@ -416,7 +419,7 @@ def train(args, head, turns: Encoded, training, validation, tracker, head_path: 
                         turns.encoder.save(encoder_path)
                     save_reward_head(head, head_path)
             tracker.log(logged, step)
-            state.done(step)
+            state.done(step, save=better)
     return best
 
 

@@ -77,7 +77,7 @@ def main() -> None:
     seed_everything(args.seed)
     accelerator = make_accelerator(args.device, args.dtype)
     folder = Path(args.output_dir) / project_name(args)
-    claim = reward_run_to_resume(args, folder, accelerator)
+    claim = reward_run_to_resume(args, folder)
     corpus, training, validation = load_data(args)
     name, option = named_encoder(args)
     how = {"dtype": frozen_dtype(accelerator), "trust_remote_code": args.trust_remote_code}
@@ -206,12 +206,13 @@ def train(args, accelerator, encoder, head, training, validation, tracker, head_
                 logged |= wandb_validation(metrics)
                 if best["best_li_loss"] is None or metrics["li_loss"] < best["best_li_loss"]:
                     best |= {"best_step": step, "best_li_loss": metrics["li_loss"]}
-            if best["best_step"] == step or (last and not args.val):
+            better = best["best_step"] == step or (last and not args.val)
+            if better:
                 best["best_step"] = step
                 encoder.save(encoder_path)
                 save_reward_head(head, head_path)
             tracker.log(logged, step)
-            state.done(step)
+            state.done(step, save=better)
     return best
 
 

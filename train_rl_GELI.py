@@ -112,7 +112,7 @@ def build_parser():
     add("--sft_learning_rate", type=positive_float, default=1e-4, help="of --sft_steps at first; it falls to 0")
     add("--ppo_off", action="store_true", help="with --train: roll out and score, without updates")
     add("--val_prompts", type=positive_int, default=96, help="how many held-out prompts")
-    add("--batch_size", type=positive_int, default=24, help="prompts a step")
+    add("--batch_size", type=positive_int, default=24, help="prompts a step; of rloo and grpo responses")
     add("--steps", type=positive_int, default=200, help="PPO steps")
     add("--train_size", type=positive_int, help="training conversations (default: all there are)")
     add(
@@ -188,7 +188,8 @@ def main() -> None:
         stem += "_ppo_off"
     claim = None
     if args.resume:
-        claim = claim_to_resume(args, folder, outputs_of, lambda name: folder / f"{name}.json", stem, accelerator)
+        end = "_base.json" if args.rf_model == BASE else ".json"
+        claim = claim_to_resume(args, folder, outputs_of, lambda name: folder / f"{name}{end}", stem)
     begun = broadcast_object_list([claim.description if claim else {}])[0]  # how it was started, if it is resumed
     scored = args.train or args.val
     head_path = find_reward(args, begun) if scored and args.reward == "redistributed_reward" else None
@@ -361,7 +362,7 @@ def build_ppo(args, accelerator, policy, score):
 
 def outputs_of(stem: str) -> re.Pattern:
     """What the names of a run's files look like."""
-    return re.compile(re.escape(stem) + r"(_\d+|_sft|\.json|_steps\.csv|_ppo\.png|_responses\.csv)")
+    return re.compile(re.escape(stem) + r"(_sft|_\d+|(_\d+_val|_base)?(\.json|_responses\.csv)|_steps\.csv|_ppo\.png)")
 
 
 def claim_outputs(folder: Path, stem: str, claim=None):
@@ -580,7 +581,7 @@ def train_by_trl(args, ppo, prompts, recorder: Recorder) -> None:
     trl_algorithms.train(
         args.algo, ppo.policy, prompts, ppo.score, recorder.step, steps=args.steps, batch_size=args.batch_size,
         learning_rate=args.learning_rate, seed=args.seed, generations=args.num_generations,
-        max_new_tokens=MAX_NEW_TOKENS, options=args.trl or (),
+        max_new_tokens=MAX_NEW_TOKENS, options=args.trl or (), processes=ppo.accelerator.num_processes,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def parse_options(words: Sequence[str]) -> dict:
 def train(
     algo: str, policy: Policy, prompts: Sequence[Prompt], score: Callable, on_step: Callable, *, steps: int,
     batch_size: int, learning_rate: float, seed: int, generations: int, max_new_tokens: int,
-    options: Sequence[str] = (),
+    options: Sequence[str] = (), processes: int = 1,
 ) -> None:  # fmt: skip
     """Trains `policy` in place.
 
@@ -40,7 +40,8 @@ def train(
         algo: rloo (Ahmadian et al., 2024) or grpo (Shao et al., 2024).
         score: (prompts, responses) -> (n,) rewards.
         on_step: called with (step, what is logged) after each of `steps` steps.
-        batch_size: responses a step, `generations` to each prompt. options: of TRL's configuration, `name=value`.
+        batch_size: responses a step of all processes, `generations` to each prompt.
+        options: of TRL's configuration, `name=value`.
 
     Raises:
         UserError: for what TRL does not do or take.
@@ -53,9 +54,10 @@ def train(
         raise UserError(f"--algo {algo} needs TRL: pip install -r requirements-trl.txt ({first_line(error)})") from None
     if policy.has_encoder:
         raise UserError(f"--algo {algo}: TRL trains decoder-only models; use --algo ppo for this one")
-    if batch_size % generations or generations < 2:
+    if batch_size % (generations * processes) or generations < 2:
         raise UserError(
             f"--batch_size {batch_size}: expected a multiple of --num_generations {generations}, which is 2 or more"
+            + (f", times the {processes} processes" if processes > 1 else "")
         )
     kinds = {"rloo": (RLOOConfig, RLOOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}
     make_config, make_trainer = kinds[algo]
@@ -71,9 +73,10 @@ def train(
 
     chosen = list(prompts)
     rows = {"prompt": [_fitting(policy, prompt.text) for prompt in chosen], "index": list(range(len(chosen)))}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _accelerate_kept():
         settings = dict(
-            output_dir=folder, max_steps=steps, per_device_train_batch_size=batch_size, num_generations=generations,
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=batch_size // processes,
+            num_generations=generations,
             learning_rate=learning_rate, lr_scheduler_type="constant", max_completion_length=max_new_tokens, seed=seed,
             disable_dropout=True, gradient_checkpointing=False, beta=0.05, logging_steps=1, save_strategy="no",
             report_to=[], disable_tqdm=True, bf16=False, use_cpu=policy.device.type == "cpu",

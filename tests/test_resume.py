@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ KILLS = 20  # of each stage
 STAGES = {
     1: ("train_reward_LI_only.py", "--val --small_model_shrink --epochs 3 --batch_size 8 --learning_rate 1e-3"),
     2: ("train_reward_GELI.py", "--train --val --small_model_shrink --epochs 12 --affect_path li --learning_rate 1e-2"),
-    3: ("train_rl_GELI.py", "--train --val --rf_model GELI --steps 8 --batch_size 4 --val_prompts 4"),
+    3: ("train_rl_GELI.py", "--train --val --rf_model GELI --steps 12 --batch_size 4 --val_prompts 4"),
 }
 
 
@@ -225,9 +226,88 @@ def test_a_run_goes_on_with_its_own_options_and_data_only(server, corpus, uninte
     assert ran["code"] == 0 and "the run geli is complete already" in ran["output"]
 
 
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        (1, "--contrastive --curriculum_exposure"),
+        (2, "--unfreeze --contrastive --curriculum_exposure --epochs 4"),
+        (2, "--redist_type RUDDER --batch_size 2"),
+        (3, "--reward random"),
+        (3, "--sft_steps 2"),
+    ],
+)
+def test_other_options_go_on_as_well(stage, words, server, corpus, uninterrupted, tmp_path):
+    whole, _ = uninterrupted
+    found, events = [], 0
+    for name in ("whole", "killed"):
+        out, run = begin(stage, tmp_path / name, whole), {"script": STAGES[stage][0], "log": str(tmp_path / "log")}
+        arguments = [word for word in options_of(stage, corpus, out) if stage != 1 or word != "--val"]
+        arguments += words.split()
+        if name == "killed":
+            ran = server(**run, arguments=arguments, event=events * 2 // 3)
+            assert ran["code"] == -signal.SIGKILL, ran["output"]
+            arguments += ["--resume"]
+        ran = server(**run, arguments=arguments)
+        assert ran["code"] == 0, ran["output"]
+        events = int(re.search(r"EVENTS (\d+)", ran["output"])[1])
+        found.append(results(stage, out))
+    assert "Going on after step" in ran["output"]
+    assert found[0] == found[1]
+
+
+def test_a_run_that_died_before_it_had_a_state_does_not_hold_its_name(server, corpus, uninterrupted, tmp_path):
+    whole, _ = uninterrupted
+    out, run = begin(2, tmp_path / "out", whole), {"script": STAGES[2][0], "log": str(tmp_path / "log")}
+    wrong = [word for word in options_of(2, corpus, out) if word != "--small_model_shrink"]  # as stage 1's head is
+    ran = server(**run, arguments=wrong)
+    assert ran["code"] == 2 and "the options ask for default" in ran["output"]
+    assert list(out.glob("visual_*/state_geli"))
+    ran = server(**run, arguments=options_of(2, corpus, out))
+    assert ran["code"] == 0, ran["output"]
+
+
+def test_resume_without_a_name_leaves_other_runs_alone(server, corpus, uninterrupted, tmp_path):
+    whole, about = uninterrupted
+    out, run = begin(2, tmp_path / "out", whole), {"script": STAGES[2][0], "log": str(tmp_path / "log")}
+    arguments = [word for word in options_of(2, corpus, out) if word not in ("--run_name", "geli")]
+    server(**run, arguments=[*arguments, "--seed", "1"], event=about[2][1] // 2)
+    ran = server(**run, arguments=[*arguments, "--resume"])
+    assert ran["code"] == 0, ran["output"]
+    assert "was started with --seed 1, not 0" in ran["output"] and "starting from the beginning" in ran["output"]
+    assert len(list(out.glob("visual_*/state_*"))) == 1  # the other one's
+
+
+def test_what_is_left_of_a_finished_runs_states_does_not_begin_it_again(tmp_path):
+    args = SimpleNamespace(resume=True, run_name="mine", seed=0)
+    (tmp_path / "state_mine").mkdir()
+    (tmp_path / "reward1_mine.json").write_text(json.dumps({"arguments": vars(args)}))
+    with pytest.raises(SystemExit) as complete:
+        states.reward_run_to_resume(args, tmp_path)
+    assert complete.value.code == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"arguments": {}, "wandb": {"id": "abc", "name": "../../../evil"}},
+        {"arguments": {}, "wandb": "x"},
+        {"arguments": [], "wandb": {"id": "abc", "name": "x"}},
+        {"arguments": {}, "wandb": {"id": "../x", "name": "x"}},
+        [1],
+    ],
+)
+def test_a_hostile_description_of_a_run_is_none(content, tmp_path):
+    (tmp_path / "state_x").mkdir()
+    (tmp_path / "state_x" / "run.json").write_text(json.dumps(content))
+    (tmp_path / "state_x" / "step_00000001.safetensors").touch()
+    assert states.reward_run_to_resume(SimpleNamespace(resume=True, run_name=None, seed=0), tmp_path) is None
+    assert states.Claim(tmp_path, "x", re.compile(""), resume=True).description == {}
+
+
 def test_what_is_not_finite_ends_the_run_and_names_the_batch(server, corpus, uninterrupted, tmp_path):
     whole, _ = uninterrupted
-    for stage, words in {1: ["--learning_rate", "1e30"], 2: ["--learning_rate", "1e30", "--lambda", "1"]}.items():
+    for stage, more in {1: [], 2: ["--lambda", "1"], 3: []}.items():
+        words = ["--learning_rate", "1e30", *more]
         out, run = begin(stage, tmp_path / str(stage), whole), {"log": str(tmp_path / "log")}
         ran = server(script=STAGES[stage][0], arguments=[*options_of(stage, corpus, out), *words], **run)
         assert ran["code"] == 2, ran["output"]
@@ -257,7 +337,7 @@ def test_a_reward_that_is_not_finite_leaves_the_policy_alone(tiny):
 
 def test_a_name_belongs_to_one_living_run(tmp_path):
     first = states.claim_run(tmp_path, "mine")
-    with pytest.raises(UserError, match="has a run of that name already"):
+    with pytest.raises(UserError, match="is being trained by another process"):
         states.claim_run(tmp_path, "mine")
     with pytest.raises(UserError, match="is being trained by another process"):
         states.Claim(tmp_path, "mine", re.compile(""), resume=True)
