@@ -38,6 +38,7 @@ from runs import (
 from sharding import is_spread, reshard, spread_like
 
 STATES_KEPT = 2
+ANY = re.compile(".*")
 _FORMAT = "geli-state-1"
 # options that a run may be resumed with another value of
 _MAY_DIFFER = {"resume", "run_name", "save_steps", "data_dir", "output_dir", "no_cache", "log_text", "device"}
@@ -71,8 +72,8 @@ class Claim:
         except OSError:
             raise UserError(f"{self.folder}: the run {name} is being trained by another process") from None
         self.description = _description(self.folder)
-        _sweep(folder, outputs)
-        _sweep(self.folder, re.compile(".*"))
+        for where, names in ((folder, outputs), (folder, re.compile(re.escape(self.folder.name))), (self.folder, ANY)):
+            _sweep(where, names)
 
     def describe(self, description: dict) -> None:
         """Writes down how the run was started."""
@@ -87,12 +88,16 @@ class Claim:
         """What an earlier process of the run left: how it was started, and its states."""
         return [path for path in sorted(self.folder.iterdir()) if path.name != "lock"]
 
+    def release(self) -> None:
+        """Leaves everything as it is, to whoever claims it next."""
+        self._lock.close()
+
     def remove(self) -> None:
         """The run is finished, or there was nothing to hold on to."""
         gone = temporary_name(self.folder)
         self.folder.rename(gone)  # in one step: of a finished run nothing stays that looks like an unfinished one
         shutil.rmtree(gone, ignore_errors=True)
-        self._lock.close()
+        self.release()
 
 
 def claim_run(folder: Path, name: str | None = None, or_another: bool = False) -> Claim:
@@ -102,17 +107,19 @@ def claim_run(folder: Path, name: str | None = None, or_another: bool = False) -
         UserError: if it is taken.
     """
     while True:
-        own = name or new_run_name(folder)
+        own, new, claim = name or new_run_name(folder), True, None
         try:
             claim = Claim(folder, own, reward_outputs(own))
-            if not record_path(folder, own).exists() and not (folder / f"reward1_{own}").exists():
-                return claim
-            claim.remove()
         except FileExistsError:
+            new = False
             if name and not or_another:
                 claim = Claim(folder, own, reward_outputs(own), resume=True)
-                if not claim.states():  # it died before there was anything to go on with
-                    return claim
+        written = record_path(folder, own).exists() or (folder / f"reward1_{own}").exists()
+        if claim and not written and not claim.states():  # an earlier run died before there was anything to go on with
+            claim.description = {}
+            return claim
+        if claim:
+            claim.remove() if new else claim.release()
         if name and not or_another:
             raise UserError(
                 f"--run_name {name}: {folder} has a run of that name already: choose another, or give --resume to go "

@@ -346,6 +346,7 @@ def test_a_name_belongs_to_one_living_run(tmp_path):
     runs_record = tmp_path / "reward1_mine.json"
     runs_record.write_text("{}")
     first.remove()  # finished
+    (tmp_path / "state_mine").mkdir()  # or killed while it was removing this
     with pytest.raises(UserError, match="has a run of that name already"):
         states.claim_run(tmp_path, "mine")
 
@@ -376,7 +377,7 @@ def test_stage_3_leaves_a_living_runs_files_alone_and_moves_a_dead_ones_aside(se
     assert ran["code"] == 2 and "is being trained by another process" in ran["output"], ran["output"]
     left = sorted(path.name for path in living.unfinished())
     assert left[0] == "run.json" and left[-1].startswith("step_")
-    living._lock.close()  # it dies
+    living.release()  # it dies
     ran = server(**run, arguments=arguments)
     assert ran["code"] == 0 and "its states (it never finished) are now in" in ran["output"], ran["output"]
     aside = folder / "GELI_llama.earlier-1" / "state_GELI_llama"
