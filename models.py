@@ -1274,8 +1274,6 @@ def load_policy(name: str, rank: int, alpha: int, dtype: torch.dtype, trust_remo
     Raises:
         UserError: if the model cannot be loaded.
     """
-    from peft import LoraConfig, get_peft_model
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     tokenizer = load_pretrained(AutoTokenizer, name, "--model_name", trust_remote_code)
@@ -1283,6 +1281,15 @@ def load_policy(name: str, rank: int, alpha: int, dtype: torch.dtype, trust_remo
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = load_pretrained(kind, name, "--model_name", trust_remote_code, config=config, dtype=dtype)
     check_vocabulary(tokenizer, model, name, "--model_name")
+    return adapt_policy(model, tokenizer, rank, alpha)
+
+
+def adapt_policy(model, tokenizer, rank: int, alpha: int) -> Policy:
+    """A policy around a language model, with a fresh LoRA adapter of this rank and alpha (Hu et al., 2022)."""
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    config = model.config
     attention = {"q_proj", "v_proj"} if any(n.endswith("q_proj") for n, _ in model.named_modules()) else "all-linear"
     adapter = LoraConfig(
         r=rank,

@@ -425,6 +425,8 @@ class PPO:
     def _timed(self, phase: str):
         start = time.perf_counter()
         yield
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()  # what was asked for may still be computed
         self._seconds[phase] = time.perf_counter() - start
 
     @torch.no_grad()
