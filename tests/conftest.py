@@ -14,15 +14,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+def environment_of_its_own(**more: str) -> dict[str, str]:
+    """The environment of a process that is started as a user does it: its wandb is not this process' one."""
+    return {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"} | more
+
+
 def run_script(script: str, *arguments, cwd=None, check: int | None = 0, **environment):
     """Runs one of the commands as a user does; `check` is the exit code that is expected."""
-    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # not this process' wandb
     result = subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**own, **environment},
+        env=environment_of_its_own(**environment),
     )
     if check is not None:
         assert result.returncode == check, f"{script} exited with {result.returncode}\n{result.stdout}\n{result.stderr}"

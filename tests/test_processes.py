@@ -14,7 +14,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from conftest import ROOT, run_script, small_model
+from conftest import ROOT, environment_of_its_own, run_script, small_model
 
 CONFIGS = ROOT / "accelerate_configs"
 OPTIONS = {  # heads without dropout: its random numbers are each process' own
@@ -41,7 +41,7 @@ def launch(processes: int, script: str, *options, config: str | None = None, wai
     command += [str(ROOT / script), *map(str, options)]
     if script.startswith("train"):
         command += ["--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    environment = environment_of_its_own(**{"OMP_NUM_THREADS": "1", **environment})
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     if not wait:
         return process

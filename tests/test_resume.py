@@ -1,7 +1,6 @@
 """Nothing is lost: runs that are killed, stopped or run out of disk go on, and end as if nothing had happened."""
 
 import json
-import os
 import random
 import re
 import shutil
@@ -14,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, environment_of_its_own
 from hypothesis import given, strategies
 
 import states
@@ -37,7 +36,7 @@ class Server:
             self.mounts = subprocess.run([*own, "true"], capture_output=True).returncode == 0
         except FileNotFoundError:
             self.mounts = False
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+        environment = environment_of_its_own(OMP_NUM_THREADS="1", WANDB_MODE="disabled")
         command = [*(own if self.mounts else []), sys.executable, str(ROOT / "tests" / "fault_server.py")]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
@@ -356,7 +355,7 @@ def test_two_runs_in_one_folder_at_once_do_not_disturb_each_other(corpus, uninte
     out = begin(2, tmp_path / "out", whole)
     words = [word for word in options_of(2, corpus, out) if word not in ("--run_name", "geli")]
     command = [sys.executable, str(ROOT / STAGES[2][0]), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    environment = environment_of_its_own(OMP_NUM_THREADS="1", WANDB_MODE="offline")
     both = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(timeout=300) for process in both] == [0, 0]
     heads = [path for path in out.glob("visual_*/reward1_*") if path.suffix != ".json"]

@@ -187,7 +187,8 @@ def test_no_text_is_left_behind(sample, tiny, tmp_path):
         **{name: str(place) for name, place in places.items()},
     )  # fmt: skip
     assert (tmp_path / "out/rlmf_weights/GELI_llama_sft").is_dir()
-    assert not [path for place in places.values() for path in place.rglob("*") if path.is_file()]
+    found = [path for place in places.values() for path in place.rglob("*") if path.is_file()]
+    assert not [path for path in found if "wandb" not in path.parts]  # whose logs test_privacy.py searches
 
 
 def test_two_processes_learn_from_the_batch_that_one_does(sample, tiny, tmp_path):
