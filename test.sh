@@ -9,4 +9,4 @@ export HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 # a core for each w
 cores=$(nproc)
 ruff check .
 ruff format --check .
-python -m pytest -n $((cores < 4 ? cores : 4)) --dist loadfile "$@"
+python -m pytest -n $((cores < 4 ? cores : 4)) --dist loadfile --no-loadscope-reorder "$@"

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import wandb
-from conftest import ROOT, call_script, run_script
+from conftest import ROOT, call_script, environment_of_its_own, run_script
 
 from candor_format import write_conversation
 from cli import REWARD_CLASSES
@@ -209,7 +209,7 @@ cli.run(train_reward_LI_only.main)
 
 def test_an_error_after_wandb_has_started_does_not_reach_it(marked, tmp_path):
     _, *options = commands(marked, tmp_path)[0]
-    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # not this process' wandb
+    own = environment_of_its_own()
     stopped = subprocess.run(
         [sys.executable, "-c", FAILING, *map(str, options)],
         capture_output=True,
