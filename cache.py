@@ -19,7 +19,7 @@ import cli
 import data_utils
 from cli import REWARD_CLASSES
 from data_utils import FACES, FEATURES_FILE, SURVEY_FILE, Conversation, Turn
-from runs import atomic_path, first_line, private_folder, sweep_old, versions
+from runs import atomic_path, checksum, first_line, private_folder, sweep_old, versions
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Conversations as they were read
@@ -258,7 +258,7 @@ class FeatureCache:
         tensors = {"digests": digests.view(-1, 16), "features": torch.stack([feature for _, feature in found])}
         private_folder(self.folder)
         with atomic_path(self.folder / f"{secrets.token_hex(8)}.safetensors", everyone=True) as temporary:
-            save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint, "checksum": _checksum(tensors)})
+            save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint, "checksum": checksum(tensors)})
 
     def _read(self, path: Path, wanted: set[bytes]) -> dict[bytes, torch.Tensor]:
         """The wanted features in a file, if it is whole and of this encoder; else says so and leaves it."""
@@ -267,7 +267,7 @@ class FeatureCache:
         try:
             with safe_open(path, "pt") as file:
                 metadata, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in ("digests", "features")}
-            if metadata.get("fingerprint") != self.fingerprint or metadata.get("checksum") != _checksum(tensors):
+            if metadata.get("fingerprint") != self.fingerprint or metadata.get("checksum") != checksum(tensors):
                 raise ValueError("its content is not what was written")
             digests, features = tensors["digests"], tensors["features"]
             if (
@@ -286,11 +286,3 @@ class FeatureCache:
         chosen = {name: i for name, i in found if name in wanted}
         rows = tensors["features"][list(chosen.values())]  # a copy: the rest of the file is let go
         return dict(zip(chosen, rows, strict=True))
-
-
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    found = hashlib.blake2b(digest_size=16)
-    for _, tensor in sorted(tensors.items()):
-        found.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
-        found.update(tensor.contiguous().numpy().data)
-    return found.hexdigest()

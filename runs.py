@@ -234,6 +234,19 @@ def _exchange(a: Path, b: Path) -> bool:
     return call is not None and call(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
 
+def checksum(tensors: dict, text: str = "") -> str:
+    """A hash of tensors on the CPU, with their names, shapes and types, and of a text that goes with them."""
+    import hashlib
+
+    import torch
+
+    found = hashlib.blake2b(text.encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        found.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def private_folder(path: Path) -> None:
     """Makes a folder that only its owner can look into (where the file system has owners)."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -161,8 +161,13 @@ def spread_like(parameter, tensor):
     return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
+def whole_tensor(tensor):
+    """A tensor whole, if it is spread; all processes ask for it together."""
+    return tensor.full_tensor() if is_spread(tensor) else tensor
+
+
 def whole_state(model) -> dict:
     """The state of a model that `spread` may have spread, whole and on the CPU; all processes ask for it together."""
     reshard(model)
     state = model.state_dict()
-    return {name: (t.full_tensor() if is_spread(t) else t).cpu() for name, t in state.items()}
+    return {name: whole_tensor(t).cpu() for name, t in state.items()}

@@ -6,7 +6,6 @@ states, one safetensors file each, behind a checksum. Nothing in them is ever ex
 
 import argparse
 import fcntl
-import hashlib
 import json
 import random
 import re
@@ -14,7 +13,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from cli import Stopped, UserError, file_name
 from runs import (
     TEMPORARY,
     atomic_path,
+    checksum,
     first_line,
     is_writer,
     new_run_name,
@@ -35,7 +35,7 @@ from runs import (
     temporary_name,
     write_json,
 )
-from sharding import is_spread, reshard, spread_like
+from sharding import reshard, spread_like, whole_tensor
 
 STATES_KEPT = 2
 ANY = re.compile(".*")
@@ -411,7 +411,7 @@ class RunState:
         return int(self.accelerator.gather(mine).max())
 
     def _keep(self, step: int) -> None:
-        values = _copied(self._values()) if self.keep_copy else None
+        values = _mapped(torch.clone, self._values()) if self.keep_copy else None
         self._good = (step, self._random(), values)
 
     def _save(self) -> None:
@@ -422,7 +422,7 @@ class RunState:
             from accelerate.utils import gather_object
 
             randoms = gather_object(randoms)
-        values = _whole(values or self._values())
+        values = _mapped(whole_tensor, values or self._values())
         if is_writer():
             _write(self.folder / f"step_{step:08}.safetensors", step, values, randoms, self.inputs)
             for path in _states(self.folder)[:-STATES_KEPT]:
@@ -477,7 +477,7 @@ def _write(path: Path, step: int, values: dict, randoms: list, inputs: dict) -> 
 
     tensors: dict[str, torch.Tensor] = {}
     tree = json.dumps(_packed({"step": step, "values": values, "random": randoms, "inputs": inputs}, tensors))
-    metadata = {"format": _FORMAT, "tree": tree, "checksum": _checksum(tree, tensors)}
+    metadata = {"format": _FORMAT, "tree": tree, "checksum": checksum(tensors, tree)}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
@@ -493,18 +493,10 @@ def _read(path: Path) -> tuple[int, dict, list, dict]:
         raise ValueError(first_line(error)) from None
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"its metadata has no format {_FORMAT}")
-    if metadata["checksum"] != _checksum(metadata["tree"], tensors):
+    if metadata["checksum"] != checksum(tensors, metadata["tree"]):
         raise ValueError("its content is not what was written")
     found = _unpacked(json.loads(metadata["tree"]), tensors)
     return int(found["step"]), found["values"], found["random"], found["inputs"]
-
-
-def _checksum(tree: str, tensors: dict[str, torch.Tensor]) -> str:
-    found = hashlib.blake2b(tree.encode(), digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        found.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def _packed(value, tensors: dict[str, torch.Tensor]):
@@ -535,15 +527,6 @@ def _unpacked(tree, tensors: dict[str, torch.Tensor]):
     return {"list": list, "tuple": tuple}[kind](_unpacked(item, tensors) for item in content)
 
 
-def _whole(value):
-    """A value whose tensors are whole, where they were spread over the processes (all of them ask together)."""
-    if isinstance(value, torch.Tensor):
-        return value.full_tensor() if is_spread(value) else value
-    if isinstance(value, dict):
-        return {key: _whole(item) for key, item in value.items()}
-    return type(value)(map(_whole, value)) if isinstance(value, (list, tuple)) else value
-
-
 def _spread_moments(optimizer, state: dict[int, dict]) -> None:
     """Spreads an optimizer's saved state as the parameters that it belongs to are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -553,10 +536,10 @@ def _spread_moments(optimizer, state: dict[int, dict]) -> None:
                 entries[name] = spread_like(parameters[i], value)
 
 
-def _copied(value):
-    """A copy whose tensors no step changes."""
+def _mapped(change: Callable[[torch.Tensor], torch.Tensor], value):
+    """The value with each of its tensors changed."""
     if isinstance(value, torch.Tensor):
-        return value.detach().clone()
+        return change(value)
     if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return type(value)(map(_copied, value)) if isinstance(value, (list, tuple)) else value
+        return {key: _mapped(change, item) for key, item in value.items()}
+    return type(value)(_mapped(change, item) for item in value) if isinstance(value, (list, tuple)) else value

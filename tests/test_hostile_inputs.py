@@ -242,7 +242,7 @@ def feature_cache(spoil: Callable) -> Callable:
         kept.encode(pairs, encoder.encode)
         path = next((out / "key").iterdir())
         tensors = spoil(load_file(path))
-        save_file(tensors, path, metadata={"fingerprint": "key", "checksum": cache._checksum(tensors)})
+        save_file(tensors, path, metadata={"fingerprint": "key", "checksum": cache.checksum(tensors)})
         return lambda: kept.encode(pairs, encoder.encode)
 
     return case
@@ -280,7 +280,7 @@ def state_tree(text: str) -> Callable:
 
     def spoil(path, canary):
         tensors = {"0": torch.zeros(1)}
-        save_file(tensors, path, {"format": states._FORMAT, "tree": text, "checksum": states._checksum(text, tensors)})
+        save_file(tensors, path, {"format": states._FORMAT, "tree": text, "checksum": states.checksum(tensors, text)})
 
     return spoil
 
