@@ -24,7 +24,7 @@ stage2=(--redist_type RRD --reward_class overall_affect --model convo --batch_si
     --train --val --small_model_shrink --epochs 16 --context_turns 3 --loss_scale normalized)
 
 step "Sample corpus, and small models trained on it"
-python sample_candor.py "$out/candor" --tiny "$out/models"
+python tools/sample_candor.py "$out/candor" --tiny "$out/models"
 
 step "Stage 1: LI, from the listeners' faces"
 python train_reward_LI_only.py --reward_class overall_affect --model convo --batch_size 32 --K 32 --train_size 500 --val \
@@ -41,4 +41,4 @@ step "Stage 3: PPO on the GELI reward"
 python train_rl_GELI.py --model_name "$out/models/llama" --exp_name GELI --reward redistributed_reward --rf_model GELI \
     --train --val --batch_size 24 --steps 150 --learning_rate 2e-3 --context_turns 4 "${data[@]}"
 
-python demo_report.py "$out"
+python tools/demo_report.py "$out"

@@ -1,32 +1,43 @@
-"""The text encoder, the reward heads, and the losses of reward training and of PPO.
+"""The paper in code: losses of reward training, reward heads, and PPO.
 
-The losses are pure functions of tensors; the loops that call them are in the entry scripts and in `ppo.py`.
+The losses are pure functions of tensors. The reward of turn t is r_t = r_theta(s_t, a_t): a head on top of a text
+encoder that reads the dialogue so far (the state s_t) and the agent's turn (the action a_t).
 """
 
 import json
-import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
-from itertools import pairwise, takewhile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, make_dataclass
+from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
-from cli import REWARD_CLASSES, UserError, one_line
-from data_utils import INSTRUCTION, token_batches
-from untrusted import check_adapter, check_model, check_size, check_vocabulary, named_by_file
+from data_utils import LI_SIGNALS, SignalOptions, TurnSet
+from geli.data.candor import REWARD_CLASSES
+from geli.nets.options import MAX_NEW_TOKENS
+from geli.nets.published_heads import NotPublished, read_published_head
+from geli.rl.prompts import Prompt
+from geli.rl.rollout import Rollout, distinct, draw_uniforms, logprobs_and_values, minibatch_starts, rollout
+from geli.run.distributed import gather_shares, local_share
+from geli.run.errors import UserError, first_line
+from geli.run.files import atomic_path
+from geli.run.gradients import NotFinite, apply_gradients
+from geli.run.options import episode_length, option, positive_float, positive_int
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses of reward training
 
 
 def predicted_return(rewards: torch.Tensor, length: float) -> torch.Tensor:
-    """R_GE of a trajectory from rewards of a subset I of its turns: (L/|I|) sum_{t in I} r_t (DESIGN.md section 1).
+    """The return R_GE of a trajectory, estimated from the rewards of a subset I of its turns: (L/|I|) sum_{t in I} r_t.
 
     Args:
         rewards: (k,) r_t of the turns in I. length: L, in turns.
@@ -38,7 +49,7 @@ def predicted_return(rewards: torch.Tensor, length: float) -> torch.Tensor:
 
 
 def rrd_loss(rewards: torch.Tensor, score: float, length: float) -> torch.Tensor:
-    """Randomized return decomposition (Ren et al., ICLR 2022, eq. 6): the subset's estimate of the return against R.
+    """Randomized return decomposition (Ren et al., ICLR 2022, eq. 6): squared error of the subset's return estimate.
 
     Args:
         rewards: (k,) r_t of a random subset of distinct turns. score: R in points. length: L in turns.
@@ -59,7 +70,8 @@ def li_loss(rewards: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def geli_loss(ge: torch.Tensor, li: torch.Tensor, weight: float, ge_scale: float = 1.0, li_scale: float = 1.0):
-    """lambda * L_GE / ge_scale + (1 - lambda) * L_LI / li_scale; scales of 1 are the published loss."""
+    """lambda * L_GE / ge_scale + (1 - lambda) * L_LI / li_scale, with lambda = `weight`. Scales of 1 give the published
+    loss."""
     return weight * ge / ge_scale + (1 - weight) * li / li_scale
 
 
@@ -76,8 +88,8 @@ def ircr_loss(rewards: torch.Tensor, score: float, length: float) -> torch.Tenso
 
 
 def rudder_loss(rewards: torch.Tensor, score: float, length: float) -> torch.Tensor:
-    """The return predicted after every turn against R: last-step error^2 + 0.5 * mean error^2 over all steps
-    (Arjona-Medina et al., NeurIPS 2019, auxiliary task of section A8).
+    """Squared error of the return predicted after the last turn, plus 0.5 * the mean squared error of the predictions
+    after every turn (RUDDER, Arjona-Medina et al., NeurIPS 2019, auxiliary task of section A8).
 
     Args:
         rewards: (T,) differences of successive predictions, so that prediction t is the sum up to t. score: R in
@@ -91,44 +103,51 @@ def rudder_loss(rewards: torch.Tensor, score: float, length: float) -> torch.Ten
 
 
 def supervised_contrastive_loss(hidden: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:
-    """SupCon (Khosla et al., NeurIPS 2020, eq. 2): rows of one label attract, all others repel.
+    """SupCon (Khosla et al., NeurIPS 2020, eq. 2): rows of the same label attract each other, all others repel.
 
     Args:
-        hidden: (n, d), normalised here. labels: (n,) integers. temperature: of the softmax.
+        hidden: (n, d), normalised to unit length here. labels: (n,) integers. temperature: of the softmax.
 
     Returns:
-        (), mean over the rows that have another of their label; 0 when there is none.
+        (), the mean over the rows that share their label with another row; 0 if there are none.
     """
     z = nn.functional.normalize(hidden.float(), dim=1)
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    log_p = (z @ z.T / temperature).masked_fill(itself, -torch.inf).log_softmax(dim=1).masked_fill(itself, 0.0)
-    alike = (labels[:, None] == labels[None]) & ~itself
-    n_alike = alike.sum(dim=1)
-    per_row = -(log_p * alike).sum(dim=1) / n_alike.clamp(min=1)
-    return per_row.sum() / (n_alike > 0).sum().clamp(min=1)
+    diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    log_p = (z @ z.T / temperature).masked_fill(diagonal, -torch.inf).log_softmax(dim=1).masked_fill(diagonal, 0.0)
+    same = (labels[:, None] == labels[None]) & ~diagonal
+    n_same = same.sum(dim=1)
+    per_row = -(log_p * same).sum(dim=1) / n_same.clamp(min=1)
+    return per_row.sum() / (n_same > 0).sum().clamp(min=1)
 
 
 CONTRASTIVE_TEMPERATURE, CONTRASTIVE_WEIGHT = 0.3, 0.3
 
 
 def contrastive_term(hidden: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
-    """() what `--contrastive` adds every second epoch, of the head's hidden layer (n, d) and labels (n,)."""
+    """() The weighted contrastive loss of the head's hidden layer (n, d) by labels (n,), which `--contrastive` adds."""
     labels = torch.as_tensor(labels, device=hidden.device)
     return CONTRASTIVE_WEIGHT * supervised_contrastive_loss(hidden, labels, CONTRASTIVE_TEMPERATURE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decompositions: ways to train turn rewards from one score
 
 
 class Decomposition(NamedTuple):
     """A way to train turn rewards from one score.
 
     Attributes:
-        loss: (rewards (k,), score, length) -> () loss to train on.
-        predicted_return: (rewards (k,), length) -> () what L_GE compares with R, in points.
+        loss: (rewards (k,), score, length) -> () loss.
+        help: one line for `--help`.
+        predicted_return: (rewards (k,), length) -> () the return in points that the rewards predict, which L_GE
+            compares with the score.
         target: (scores, lengths) -> what the loss regresses to; its variance scales `--loss_scale normalized`.
-        uses_subset: whether the return is estimated on K random turns (else on all, in order).
-        head: the head that it needs, a key of `HEADS`; None for the one that the options choose.
+        uses_subset: whether the loss takes K random turns of a trajectory (else all of them, in order).
+        head: the head that it needs, a key of `HEADS`; None: the head that the options choose.
     """
 
     loss: Callable[[torch.Tensor, float, float], torch.Tensor]
+    help: str
     predicted_return: Callable = predicted_return
     target: Callable = lambda scores, lengths: scores
     uses_subset: bool = False
@@ -136,72 +155,89 @@ class Decomposition(NamedTuple):
 
 
 DECOMPOSITIONS = {
-    "RRD": Decomposition(rrd_loss, uses_subset=True),
-    "IRCR": Decomposition(ircr_loss, target=lambda scores, lengths: scores / lengths),
-    "RUDDER": Decomposition(rudder_loss, predicted_return=lambda rewards, length: rewards.sum(), head="rudder"),
+    "RRD": Decomposition(rrd_loss, "random subsets of K turns estimate the return", uses_subset=True),
+    "IRCR": Decomposition(ircr_loss, "every turn regresses to R/L", target=lambda scores, lengths: scores / lengths),
+    "RUDDER": Decomposition(
+        rudder_loss,
+        "an LSTM predicts the return after every turn; rewards are its differences",
+        predicted_return=lambda rewards, length: rewards.sum(),
+        head="rudder",
+    ),
 }
 
 
-def draw_turns(n_turns: int, k: int, rng: np.random.Generator) -> np.ndarray:
-    """A random subset of min(K, T) distinct turns, ascending."""
+def sample_turns(n_turns: int, k: int, rng: np.random.Generator) -> np.ndarray:
+    """Indices of min(k, n_turns) distinct random turns, ascending."""
     return np.arange(n_turns) if k >= n_turns else np.sort(rng.choice(n_turns, size=k, replace=False))
+
+
+def length_of(ep_len: int | str, n_turns: int) -> float:
+    """L of a trajectory with `n_turns` agent turns, by `--ep_len`."""
+    return float(n_turns if ep_len == "actual" else ep_len)
+
+
+def predicted_returns(
+    turns: TurnSet, rewards: np.ndarray, ep_len: int | str, redist_type: str | None, chosen: np.ndarray | None = None
+) -> np.ndarray:
+    """(n,) returns in points that the turn rewards of n trajectories predict.
+
+    Args:
+        turns: n trajectories with N agent turns. rewards: (N,). ep_len: `--ep_len`.
+        redist_type: a key of `DECOMPOSITIONS`; None: as RRD. chosen: (N,) bool, the turns to use; None: all.
+    """
+    return_of = DECOMPOSITIONS[redist_type or "RRD"].predicted_return
+    rewards = np.asarray(rewards, dtype=np.float64)
+    chosen = np.ones(len(turns), dtype=bool) if chosen is None else chosen
+    parts = [turns.turns_of(i) for i in range(len(turns.trajectories))]
+    return np.array([return_of(rewards[p][chosen[p]], length_of(ep_len, p.stop - p.start)) for p in parts])
+
+
+def loss_scales(loss_scale: str, redist_type: str, ep_len: int | str, training: TurnSet) -> tuple[float, float]:
+    """What the GE and the LI loss are divided by: 1 (`raw`), or the variances of their targets over the training set
+    (`normalized`), so that both count alike."""
+    if loss_scale == "raw":
+        return 1.0, 1.0
+    lengths = np.array([length_of(ep_len, n) for n in np.diff(training.offsets)])
+    ge_targets = DECOMPOSITIONS[redist_type].target(training.scores, lengths)
+    return float(ge_targets.var()) or 1.0, float(training.targets.var()) or 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options of reward training
+
+
+@dataclass(frozen=True)
+class RewardTrainingOptions:
+    """Training and validation of stages 1 and 2."""
+
+    train: bool = option(False, "train (stage 1 trains whether or not it is given)")
+    val: bool = option(False, "evaluate on the validation conversations")
+    val_all: bool = option(
+        False, "with --val: on every conversation behind the training ones, not only on the last 50 (or tenth)"
+    )
+    epochs: int = option(8, "passes over the training conversations", type=positive_int)
+    learning_rate: float = option(5e-6, "peak learning rate", type=positive_float)
+    ep_len: int | str = option(160, "L of the return, in turns, or 'actual' for each one's own", type=episode_length)
+    contrastive: bool = option(False, "every second epoch add a supervised contrastive loss by affect")
+    curriculum: bool = option(False, "in training, show the encoder the user's answer after the response")
+    curriculum_exposure: bool = option(
+        False, "show the answer with a probability that falls from 1 to 0 over the epochs"
+    )
+    bar_chart: bool = option(False, "log bar charts of predicted reward by turn to wandb (with --val)")
+
+
+def check_reward_options(error: Callable[[str], None], training: RewardTrainingOptions, signal: SignalOptions) -> None:
+    """Calls `error` for options of stages 1 and 2 that would do nothing."""
+    if training.val_all and not training.val:
+        error("--val_all says on what --val evaluates: give --val too")
+    if training.bar_chart and not training.val:
+        error("--bar_chart draws the validation turns: give --val too")
+    if signal.sentiment_model and signal.li_signal == "face":
+        error("--sentiment_model is for --li_signal sentiment")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reward heads: features of a turn (n, hidden) -> reward (n, 1)
-
-
-@dataclass(frozen=True)
-class RewardHeadConfig:
-    """What a saved head says of itself.
-
-    Attributes:
-        head: a key of `HEADS`. hidden: the encoder's width.
-        encoder: the encoder that it was trained on: a hub id, or a folder relative to the head's file; None where the
-            file (a published one) records none.
-        encoder_is_folder: which of the two.
-        max_length, context_turns: how its input text was cut.
-        stage: 1 or 2. reward_class: the score, None where not recorded. redist_type: the decomposition (stage 2).
-        li: trained with LI. li_signal, sentiment_model: where LI's targets came from.
-    """
-
-    head: str
-    hidden: int
-    encoder: str | None
-    encoder_is_folder: bool
-    max_length: int
-    context_turns: int
-    stage: int
-    reward_class: str | None
-    redist_type: str | None = None
-    li: bool = True
-    li_signal: str = "face"
-    sentiment_model: str | None = None
-
-    def check(self) -> None:
-        """Raises a ValueError for what no head says of itself."""
-        kinds = {field.name: field.type for field in fields(self)}
-        for name, kind in kinds.items():
-            value = getattr(self, name)
-            if (type(value) not in get_args(kind)) if get_args(kind) else type(value) is not kind:
-                raise ValueError(f"{name}: expected {getattr(kind, '__name__', kind)}, found {value!r}"[:200])
-        known = {
-            "head": HEADS,
-            "stage": (1, 2),
-            "reward_class": (None, *REWARD_CLASSES),
-            "redist_type": (None, *DECOMPOSITIONS),
-            "li_signal": ("face", "sentiment"),
-        }
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name}: unknown: {getattr(self, name)!r}"[:200])
-        for name in ("hidden", "max_length", "context_turns"):
-            if not 1 <= getattr(self, name) < 1 << 31:
-                raise ValueError(f"{name}: expected at least 1 and less than 2**31, found {getattr(self, name)}"[:200])
-        if self.encoder is not None and not (self.encoder.isprintable() and self.encoder):
-            raise ValueError(f"encoder: expected a hub id or a folder, found {self.encoder!r}"[:200])
-        if self.encoder_is_folder and (self.encoder is None or Path(self.encoder).is_absolute()):
-            raise ValueError(f"encoder: expected a folder relative to the head's, found {self.encoder}"[:200])
 
 
 def _relu_stack(*widths: int, normalize: bool = False) -> nn.Sequential:
@@ -218,31 +254,31 @@ def default_head(hidden: int) -> nn.Sequential:
 
 
 def hard_shrink_head(hidden: int) -> nn.Sequential:
-    """`--hard_shrink`: the default head with a GELU at the end."""
+    """The default head with a GELU at the end."""
     return nn.Sequential(*default_head(hidden), nn.GELU())
 
 
 def batch_norm_head(hidden: int) -> nn.Sequential:
-    """`--batch_norm`: the default head with LayerNorm after each hidden layer."""
+    """The default head with LayerNorm after each hidden layer."""
     return _relu_stack(hidden, 768, 128, 32, 1, normalize=True)
 
 
 def small_head(hidden: int) -> nn.Sequential:
-    """`--small_model`: h-128-32-1 with ReLU."""
+    """h-128-32-1 with ReLU between the layers."""
     return _relu_stack(hidden, 128, 32, 1)
 
 
 def shrink_head(hidden: int) -> nn.Sequential:
-    """`--small_model_shrink`: h-128-1 with ReLU, dropout 0.2 after each linear layer, tanh at the end."""
+    """h-128-1 with ReLU, dropout 0.2 after each linear layer, tanh at the end."""
     return nn.Sequential(
         nn.Linear(hidden, 128), nn.Dropout(0.2), nn.ReLU(), nn.Linear(128, 1), nn.Dropout(0.2), nn.Tanh()
     )
 
 
 class RudderCells(nn.Module):
-    """RUDDER's LSTM: the cell input sees the input only, the input gate the recurrence only; no forget or output gate.
+    """RUDDER's LSTM: the cell input sees only the input, the input gate only the recurrence; no forget or output gate.
 
-    c_t = c_{t-1} + sigmoid(U h_{t-1} + b) * tanh(W x_t + a), h_t = tanh(c_t), from c_0 = h_0 = 0.
+    c_t = c_{t-1} + sigmoid(U h_{t-1} + b) * tanh(W x_t + a), h_t = tanh(c_t), with c_0 = h_0 = 0.
     """
 
     def __init__(self, hidden: int, cells: int = 16):
@@ -251,7 +287,7 @@ class RudderCells(nn.Module):
         self.input_gate = nn.Linear(cells, cells)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """h (..., T, cells) after each turn of a trajectory (or of several) with features (..., T, hidden)."""
+        """h (..., T, cells) after each turn of a trajectory (or several) with features (..., T, hidden)."""
         inputs = torch.tanh(self.cell_input(features))
         cell = output = torch.zeros_like(inputs[..., 0, :])
         outputs = []
@@ -263,7 +299,7 @@ class RudderCells(nn.Module):
 
 
 class Differences(nn.Module):
-    """Predictions of the return after every turn (..., T, 1) -> rewards: each less the one before, the first less 0."""
+    """Turns return predictions (..., T, 1) into rewards: each prediction minus the previous one, starting from 0."""
 
     def forward(self, predictions: torch.Tensor) -> torch.Tensor:
         """Rewards (..., T, 1), which sum to the last prediction."""
@@ -271,18 +307,96 @@ class Differences(nn.Module):
 
 
 def rudder_head(hidden: int) -> nn.Sequential:
-    """RUDDER: 16 LSTM cells, the return predicted after every turn, and its differences."""
+    """RUDDER: 16 LSTM cells, a return prediction after every turn, and its differences."""
     return nn.Sequential(RudderCells(hidden), nn.Linear(16, 1), Differences())
 
 
+class Head(NamedTuple):
+    """A kind of reward head.
+
+    Attributes:
+        make: hidden size -> the head's layers. help: one line for `--help`.
+        selectable: whether an option `--{name}` chooses it; else it is the default or belongs to a decomposition.
+    """
+
+    make: Callable[[int], nn.Sequential]
+    help: str
+    selectable: bool = True
+
+
 HEADS = {
-    "default": default_head,
-    "hard_shrink": hard_shrink_head,
-    "batch_norm": batch_norm_head,
-    "small_model": small_head,
-    "small_model_shrink": shrink_head,
-    "rudder": rudder_head,
+    "default": Head(default_head, "h-768-128-32-1, ReLU", selectable=False),
+    "small_model_shrink": Head(shrink_head, "h-128-1, dropout 0.2 after each linear layer, tanh at the end"),
+    "small_model": Head(small_head, "h-128-32-1, ReLU"),
+    "batch_norm": Head(batch_norm_head, "the default head with LayerNorm after each hidden layer"),
+    "hard_shrink": Head(hard_shrink_head, "the default head with a GELU at the end"),
+    "rudder": Head(rudder_head, "16 LSTM cells", selectable=False),
 }
+
+
+def _chosen_head(options) -> str:
+    """The key of `HEADS` that the options choose."""
+    return next((field.name for field in fields(options) if getattr(options, field.name)), "default")
+
+
+_EXCLUSIVE = f"reward head (default: {HEADS['default'].help})"
+HeadOptions = make_dataclass(
+    "HeadOptions",
+    [(name, bool, option(False, head.help, exclusive=_EXCLUSIVE)) for name, head in HEADS.items() if head.selectable],
+    frozen=True,
+    namespace={"__doc__": "A switch for each selectable head; at most one is set.", "chosen": property(_chosen_head)},
+)
+
+
+@dataclass(frozen=True)
+class RewardHeadConfig:
+    """What a saved head records.
+
+    Attributes:
+        head: a key of `HEADS`. hidden: the encoder's width.
+        encoder: the encoder that it was trained on: a hub id, or a folder relative to the head's file; None where the
+            file (a published one) records none. encoder_is_folder: which of the two.
+        max_length, context_turns: how its input text was cut.
+        stage: 1 or 2. reward_class: the score, None where not recorded. redist_type: the decomposition (stage 2).
+        li: whether it was trained with LI. li_signal, sentiment_model: where LI's targets came from.
+    """
+
+    head: str
+    hidden: int
+    encoder: str | None
+    encoder_is_folder: bool
+    max_length: int
+    context_turns: int
+    stage: int
+    reward_class: str | None
+    redist_type: str | None = None
+    li: bool = True
+    li_signal: str = "face"
+    sentiment_model: str | None = None
+
+    def check(self) -> None:
+        """Raises a ValueError for values that no head of this program records."""
+        for field in fields(self):
+            value, kind = getattr(self, field.name), field.type
+            if (type(value) not in get_args(kind)) if get_args(kind) else type(value) is not kind:
+                raise ValueError(f"{field.name}: expected {getattr(kind, '__name__', kind)}, found {value!r}"[:200])
+        allowed = {
+            "head": HEADS,
+            "stage": (1, 2),
+            "reward_class": (None, *REWARD_CLASSES),
+            "redist_type": (None, *DECOMPOSITIONS),
+            "li_signal": LI_SIGNALS,
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: unknown: {getattr(self, name)!r}"[:200])
+        for name in ("hidden", "max_length", "context_turns"):
+            if not 1 <= getattr(self, name) < 1 << 31:
+                raise ValueError(f"{name}: expected at least 1 and less than 2**31, found {getattr(self, name)}"[:200])
+        if self.encoder is not None and not (self.encoder.isprintable() and self.encoder):
+            raise ValueError(f"encoder: expected a hub id or a folder, found {self.encoder!r}"[:200])
+        if self.encoder_is_folder and (self.encoder is None or Path(self.encoder).is_absolute()):
+            raise ValueError(f"encoder: expected a folder relative to the head's, found {self.encoder}"[:200])
 
 
 class RewardHead(nn.Module):
@@ -291,28 +405,30 @@ class RewardHead(nn.Module):
     def __init__(self, config: RewardHeadConfig):
         super().__init__()
         self.config = config
-        self.layers = HEADS[config.head](config.hidden)
+        self.layers = HEADS[config.head].make(config.hidden)
         self._last = max(i for i, layer in enumerate(self.layers) if isinstance(layer, nn.Linear))
 
     @property
     def sequential(self) -> bool:
-        """Whether a turn's reward depends on the turns before it: rows are then one trajectory's turns, in order."""
+        """Whether a turn's reward depends on the turns before it: its input rows are then one trajectory's turns, in
+        order."""
         return isinstance(self.layers[0], RudderCells)
 
     @torch.no_grad()
-    def start_at(self, value: float) -> None:
-        """Makes an untrained head predict `value` everywhere (or the nearest that its last activation reaches): zero
-        weights and a fitting bias in its last linear layer.
+    def init_constant(self, value: float) -> None:
+        """Makes an untrained head predict `value` everywhere (or the closest that its last activation can give), by
+        zero weights and a fitting bias in its last linear layer.
 
-        Else what it predicts by chance differs more from turn to turn than training at stage 1's learning rate changes,
-        and training goes into shifting the mean.
+        A random initialisation differs more between turns than training at stage 1's learning rate changes, and much
+        of the training would go into shifting the mean.
         """
         last, ending = self.layers[self._last], self.layers[self._last + 1 :]
         nn.init.zeros_(last.weight)
         if not any(isinstance(layer, (nn.Tanh, nn.GELU)) for layer in ending):
             last.bias.fill_(value)
             return
-        low, high = (-0.75, 10.0) if isinstance(ending[-1], nn.GELU) else (-10.0, 10.0)  # where it grows
+        # bisection over the interval in which the activation increases
+        low, high = (-0.75, 10.0) if isinstance(ending[-1], nn.GELU) else (-10.0, 10.0)
         for _ in range(40):
             middle = (low + high) / 2
             low, high = (middle, high) if ending[-1](torch.tensor(middle)) < value else (low, middle)
@@ -325,34 +441,43 @@ class RewardHead(nn.Module):
         return (rewards, hidden) if with_hidden else rewards
 
 
+def head_rewards(head: RewardHead, features: torch.Tensor, turns: TurnSet | None = None) -> np.ndarray:
+    """(N,) float32 rewards of encoded turns (N, hidden), in eval mode. A sequential head needs the `turns`, to see
+    where trajectories begin."""
+    was_training = head.training
+    head.eval()
+    features = features.to(next(head.parameters()).device)
+    parts = [turns.turns_of(i) for i in range(len(turns.trajectories))] if head.sequential else [slice(None)]
+    with torch.inference_mode():
+        rewards = torch.cat([head(features[part]) for part in parts]).squeeze(1).float().cpu().numpy()
+    head.train(was_training)
+    return rewards
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saved heads
+
+
 _HEAD_FORMAT = "geli-reward-head-1"
 
 
 def save_reward_head(head: RewardHead, path: str | Path) -> None:
     """Writes one safetensors file with the head's configuration in its metadata, atomically."""
-    from safetensors.torch import save_file
-
-    from runs import atomic_path
-
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     config = json.dumps({"format": _HEAD_FORMAT, **asdict(head.config)})
     with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata={"config": config})  # one entry: several would lie in any order
+        save_file(state, temporary, metadata={"config": config})  # one entry: the order of several is not fixed
 
 
 def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> RewardHead:
-    """Reads a saved head (`reward1_{run}`), ours or a published one (see `published.py`).
+    """Reads a saved head (`reward1_{run}`), ours or a published one (see `geli.nets.published_heads`).
 
     Returns:
-        An eval-mode module mapping features (n, hidden) to rewards (n, 1); its `config` says what it was trained on.
+        An eval-mode module that maps features (n, hidden) to rewards (n, 1); its `config` records its training.
 
     Raises:
         UserError: if the file is missing or is no reward head.
     """
-    from safetensors import SafetensorError, safe_open
-
-    from runs import first_line
-
     path = Path(path)
     if _is_zip(path):
         return _load_published_head(path).to(device)
@@ -369,22 +494,29 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
     if f'"{_HEAD_FORMAT}"' not in metadata.get("config", ""):
         raise UserError(f"{path}: a safetensors file, but not a reward head: its metadata has no format {_HEAD_FORMAT}")
     try:
-        known = {field.name for field in fields(RewardHeadConfig)}
-        config = RewardHeadConfig(**{k: v for k, v in json.loads(metadata["config"]).items() if k in known})
-        config.check()
-        with torch.device("meta"):  # a head of that configuration, of which nothing is allocated
-            expected = {name: tuple(tensor.shape) for name, tensor in RewardHead(config).state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        if found != expected:
-            raise ValueError(f"its tensors are {found}, expected {expected}"[:400])
-        if not all(tensor.is_floating_point() and torch.isfinite(tensor.float()).all() for tensor in state.values()):
-            raise ValueError("weights that are not finite numbers")
-        head = RewardHead(config)
-        head.load_state_dict(state)
+        head = _head_of(json.loads(metadata["config"]), state)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, RecursionError) as error:
         reason = first_line(error)
         raise UserError(f"{path}: a reward head that does not fit its own configuration ({reason})") from None
     return head.eval().to(device)
+
+
+def _head_of(config: dict, state: dict[str, torch.Tensor]) -> RewardHead:
+    """The head with this recorded configuration and these weights. Raises a ValueError, among others, if they do not
+    fit; a head that claims to be huge is refused before memory is allocated for it."""
+    known = {field.name for field in fields(RewardHeadConfig)}
+    config = RewardHeadConfig(**{name: value for name, value in config.items() if name in known})
+    config.check()
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in RewardHead(config).state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if found != expected:
+        raise ValueError(f"its tensors are {found}, expected {expected}"[:400])
+    if not all(tensor.is_floating_point() and torch.isfinite(tensor.float()).all() for tensor in state.values()):
+        raise ValueError("weights that are not finite numbers")
+    head = RewardHead(config)
+    head.load_state_dict(state)
+    return head
 
 
 def _is_zip(path: Path) -> bool:
@@ -392,13 +524,11 @@ def _is_zip(path: Path) -> bool:
         with open(path, "rb") as file:
             return file.read(4) == b"PK\x03\x04"
     except OSError:
-        return False  # the reader of heads says what is wrong with it
+        return False  # reading it as safetensors reports what is wrong
 
 
 def _load_published_head(path: Path) -> RewardHead:
-    """The head of a published file, which records no configuration: its folder's name tells what it was trained on."""
-    from published import NotPublished, read_published_head
-
+    """The head in a published file, which records no configuration: it is read off the folder's name."""
     try:
         tensors = read_published_head(path)
     except NotPublished as error:
@@ -424,453 +554,55 @@ def _load_published_head(path: Path) -> RewardHead:
     return head.eval()
 
 
-PUBLISHED_ENCODER = "lang_model_devout-brook-114"  # the encoder of the published heads
+STAGE_1_FOLDERS = "*reward_function_*"  # under --output_dir
 
 
-def encoder_of_head(head: RewardHead, path: str | Path) -> str:
-    """The hub id or folder of the encoder that the head at `path` was trained on.
+def saved_heads(output_dir: str | Path, folders: str = "*") -> list[Path]:
+    """The reward heads in the folders of `output_dir` that match the pattern `folders`."""
+    return [path for path in Path(output_dir).glob(f"{folders}/reward1_*") if not path.name.endswith(".json")]
 
-    A published head records none: it is `lang_model_{run}` beside the head, else `PUBLISHED_ENCODER` in one of the
-    stage-1 folders beside the head's folder.
+
+def find_head(name: str, output_dir: str | Path, folders: str = "*") -> Path:
+    """The file of a head.
+
+    Args:
+        name: the path of the file, or the name of a run in a folder of `output_dir` that matches `folders`.
 
     Raises:
-        UserError: if a published head's is in neither place.
+        UserError: if there is none, or several runs have that name.
     """
-    config, path = head.config, Path(path)
-    if config.encoder is not None:
-        if config.encoder_is_folder:
-            return os.path.normpath(path.parent / config.encoder)
-        return named_by_file(config.encoder, path)
-    own = path.parent / f"lang_model_{path.name.removeprefix('reward1_')}"
-    found = (
-        [own] if own.is_dir() else sorted(path.resolve().parent.parent.glob(f"*reward_function_*/{PUBLISHED_ENCODER}"))
-    )
+    path = Path(name)
+    if path.is_file():
+        return path
+    heads = saved_heads(output_dir, folders)
+    found = sorted(path for path in heads if path.name == f"reward1_{name}")
     if len(found) == 1:
-        return str(found[0])
-    several = f"found {len(found)}: {', '.join(map(str, found))}" if found else "found none"
+        return found[0]
+    if found:
+        raise UserError(f"{name}: {len(found)} runs have that name; give one's path: {', '.join(map(str, found))}")
+    known = sorted(path.name.removeprefix("reward1_") for path in heads)
     raise UserError(
-        f"{path}: a published head, which does not record its encoder: expected {PUBLISHED_ENCODER}/ in stage 1's "
-        f"folder (SINGLE_INDEX_reward_function_…), {several}; name it with --lang_model_path"
+        f"{name}: expected a run name or the path of a reward1_ file, found neither under {output_dir}; "
+        f"runs there: {', '.join(known) or 'none'}"
     )
 
 
-def encoder_reference(encoder: str | Path, head_folder: Path) -> dict:
-    """How a head in `head_folder` records its encoder: a folder relative to itself, or a hub id."""
-    if Path(encoder).is_dir():
-        return {"encoder": os.path.relpath(Path(encoder).resolve(), head_folder.resolve()), "encoder_is_folder": True}
-    return {"encoder": str(encoder), "encoder_is_folder": False}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The text encoder
-
-
-class TokenPair(NamedTuple):
-    """A tokenised (context, response): (n,) ids with all special tokens, and how many belong to the first segment."""
-
-    ids: np.ndarray
-    first_segment: int
-
-
-class TurnEncoder(nn.Module):
-    """Encodes (context, response) pairs; a turn's representation is the last hidden state at the last end token.
-
-    Args:
-        model: a Hugging Face model; of an encoder-decoder only the encoder is ever run.
-        tokenizer: its fast tokenizer, whose own pair form is used.
-        max_length: tokens a pair; lowered to the encoder's own limit. A longer pair loses the left end of its context,
-            and a response that is longer by itself loses its own left end.
-        name: where it came from (hub id or folder).
-    """
-
-    def __init__(self, model, tokenizer, max_length: int = 1024, name: str = ""):
-        super().__init__()
-        self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.max_length = min(max_length, own_limit(model.config, tokenizer))
-        self._prefix, self._between, self._suffix, self._between_first = _pair_form(tokenizer)
-        self._uses_segments = "token_type_ids" in tokenizer.model_input_names
-        self._room = self.max_length - len(self._prefix) - len(self._between) - len(self._suffix)
-        if self._room < 1:
-            raise UserError(
-                f"--max_length {max_length}: at least {self.max_length - self._room + 1} tokens are needed, for the "
-                "special tokens and one of text"
-            )
-        if not self._suffix:
-            raise UserError(f"{name}: its tokenizer has neither an end nor a separator token, where a turn is read")
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._suffix[-1]
-        self.tokens_per_batch: int | None = None  # None: by memory
-        self.agree: Callable[[int], int] | None = None  # see `sharding.spread`
-        self._run: Callable | None = None
-
-    def compile(self) -> None:
-        """Runs the encoder through `torch.compile` from now on; what is saved stays the same."""
-        self._run = torch.compile(self.encoder, dynamic=True)
-
-    def token_budget(self, gradients: bool = False) -> int:
-        """Padded tokens that go through the encoder at once: `tokens_per_batch`, else what a part of this machine's
-        memory holds, but no more than is of use. It does not depend on what else is in memory, so results do not."""
-        if self.tokens_per_batch:
-            return self.tokens_per_batch
-        layer = 4 * 24 * self.hidden_size  # bytes a token: activations of a layer, its feed-forward four times as wide
-        layers = getattr(self.model.config, "num_hidden_layers", 12) if gradients else 1
-        if self.device.type == "cuda":
-            memory, most = 0.4 * torch.cuda.get_device_properties(self.device).total_memory, 1 << 18
-        else:
-            memory = 0.25 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            most = 1 << (15 if gradients else 13)
-        fits = int(memory / layer / layers)
-        return max(min(fits, most), self.max_length)
-
-    @property
-    def encoder(self) -> nn.Module:
-        """The part that is run."""
-        return self.model.get_encoder() if self.model.config.is_encoder_decoder else self.model
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the representation."""
-        return self.model.config.hidden_size
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.model.parameters()).device
-
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters that training changes: the encoder's (not a decoder's), or its adapter's."""
-        return [p for p in self.encoder.parameters() if p.requires_grad]
-
-    def tokenize(self, pairs: Sequence[tuple[str, str]]) -> list[TokenPair]:
-        """Token ids of (context, response) pairs, cut to `max_length`; every pair ends in an end token."""
-        if not pairs:
-            return []
-        contexts, responses = (
-            self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-            for texts in zip(*pairs, strict=True)
-        )
-        result = []
-        for context, response in zip(contexts, responses, strict=True):
-            response = response[-self._room :]
-            spare = self._room - len(response)
-            context = context[-spare:] if spare else []
-            ids = [*self._prefix, *context, *self._between, *response, *self._suffix]
-            result.append(
-                TokenPair(np.array(ids, dtype=np.int32), len(self._prefix) + len(context) + self._between_first)
-            )
-        return result
-
-    def collate(self, pairs: Sequence[TokenPair]) -> dict[str, torch.Tensor]:
-        """Right-padded model inputs (n, longest) on the encoder's device."""
-        longest = max(len(pair.ids) for pair in pairs)
-        ids = np.full((len(pairs), longest), self._pad, dtype=np.int64)
-        mask = np.zeros((len(pairs), longest), dtype=np.int64)
-        segments = np.zeros((len(pairs), longest), dtype=np.int64)
-        for row, pair in enumerate(pairs):
-            n = len(pair.ids)
-            ids[row, :n], mask[row, :n], segments[row, pair.first_segment : n] = pair.ids, 1, 1
-        arrays = {"input_ids": ids, "attention_mask": mask}
-        if self._uses_segments:
-            arrays["token_type_ids"] = segments
-        return {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
-
-    def forward(self, input_ids, attention_mask, **segments) -> torch.Tensor:
-        """(n, hidden) representations: the last hidden state at each row's last end token."""
-        run = self._run or self.encoder
-        hidden = run(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
-        last = attention_mask.sum(dim=1) - 1  # every pair ends in its end token
-        return hidden[torch.arange(len(last), device=hidden.device), last]
-
-    def _features(self, pairs: Sequence[TokenPair], autocast) -> torch.Tensor:
-        """(n, hidden) float32 of one pass; it is made, with a pair that says nothing, for no pairs too."""
-        blank = TokenPair(np.array(self._suffix[-1:], dtype=np.int32), 1)
-        with autocast():
-            return self(**self.collate(pairs or [blank])).float()[: len(pairs)]
-
-    def _filled(self, batches: list[np.ndarray], passes: int) -> list[np.ndarray]:
-        """`batches`, and empty ones up to as many as there are `passes`."""
-        return batches + [np.arange(0)] * (passes - len(batches))
-
-    def encode_with_gradients(self, pairs: Sequence[TokenPair], autocast=nullcontext, parts: int = 1):
-        """(n, hidden) float32 representations that gradients flow through.
-
-        What does not fit into memory at once goes through in batches of similar lengths. Of these only the input is
-        kept: the backward pass computes them again, with the same dropout, so memory does not grow with n. `parts`: of
-        how many such calls the gradients are kept at the same time.
-        """
-        from torch.utils.checkpoint import checkpoint
-
-        def features(batch):
-            return self._features([pairs[i] for i in batch], autocast)
-
-        if not len(pairs) and not self.agree:
-            return torch.zeros(0, self.hidden_size)
-        lengths = np.array([len(pair.ids) for pair in pairs], dtype=int)
-        budget = self.token_budget(gradients=True)
-        batches = token_batches(lengths, budget)
-        passes = 0 if lengths.max(initial=0) * len(lengths) * parts <= budget else len(batches)
-        passes = self.agree(passes) if self.agree else passes
-        if not passes:  # all fit at once, in every process
-            return features(np.arange(len(pairs)))
-        batches = self._filled(batches, passes)
-        rows = torch.cat([checkpoint(features, batch, use_reentrant=False) for batch in batches])
-        return rows[torch.from_numpy(np.argsort(np.concatenate(batches))).to(rows.device)]
-
-    @torch.no_grad()  # not inference_mode: what comes out may be trained on
-    def encode(self, pairs: Sequence[TokenPair], autocast=nullcontext, progress=None, on_batch=None):
-        """(n, hidden) float32 representations on the CPU, encoded in eval mode in batches of similar lengths.
-
-        Args:
-            pairs: n tokenised pairs. autocast: a context-manager factory. progress: description of a progress bar.
-            on_batch: called with the indices of a batch and its features, as soon as there are some.
-        """
-        from runs import progress_bar
-
-        was_training = self.training
-        self.eval()
-        features = torch.empty(len(pairs), self.hidden_size)
-        lengths = np.array([len(pair.ids) for pair in pairs])
-        with progress_bar(total=len(pairs), desc=progress, unit="turn", disable=progress is None) as bar:
-            batches = token_batches(lengths, self.token_budget())
-            for batch in self._filled(batches, self.agree(len(batches)) if self.agree else len(batches)):
-                features[batch] = self._features([pairs[i] for i in batch], autocast).cpu()
-                if on_batch:
-                    on_batch(batch, features[batch])
-                bar.update(len(batch))
-        self.train(was_training)
-        return features
-
-    def save(self, folder: str | Path) -> None:
-        """Writes model and tokenizer as Hugging Face does, atomically; all processes call it together."""
-        from runs import atomic_folder
-        from sharding import whole_state
-
-        adapted = hasattr(self.model, "peft_config")  # then only the adapter is written, which is never spread
-        state = whole_state(self.model) if self.agree and not adapted else None
-        with atomic_folder(folder) as temporary:
-            self.model.save_pretrained(temporary, state_dict=state)
-            self.tokenizer.save_pretrained(temporary)
-
-
-def load_encoder(
-    name: str,
-    max_length: int = 1024,
-    option: str = "--lang_model_path",
-    adapt: bool = False,
-    dtype=torch.float32,
-    trust_remote_code: bool = False,
-) -> TurnEncoder:
-    """Loads an encoder from a folder (nothing is looked up elsewhere then) or from the hub; a folder with an adapter
-    in it (`adapter_config.json`) brings the model that it adapts.
-
-    Dropout on attention weights is off, which makes training twice as fast on a CPU for encoders that had it (BERT's
-    kind); dropout on hidden states stays as the model has it.
-
-    Args:
-        adapt: put a fresh LoRA adapter (r=8, alpha=16, dropout 0.1) on it, which is then what trains and is saved.
-        dtype: of the weights under an adapter; all other weights are float32.
-        trust_remote_code: run code that it brings along.
-
-    Raises:
-        UserError: if it cannot be loaded; `option` names what the user gave.
-    """
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-    adapter, base = None, name
-    if (Path(name) / "adapter_config.json").is_file():
-        adapter = name
-        base = named_by_file(recorded_base(name, option), Path(name) / "adapter_config.json")
-    tokenizer = load_pretrained(AutoTokenizer, name, option, trust_remote_code)
-    config = load_pretrained(AutoConfig, base, option, trust_remote_code)
-    for dropout in ("attention_dropout", "attention_probs_dropout_prob"):
-        if hasattr(config, dropout):  # BERT's kind has it; with it no fused attention kernel runs on a CPU
-            setattr(config, dropout, 0.0)
-    if not config.is_encoder_decoder and hasattr(config, "use_cache"):
-        config.use_cache = False
-    weights = dtype if adapter or adapt else torch.float32
-    model = load_pretrained(AutoModel, base, option, trust_remote_code, config=config, dtype=weights)
-    check_vocabulary(tokenizer, model, name, option)
-    if adapter:
-        model = _load_adapter(model, adapter, option)
-    elif adapt:
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, task_type="FEATURE_EXTRACTION")
-        model = get_peft_model(model, lora)
-        if Path(base).is_dir():  # the adapter finds it from wherever it is loaded
-            model.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
-    return TurnEncoder(model, tokenizer, max_length, name)
-
-
-def recorded_base(folder: str | Path, option: str) -> str:
-    """What the adapter in `folder` says of the model that it is for: a hub id or a folder, which may not be there."""
-    base = check_adapter(folder, option).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{option} {folder}: adapter_config.json in it names no base_model_name_or_path")
-    return base
-
-
-def _load_adapter(model, folder: str, option: str):
-    """`model` with the adapter that `folder` holds, ready to be trained further."""
-    from peft import PeftModel
-
-    from runs import first_line
-
-    try:
-        adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
-        _check_adapter_weights(adapted, folder)
-    except Exception as error:  # other people's files can fail in any way
-        raise UserError(f"{option} {folder}: this adapter could not be loaded: {first_line(error)}") from None
-    return adapted
-
-
-def _check_adapter_weights(model, folder: str | Path) -> dict[str, torch.Tensor]:
-    """The weights of the adapter in a folder.
-
-    Raises:
-        ValueError: if they are not finite, or not exactly those that the adapter of `model` has (peft leaves what is
-            missing as it was, and says nothing).
-    """
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    saved, mine = load_file(Path(folder) / "adapter_model.safetensors"), get_peft_model_state_dict(model)
-    if {name: tensor.shape for name, tensor in saved.items()} != {name: t.shape for name, t in mine.items()}:
-        raise ValueError(f"its {len(saved)} tensors are not the {len(mine)} that this model's adapter has")
-    if not all(torch.isfinite(tensor).all() for tensor in saved.values()):
-        raise ValueError("weights that are not finite")
-    return saved
-
-
-def quiet_transformers() -> None:
-    """No progress bars for reading a file, and no advice that only the library's own developers can act on."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def load_encoder_of_head(
-    head: RewardHead,
-    path: str | Path,
-    max_length: int,
-    named: str | None,
-    dtype=torch.float32,
-    trust_remote_code: bool = False,
-) -> TurnEncoder:
-    """The encoder that the head at `path` was trained on; says so where the user `named` another. Of a published head,
-    which records none, it is the named one.
-
-    Raises:
-        UserError: if it cannot be loaded or does not fit the head.
-    """
-    if named and head.config.encoder is None:
-        name = named
-    else:
-        name = encoder_of_head(head, path)
-        if named and Path(named).resolve() != Path(name).resolve():
-            print(f"--lang_model_path {named} is not used: {path} was trained on {name}, which is loaded instead")
-        if head.config.encoder_is_folder and not Path(name).is_dir():  # and is not looked for on the hub
-            raise UserError(f"{path}: expected the encoder that it was trained on in {name}, found no such folder")
-    option = f"the encoder that {path} was trained on,"
-    encoder = load_encoder(name, max_length, option, dtype=dtype, trust_remote_code=trust_remote_code)
-    if encoder.hidden_size != head.config.hidden:
-        raise UserError(f"{path}: takes {head.config.hidden} features, its encoder {name} gives {encoder.hidden_size}")
-    return encoder
-
-
-def load_pretrained(auto_class, name: str, option: str, trust_remote_code: bool = False, config=None, **arguments):
-    """`auto_class.from_pretrained(name)`, offline when `name` is a folder; checked first (see `untrusted.py`).
-
-    Args:
-        trust_remote_code: run code that the model brings along; without, such a model is refused.
-        config: of a model (as against a tokenizer or a configuration), its configuration.
-
-    Raises:
-        UserError: if it is refused or cannot be loaded, or some of its weights are missing.
-    """
-    from transformers import AutoModel
-
-    from runs import first_line
-
-    quiet_transformers()
-    local = Path(name).is_dir()
-    check_model(name, option, trust_remote_code)
-    missing = []
-    try:
-        if config is not None:
-            arguments |= {"config": config, "output_loading_info": True}
-            if local and (Path(name) / "adapter_config.json").is_file():  # it would bring a model from elsewhere
-                raise UserError(f"{option} {name}: expected a whole model, found an adapter (adapter_config.json)")
-            if local and not trust_remote_code:
-                check_size(auto_class, name, option, config)
-        loaded = auto_class.from_pretrained(
-            name, local_files_only=local, trust_remote_code=trust_remote_code, **arguments
-        )
-        if config is not None:
-            loaded, info = loaded
-            missing = [key for key in info["missing_keys"] if "pooler" not in key]
-            if auto_class is AutoModel:  # of which the encoder alone is run
-                missing = [key for key in missing if not key.startswith("decoder.")]
-    except UserError:
-        raise
-    except UnpicklingError:  # torch's own words for it advise to run them
-        raise UserError(
-            f"{option} {name}: its pickled weights hold more than tensors; nothing of them was run; expected "
-            "model.safetensors, or a .bin file of tensors alone"
-        ) from None
-    except Exception as error:  # other people's files can fail in any way
-        reason = first_line(error) if not first_line(error).endswith(":") else one_line(str(error))[:200]
-        what = "folder" if local else "hub id (and no folder of that name is here)"
-        raise UserError(f"{option} {name}: this {what} could not be loaded: {reason}") from None
-    if missing:
-        raise UserError(
-            f"{option} {name}: its weights lack {len(missing)} that its config.json asks for, such as {min(missing)}"
-        )
-    return loaded
-
-
-def own_limit(config, tokenizer) -> int:
-    """Tokens that the encoder can take: its position table (less RoBERTa's padding offset), where it has one."""
-    limits = [1 << 20]
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions:
-        offset = config.pad_token_id + 1 if config.model_type in ("roberta", "longformer", "xlm-roberta") else 0
-        limits.append(positions - offset)
-    if tokenizer.model_max_length and tokenizer.model_max_length < 1 << 20:
-        limits.append(tokenizer.model_max_length)
-    return min(limits)
-
-
-def _pair_form(tokenizer) -> tuple[list[int], list[int], list[int], int]:
-    """The special tokens that a tokenizer puts before, between and behind a pair, and how many of those between belong
-    to the first segment. An end token is added where the tokenizer puts none."""
-    encoded = tokenizer("a", "b", return_token_type_ids=True)
-    ids, parts = encoded["input_ids"], encoded.sequence_ids(0)
-    segments = encoded.get("token_type_ids") or [0] * len(ids)
-    first = [i for i, part in enumerate(parts) if part == 0]
-    second = [i for i, part in enumerate(parts) if part == 1]
-    between = range(first[-1] + 1, second[0])
-    suffix = ids[second[-1] + 1 :]
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    if not suffix and end is not None:
-        suffix = [end]
-    return ids[: first[0]], [ids[i] for i in between], suffix, sum(segments[i] == 0 for i in between)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# PPO: pure functions. Shapes: n responses, R token positions; `mask` (n, R) is 1 where a token is kept, 0 on padding
-# and behind the cut, and such places must not matter.
+# PPO: pure functions
+#
+# Shapes: n responses, R token positions. `mask` (n, R) is 1 on kept tokens and 0 on padding and behind the cut; values
+# there must not matter.
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, mean: float, variance: float) -> torch.Tensor:
-    """`values` shifted and scaled to mean 0 and variance 1, where they have this mean and variance over all kept places
-    (of all processes); 0 where not kept."""
+    """`values` (n, R) shifted and scaled to mean 0 and variance 1, where `mean` and `variance` are those over all kept
+    tokens of all processes; 0 where not kept."""
     return (values - mean) * (variance + 1e-8) ** -0.5 * mask
 
 
 def token_rewards(score: torch.Tensor, logprobs, ref_logprobs, mask, beta: float) -> torch.Tensor:
-    """Reward of every token: -beta (log pi - log pi_ref), an unbiased estimate of the KL penalty under pi's own
-    samples, and the response's score on its last kept token.
+    """Reward of every token: -beta (log pi - log pi_ref), an unbiased estimate of the KL penalty because pi generated
+    the tokens, plus the response's score on its last kept token.
 
     Args:
         score: (n,). logprobs, ref_logprobs, mask: (n, R). beta: weight of the KL.
@@ -886,10 +618,10 @@ def token_rewards(score: torch.Tensor, logprobs, ref_logprobs, mask, beta: float
 
 def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float):
     """Generalized advantage estimation (Schulman et al., 2016, eq. 16): A_t = sum_l (gamma lam)^l delta_{t+l} with
-    delta_t = r_t + gamma V_{t+1} - V_t, and V = 0 behind the last kept token.
+    delta_t = r_t + gamma V_{t+1} - V_t, and V = 0 after the last kept token.
 
     Args:
-        rewards, values, mask: (n, R), kept places first.
+        rewards, values, mask: (n, R), kept tokens first.
 
     Returns:
         Advantages and returns (advantages + values), (n, R) each, 0 where not kept.
@@ -907,11 +639,11 @@ def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, ma
     """Clipped policy and value losses (Schulman et al., 2017, eq. 7 and 9).
 
     Args:
-        logprobs, values: (n, R) of the policy that is updated; the `old_` ones are the rollout's.
+        logprobs, values: (n, R) of the policy that is updated. old_logprobs, old_values: of the rollout.
         advantages, returns, mask: (n, R).
         clip: of the ratio around 1. value_clip: of the value around the old one.
-        tokens: what sums are divided by (the kept tokens of the whole optimizer step, so that accumulated gradients
-            equal one large batch's); by default the kept tokens here.
+        tokens: what sums are divided by: the kept tokens of the whole optimizer step, so that accumulated gradients
+            equal one large batch's. None: the kept tokens here.
 
     Returns:
         policy loss (), value loss (), and a dict of detached sums over kept tokens: approx_kl, policy_clipped,
@@ -936,34 +668,35 @@ def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, ma
 
 
 class AdaptiveKL:
-    """beta of the KL penalty, moved towards `target` (Ziegler et al., 2019, section 2.2).
+    """Adapts the weight beta of the KL penalty so that the KL approaches a target (Ziegler et al., 2019, section 2.2).
 
     Args:
-        beta: start. target: nats a response. horizon: responses over which a full error multiplies beta by e^0.2.
+        beta: initial value. target: nats a response. horizon: responses over which the largest error (0.2) multiplies
+            beta by e^0.2.
     """
 
     def __init__(self, beta: float, target: float, horizon: float):
         self.beta, self.target, self.horizon = beta, target, horizon
 
     def update(self, kl: float, n: int) -> None:
-        """After a batch of `n` responses of mean KL `kl`."""
+        """Adapts beta after a batch of `n` responses with mean KL `kl`, in nats a response."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.beta *= 1 + error * n / self.horizon
 
 
 class RunningMoments:
-    """Mean and standard deviation of everything seen so far (Chan et al.'s parallel update)."""
+    """Mean and standard deviation of all scores so far (the parallel update of Chan et al., 1979)."""
 
     def __init__(self):
         self.count, self.mean, self._squares = 0, 0.0, 0.0
 
     @property
     def std(self) -> float:
-        """Population standard deviation; 1 before there are two different values."""
+        """Population standard deviation; 1 as long as all values were equal."""
         return (self._squares / self.count) ** 0.5 if self._squares > 0 else 1.0
 
     def normalize(self, values: torch.Tensor) -> torch.Tensor:
-        """Takes `values` (n,) in, and returns them normalised by the moments that include them."""
+        """Adds `values` (n,) to the moments, and returns them normalized by the updated moments."""
         n, mean = len(values), values.double().mean().item()
         squares = ((values.double() - mean) ** 2).sum().item()
         total, shift = self.count + n, mean - self.mean
@@ -974,329 +707,263 @@ class RunningMoments:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The policy
+# The PPO step
 
 
-MAX_NEW_TOKENS = 128  # the longest response
-DONE_EVERY = 4  # tokens between two looks at whether a response has gone on long enough
+@dataclass(frozen=True)
+class PPOConfig:
+    """PPO's settings; the defaults are the published ones.
 
-
-class Policy(nn.Module):
-    """A LoRA-adapted language model with a value head; the reference policy is the same network, adapter off.
-
-    Args:
-        model: a `peft.PeftModel` around a causal language model or an encoder-decoder. tokenizer: its tokenizer.
-
-    Raises:
-        UserError: if the model computes its logits in a way that is not known here.
+    Attributes:
+        learning_rate, batch_size: as the options say.
+        mini_batch_size: responses in a forward and backward pass.
+        accumulation_steps: minibatches in an optimizer step. ppo_epochs: passes over a batch.
+        gamma, lam: of GAE. clip: of the probability ratio. value_clip: of the value.
+        value_coefficient: weight of the value loss.
+        beta: initial weight of the KL penalty. target_kl_response: what beta is adapted to, in nats a response.
+        horizon: responses over which beta is adapted.
+        target_kl: the update stops when its approximate KL, in nats a token, exceeds 1.5 times this.
+        min_new_tokens, max_new_tokens: range from which each batch's response length limit is drawn.
     """
 
-    def __init__(self, model, tokenizer):
-        super().__init__()
-        self.model, self.tokenizer = model, tokenizer
-        self.has_encoder = bool(model.config.is_encoder_decoder)
-        self.agree: Callable[[int], int] | None = None  # see `sharding.spread`
-        # starts at 0: the value of nothing learned yet
-        self.value_head = nn.Linear(model.config.hidden_size, 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
-        self.eval()  # and so it stays: dropout would make the rollout's and the update's probabilities differ
-        self._check_logits()
+    learning_rate: float = option(1.4e-5, "peak learning rate", type=positive_float)
+    batch_size: int = option(24, "prompts a step; of rloo and grpo responses", type=positive_int)
+    mini_batch_size: int = 4
+    accumulation_steps: int = 2
+    ppo_epochs: int = 1
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    value_clip: float = 0.2
+    value_coefficient: float = 0.1
+    beta: float = 0.15
+    target_kl_response: float = 6.0
+    horizon: float = 10_000
+    target_kl: float = 1.0
+    min_new_tokens: int = 32
+    max_new_tokens: int = MAX_NEW_TOKENS
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.value_head.weight.device
 
-    @property
-    def max_prompt_tokens(self) -> int:
-        """What the position table leaves for a prompt: of a causal model, with room for the longest response."""
-        positions = getattr(self.model.config, "max_position_embeddings", None) or 1 << 20
-        return positions if self.has_encoder else positions - MAX_NEW_TOKENS
+def adafactor(parameters: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """Adafactor (Shazeer and Stern, 2018) with a constant learning rate, as published."""
+    from transformers.optimization import Adafactor  # slow to import, and not needed to parse options
 
-    def trainable(self) -> list[nn.Parameter]:
-        """The adapter's and the value head's parameters."""
-        return [p for p in self.parameters() if p.requires_grad]
+    return Adafactor(parameters, lr=learning_rate, scale_parameter=False, relative_step=False, warmup_init=False)
 
-    def reference(self):
-        """Context manager: the adapter is off."""
-        return self.model.disable_adapter()
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Padded ids and mask (n, Q): on the left for a causal model, whose response follows, on the right for an
-        encoder. A prompt that is too long loses what follows its instruction."""
-        limit, instruction = self.max_prompt_tokens, self.tokenizer(INSTRUCTION)["input_ids"]
-        encoded = []
-        for tokens in self.tokenizer(list(prompts), verbose=False)["input_ids"]:
-            if len(tokens) > limit:
-                kept = min(
-                    sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(instruction, tokens, strict=False))),
-                    limit - 1,
-                )
-                tokens = [*tokens[:kept], *tokens[kept - limit :]]
-            encoded.append(tokens)
-        longest = max(map(len, encoded))
-        ids = torch.full((len(encoded), longest), self.pad)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(encoded):
-            place = slice(len(tokens)) if self.has_encoder else slice(longest - len(tokens), longest)
-            ids[row, place] = torch.tensor(tokens)
-            mask[row, place] = 1
-        return ids.to(self.device), mask.to(self.device)
+class PPO:
+    """Proximal policy optimization of a language model on rewards of whole responses, with a KL penalty to a reference.
 
-    @property
-    def end(self) -> int:
-        """The end token."""
-        return self.tokenizer.eos_token_id
+    Args:
+        policy: a `geli.nets.policy.Policy`, which is trained.
+        score: (prompts, responses) -> (n,) rewards. config: settings.
+        accelerator: `accelerate.Accelerator`. seed: of response lengths, minibatches and sampling.
 
-    @property
-    def pad(self) -> int:
-        """The padding token; what it is does not matter, because masks say where it is."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end
+    Attributes:
+        optimizer: of the policy's adapter and value head. kl: the `AdaptiveKL` controller.
+        moments: running moments of the scores. rng, sampling: generators of lengths and minibatches, and of tokens.
 
-    @torch.no_grad()
-    def generate(self, query: torch.Tensor, query_mask: torch.Tensor, uniforms: torch.Tensor, done=None):
-        """Samples responses at temperature 1 from the whole distribution, until all have ended.
+    Raises:
+        UserError: if there are fewer prompts in a batch than processes.
+    """
 
-        Args:
-            query, query_mask: (n, Q) as `tokenize` gives them.
-            uniforms: (n, r) in [0, 1): what chooses each of at most r tokens, so that a response does not depend on who
-                else is in the batch.
-            done: responses so far (n, r) -> (n,) which need not go on; asked now and then.
-
-        Returns:
-            (n, R) ids, padded behind the end token (or where `done` said so), and (n, R, hidden) the states that they
-            were drawn from, which `read` takes.
-        """
-        base, uniforms = self.model.get_base_model(), uniforms.to(query.device, torch.float64)
-        mask, inputs = query_mask, query
-        cache = None if self.has_encoder else _roomy_cache(base.config, uniforms.shape[1])
-        if self.has_encoder:
-            encoded = base.get_encoder()(input_ids=query, attention_mask=query_mask).last_hidden_state
-            inputs = torch.full_like(query[:, :1], base.config.decoder_start_token_id)
-        else:
-            body, positions = getattr(base, base.base_model_prefix), (mask.cumsum(dim=1) - 1).clamp(min=0)
-        response = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
-        ended, states = torch.zeros(len(query), dtype=torch.bool, device=query.device), []
-        for step in range(1, uniforms.shape[1] + 1):
-            if self.has_encoder:
-                output = base.get_decoder()(
-                    input_ids=inputs, encoder_hidden_states=encoded, encoder_attention_mask=mask, past_key_values=cache,
-                    use_cache=True,
-                )  # fmt: skip
-            else:
-                output = body(
-                    input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-                )
-                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-                positions = positions[:, -1:] + 1
-            cache, state = output.past_key_values, output.last_hidden_state[:, -1]
-            reached = self._logits(state).double().softmax(dim=-1).cumsum(dim=-1)  # inverse transform sampling
-            goal = uniforms[:, step - 1 : step] * reached[:, -1:]
-            token = torch.searchsorted(reached, goal, right=True).squeeze(1).clamp(max=reached.shape[1] - 1)
-            token = token.masked_fill(ended, self.pad)
-            inputs = token[:, None]
-            response = torch.cat([response, inputs], dim=1)
-            states.append(state)
-            ended |= token == self.end
-            if done and step % DONE_EVERY == 0:
-                ended |= done(response).to(ended.device)
-            going = int(not ended.all())
-            if not (self.agree(going) if self.agree else going):
-                break
-        return response, torch.stack(states, dim=1)
-
-    def forward(self, query, query_mask, response, response_mask):
-        """Log-probability of every response token, the value of the state before it, and the entropy there.
-
-        Only the kept response positions get logits.
-
-        Args:
-            query, query_mask: (n, Q) padded as `tokenize` does. response, response_mask: (n, R) right-padded.
-
-        Returns:
-            logprobs, values, entropies: (n, R) float32, 0 where not kept.
-        """
-        return self.read(self._states(query, query_mask, response, response_mask), response, response_mask)
-
-    def read(self, hidden: torch.Tensor, response: torch.Tensor, response_mask: torch.Tensor):
-        """As `forward`, from the (n, R, hidden) states before each response token."""
-        kept = response_mask.bool()
-        states, tokens = hidden[kept], response[kept]
-        logprobs, entropies = _token_logprobs(self._logits, self.model.config.vocab_size, states, tokens)
-        values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(1)
-        blank = torch.zeros(response.shape, device=response.device)
-        return tuple(blank.masked_scatter(kept, x.float()) for x in (logprobs, values, entropies))
-
-    def _states(self, query, query_mask, response, response_mask) -> torch.Tensor:
-        """(n, R, hidden) the last hidden state before each response token; a pass is made for n = 0 too."""
-        if not len(query):
-            blank = response.new_full((1, response.shape[1]), self.end)
-            ones = torch.ones_like(blank)
-            return self._states(blank[:, :1], ones[:, :1], blank, ones)[:0]
-        base = self.model.get_base_model()
-        if self.has_encoder:
-            encoded = base.get_encoder()(input_ids=query, attention_mask=query_mask).last_hidden_state
-            start = torch.full_like(response[:, :1], base.config.decoder_start_token_id)
-            return base.get_decoder()(
-                input_ids=torch.cat([start, response[:, :-1]], dim=1),
-                encoder_hidden_states=encoded,
-                encoder_attention_mask=query_mask,
-                use_cache=False,
-            ).last_hidden_state
-        ids = torch.cat([query, response], dim=1)
-        mask = torch.cat([query_mask, response_mask.to(query_mask.dtype)], dim=1)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        body = getattr(base, base.base_model_prefix)
-        hidden = body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
-        return hidden[:, query.shape[1] - 1 : -1]
-
-    def _logits(self, states: torch.Tensor) -> torch.Tensor:
-        """(m, vocabulary) of states (m, hidden), as the whole model makes them."""
-        base = self.model.get_base_model()
-        if getattr(base.config, "scale_decoder_outputs", False):  # T5 with tied embeddings
-            states = states * base.config.d_model**-0.5
-        logits = base.get_output_embeddings()(states)
-        bias = getattr(base, "final_logits_bias", None)  # BART's kind
-        return logits if bias is None else logits + bias
-
-    @torch.no_grad()
-    def _check_logits(self) -> None:
-        query = torch.tensor([[self.end, self.end]], device=self.device)
-        mask, response = torch.ones_like(query), query[:, :1]
-        if self.has_encoder:
-            start = torch.full_like(response, self.model.config.decoder_start_token_id)
-            expected = self.model(input_ids=query, attention_mask=mask, decoder_input_ids=start).logits[:, -1]
-        else:
-            expected = self.model(input_ids=query, attention_mask=mask).logits[:, -1]
-        found = self._logits(self._states(query, mask, response, torch.ones_like(response))[:, 0])
-        if not torch.allclose(found.float(), expected.float(), atol=0.05, rtol=0.02):
+    def __init__(self, policy, score: Callable, config: PPOConfig, accelerator, seed: int):
+        if config.batch_size < accelerator.num_processes:
             raise UserError(
-                f"--model_name: a model of the kind {self.model.config.model_type} changes its logits after its last "
-                "layer in a way that this program does not know; choose another policy"
+                f"--batch_size {config.batch_size}: expected at least one prompt for each of "
+                f"{accelerator.num_processes} processes"
             )
+        self.policy, self.score, self.config, self.accelerator = policy, score, config, accelerator
+        self.optimizer = adafactor(policy.trainable(), config.learning_rate)
+        self.kl = AdaptiveKL(config.beta, config.target_kl_response, config.horizon)
+        self.moments = RunningMoments()
+        self.rng, self.sampling = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+        self._seconds: dict[str, float] = {}
 
-    def save(self, folder: str | Path) -> None:
-        """Writes a PEFT adapter with its tokenizer and `value_head.safetensors`, atomically."""
-        from safetensors.torch import save_file
+    def state_dict(self) -> dict:
+        """The state beside that of policy, optimizer and generators."""
+        return {"beta": self.kl.beta, "moments": vars(self.moments).copy()}
 
-        from runs import atomic_folder
+    def load_state_dict(self, state: dict) -> None:
+        """Restores a state."""
+        self.kl.beta = state["beta"]
+        vars(self.moments).update(state["moments"])
 
-        with atomic_folder(folder) as temporary:
-            self.model.save_pretrained(temporary, save_embedding_layers=False)
-            self.tokenizer.save_pretrained(temporary)
-            save_file(
-                {k: v.detach().cpu().contiguous() for k, v in self.value_head.state_dict().items()},
-                temporary / "value_head.safetensors",
-            )
+    def step(self, prompts: Sequence[Prompt], update: bool = True) -> tuple[dict[str, float], list[str]]:
+        """One PPO step on a batch of prompts.
 
-    def save_merged(self, folder: str | Path) -> None:
-        """Writes the whole model, the adapter merged into its weights, with its tokenizer, atomically. The policy ends
-        with it: its memory is given back."""
-        from runs import atomic_folder, is_writer
+        Args:
+            prompts: n prompts, the same in every process. update: False generates and scores only.
 
-        merged = self.model.merge_and_unload()
-        if is_writer():  # gigabytes: not once a process
-            with atomic_folder(folder) as temporary:
-                merged.save_pretrained(temporary)
-                self.tokenizer.save_pretrained(temporary)
-        self.to("meta")
-
-    def load(self, folder: str | Path) -> None:
-        """Reads the adapter and the value head that `save` wrote into this policy.
+        Returns:
+            what is logged, and the n responses.
 
         Raises:
-            UserError: if they do not fit this policy.
+            NotFinite: if a score, a loss or a gradient is not finite.
         """
-        from peft import set_peft_model_state_dict
-        from safetensors.torch import load_file
+        config, self._seconds = self.config, {}
+        # 1. Draw the batch's length limit and the random numbers that choose its tokens, the same in every process,
+        #    and take this process' share of the prompts.
+        limit = int(self.rng.integers(config.min_new_tokens, config.max_new_tokens + 1))
+        uniforms = local_share(draw_uniforms(len(prompts), limit, self.sampling), self.accelerator)
+        mine = local_share(list(prompts), self.accelerator)
+        # 2. Generate responses, and cut each where the agent's turn ends.
+        with self._timed("generate"):
+            batch = rollout(self.policy, mine, uniforms)
+        # 3. Log-probabilities under the policy and the reference, and values.
+        with self._timed("forward"):
+            old = logprobs_and_values(self.policy, batch, config.mini_batch_size)
+        # 4. Score the responses, and the human answers for comparison; normalize by the running moments.
+        with self._timed("score"):
+            scores, normalized, human = self._score(mine, batch.texts)
+        # 5. A reward for every token: the KL penalty, and the score on the last one.
+        rewards = token_rewards(
+            normalized.to(batch.mask.device), old["logprobs"], old["ref_logprobs"], batch.mask, self.kl.beta
+        )
+        # 6. Advantages and returns.
+        advantages, returns = gae(rewards, old["values"], batch.mask, config.gamma, config.lam)
+        # 7. Statistics over all processes; they include what whitening needs.
+        total = self._sum(_rollout_sums(batch, old, advantages, returns, human, limit, self.policy.end))
+        if not np.isfinite(list(total.values())).all():
+            raise NotFinite("the policy's output")
+        texts = gather_shares(batch.texts, self.accelerator)
+        logged = {**_rollout_statistics(total, scores, texts), "beta": self.kl.beta}
+        if update:
+            # 8. Update the policy on whitened advantages.
+            mean, variance = total["advantage"] / total["tokens"], _variance(total, "advantage", total["tokens"])
+            whitened = whiten(advantages, batch.mask, mean, variance)
+            with self._timed("update"):
+                logged |= self._update(batch, old, whitened, returns, len(prompts))
+            # 9. Adapt the weight of the KL penalty.
+            self.kl.update(logged["kl"], len(prompts))
+        return {**logged, **{f"seconds_{name}": value for name, value in self._seconds.items()}}, texts
 
-        from runs import first_line
+    def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]):
+        """All processes' scores (n,), this process' normalized ones, and the scores of its human answers."""
+        scores = self.score(prompts, texts)
+        human = self.score(prompts, [prompt.human for prompt in prompts])
+        all_scores = torch.tensor(gather_shares(scores.tolist(), self.accelerator))
+        if not all_scores.isfinite().all():
+            raise NotFinite("the score of a response")
+        return all_scores, local_share(self.moments.normalize(all_scores), self.accelerator), human
 
-        saved, mine = check_adapter(folder, "the policy's checkpoint"), self.model.peft_config["default"]
-        if saved["r"] != mine.r:
-            raise UserError(f"{folder}: an adapter of rank {saved['r']}, the options ask for {mine.r} (see --no_accel)")
-        base = saved.get("base_model_name_or_path")
-        if base != mine.base_model_name_or_path:
-            print(f"Warning: {folder} was trained on {base!r}, --model_name is {mine.base_model_name_or_path}")
-        try:
-            set_peft_model_state_dict(self.model, _check_adapter_weights(self.model, folder))
-            value_head = load_file(Path(folder) / "value_head.safetensors")
-            if not all(torch.isfinite(tensor).all() for tensor in value_head.values()):
-                raise ValueError("a value head that is not finite")
-            self.value_head.load_state_dict(value_head)
-        except Exception as error:  # other people's files can fail in any way
-            raise UserError(f"{folder}: not an adapter that fits this policy ({first_line(error)})") from None
+    def _update(self, batch: Rollout, old: dict, advantages, returns, n: int) -> dict[str, float]:
+        """PPO epochs over the batch. Stops early when the policy has moved too far.
+
+        Args:
+            batch, old, advantages, returns: this process' share. n: responses of all processes.
+        """
+        config, totals = self.config, Counter()
+        for group in self._groups(n):
+            sums = self._optimizer_step(batch, old, advantages, returns, group, n)
+            totals.update(sums)
+            totals["optimizer_steps"] += 1
+            totals["stopped_early"] = float(sums["approx_kl"] / sums["tokens"] > 1.5 * config.target_kl)
+            if totals["stopped_early"]:
+                break
+        tokens, steps = totals["tokens"], totals["optimizer_steps"]
+        return {
+            "approx_kl": totals["approx_kl"] / tokens,
+            "policy_clip_fraction": totals["policy_clipped"] / tokens,
+            "value_clip_fraction": totals["value_clipped"] / tokens,
+            "ratio_mean": totals["ratio"] / tokens,
+            "policy_loss": totals["policy_loss"] / steps,
+            "value_loss": totals["value_loss"] / steps,
+            "gradient_norm": totals["gradient_norm"] / steps,
+            "optimizer_steps": float(steps),
+            "stopped_early": totals["stopped_early"],
+        }
+
+    def _groups(self, n: int) -> Iterator[np.ndarray]:
+        """Random groups of the n responses, one for each optimizer step, the same in every process."""
+        size = self.config.mini_batch_size * self.config.accumulation_steps
+        for _ in range(self.config.ppo_epochs):
+            order = self.rng.permutation(n)
+            yield from (order[first : first + size] for first in range(0, n, size))
+
+    def _optimizer_step(self, batch: Rollout, old: dict, advantages, returns, group: np.ndarray, n: int):
+        """One optimizer step on the responses `group` (indices into all processes' n), a minibatch at a time. Returns
+        sums over the group's kept tokens, the losses and the gradient norm."""
+        config = self.config
+        held = local_share(list(range(n)), self.accelerator)  # which of the n responses this process has
+        mine = np.array([i - held[0] for i in group if held and held[0] <= i <= held[-1]], dtype=int)
+        tokens = self._sum({"tokens": batch.mask[mine].sum()})["tokens"]
+        names = ("approx_kl", "policy_clipped", "value_clipped", "ratio", "policy_loss", "value_loss")
+        sums = {name: torch.zeros((), device=batch.mask.device) for name in names}
+        for first in minibatch_starts(self.policy, len(mine), config.mini_batch_size):
+            part = mine[first : first + config.mini_batch_size]
+            logprobs, values, _ = self.policy(*batch.rows(part))
+            policy_loss, value_loss, found = ppo_loss(
+                logprobs, values, old["logprobs"][part], old["values"][part], advantages[part], returns[part],
+                batch.mask[part], config.clip, config.value_clip, tokens,
+            )  # fmt: skip
+            self.accelerator.backward(policy_loss + config.value_coefficient * value_loss)
+            for name, value in {**found, "policy_loss": policy_loss, "value_loss": value_loss}.items():
+                sums[name] = sums[name] + value.detach()
+        sums = {**self._sum(sums), "tokens": tokens}
+        if not np.isfinite(list(sums.values())).all():
+            self.optimizer.zero_grad()
+            raise NotFinite("the loss or its gradient")
+        return {**sums, "gradient_norm": apply_gradients(self.optimizer, self.accelerator)}
+
+    def _sum(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Sums over all processes, in one message."""
+        stacked = torch.stack([value.detach().double().to(self.accelerator.device) for value in values.values()])
+        return dict(zip(values, self.accelerator.reduce(stacked, "sum").tolist(), strict=True))
+
+    @contextmanager
+    def _timed(self, phase: str):
+        start = time.perf_counter()
+        yield
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()  # kernels may still be running
+        self._seconds[phase] = time.perf_counter() - start
 
 
-def _roomy_cache(config, room: int):
-    """A key-value cache with room for `room` tokens behind the prompt; the library's own copies itself a token."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    class RoomyLayer(DynamicLayer):
-        def update(self, keys, values, *_, **__):
-            done, end = self.get_seq_length(), self.get_seq_length() + keys.shape[-2]
-            if not self.is_initialized:
-                self.lazy_initialization(keys, values)
-                self._all = [new.new_empty(*new.shape[:-2], end + room, new.shape[-1]) for new in (keys, values)]
-            for whole, new in zip(self._all, (keys, values), strict=True):
-                whole[..., done:end, :] = new
-            self.keys, self.values = (whole[..., :end, :] for whole in self._all)
-            return self.keys, self.values
-
-    cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-LOGITS_PER_CHUNK = 1 << 25  # 128 MiB of float32
-
-
-def _token_logprobs(logits_of: Callable, vocabulary: int, states: torch.Tensor, tokens: torch.Tensor):
-    """(m,) log-probabilities of `tokens` (m,) and (m,) entropies, from (m, hidden) states, a chunk at a time."""
-
-    def chunk(part, chosen):
-        log_p = logits_of(part).float().log_softmax(dim=-1)
-        return log_p.gather(1, chosen[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=1)
-
-    size = max(1, LOGITS_PER_CHUNK // vocabulary)
-    parts = [chunk(states[i : i + size], tokens[i : i + size]) for i in range(0, max(len(states), 1), size)]
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+def _rollout_sums(batch: Rollout, old: dict, advantages, returns, human, limit: int, end: int) -> dict:
+    """Sums over one process' responses and their kept tokens, from which the whole batch's statistics are computed."""
+    mask, lengths = batch.mask, batch.mask.sum(dim=1)
+    error = (returns - old["values"]) * mask
+    last_token = batch.response[torch.arange(len(lengths)), lengths.long() - 1]
+    return {
+        "responses": torch.tensor(float(len(lengths))),
+        "tokens": mask.sum(),
+        "human": human.sum(),
+        "kl": ((old["logprobs"] - old["ref_logprobs"]) * mask).sum(),
+        "entropy": (old["entropies"] * mask).sum(),
+        "value": (old["values"] * mask).sum(),
+        "return": (returns * mask).sum(),
+        "return_squared": (returns**2 * mask).sum(),
+        "error": error.sum(),
+        "error_squared": (error**2).sum(),
+        "advantage": (advantages * mask).sum(),
+        "advantage_squared": (advantages**2 * mask).sum(),
+        "ended": (last_token == end).sum(),
+        "at_length": (lengths == limit).sum(),
+    }
 
 
-def load_policy(name: str, rank: int, alpha: int, dtype: torch.dtype, trust_remote_code: bool = False) -> Policy:
-    """A policy around the model `name` (hub id or folder) with a fresh adapter, which changes nothing yet.
+def _rollout_statistics(total: dict[str, float], scores: torch.Tensor, texts: Sequence[str]) -> dict[str, float]:
+    """What is logged of a batch's responses. KL is in nats a response, entropy in nats a token."""
+    n, tokens = total["responses"], total["tokens"]
+    return_variance = _variance(total, "return", tokens)
+    return {
+        "score_mean": scores.mean().item(),
+        "score_std": scores.std(unbiased=False).item(),
+        "human_score_mean": total["human"] / n,
+        "kl": total["kl"] / n,
+        "entropy": total["entropy"] / tokens,
+        "value_mean": total["value"] / tokens,
+        "explained_variance": 1 - _variance(total, "error", tokens) / return_variance if return_variance > 0 else 0.0,
+        "response_length_mean": tokens / n,
+        "ended_share": total["ended"] / n,
+        "cut_at_length_share": total["at_length"] / n,
+        "empty_share": float(np.mean([not text for text in texts])),
+        "distinct_1": distinct(texts, 1),
+        "distinct_2": distinct(texts, 2),
+    }
 
-    Args:
-        rank, alpha: of LoRA (Hu et al., 2022). dtype: of the frozen weights; the adapter is float32.
-        trust_remote_code: run code that it brings along.
 
-    Raises:
-        UserError: if the model cannot be loaded.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-
-    tokenizer = load_pretrained(AutoTokenizer, name, "--model_name", trust_remote_code)
-    config = load_pretrained(AutoConfig, name, "--model_name", trust_remote_code)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = load_pretrained(kind, name, "--model_name", trust_remote_code, config=config, dtype=dtype)
-    check_vocabulary(tokenizer, model, name, "--model_name")
-    return adapt_policy(model, tokenizer, rank, alpha)
-
-
-def adapt_policy(model, tokenizer, rank: int, alpha: int) -> Policy:
-    """A policy around a language model, with a fresh LoRA adapter of this rank and alpha (Hu et al., 2022)."""
-    from peft import LoraConfig, get_peft_model
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-    config = model.config
-    attention = {"q_proj", "v_proj"} if any(n.endswith("q_proj") for n, _ in model.named_modules()) else "all-linear"
-    adapter = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=0.05,
-        task_type="SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM",
-        target_modules=None if config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING else attention,
-        fan_in_fan_out=config.model_type == "gpt2",  # its layers keep their weights transposed
-    )
-    return Policy(get_peft_model(model, adapter), tokenizer)
+def _variance(total: dict[str, float], name: str, n: float) -> float:
+    """Variance of n numbers from the sums of them and of their squares."""
+    return max(total[f"{name}_squared"] / n - (total[name] / n) ** 2, 0.0)

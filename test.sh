@@ -3,10 +3,11 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source setup_env.sh
-setup_env requirements.txt requirements-test.txt requirements-trl.txt
+setup_env requirements.txt requirements-test.txt
 
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 # a core for each worker
 cores=$(nproc)
 ruff check .
 ruff format --check .
+lint-imports --no-cache
 python -m pytest -n $((cores < 4 ? cores : 4)) --dist loadfile --no-loadscope-reorder "$@"

@@ -1,488 +1,479 @@
-"""Stage 2 (GELI): turn rewards that add up to the score (GE) and follow the listener's face (LI).
+"""Stage 2 (GELI): learns turn rewards that add up to the score (GE) and follow the listener's face (LI).
 
     python train_reward_GELI.py --redist_type RRD --reward_class overall_affect --model convo --batch_size 1 --K 160 \\
         --train_size 100 --train --val --small_model_shrink --affect_path devout-brook-114
 
-With `--affect_path RUN` the head and the encoder start from that stage-1 run and the loss is lambda GE + (1-lambda) LI;
-without it the loss is GE alone. The encoder is frozen, so every turn is encoded once; `--unfreeze` trains it too.
+With `--affect_path RUN` the head and the encoder start from that stage-1 run, and the loss is
+lambda * GE + (1 - lambda) * LI; without it the loss is GE alone. The encoder is frozen, so every turn is encoded once,
+unless `--unfreeze` trains it too.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from cli import (
-    ADAPTED,
-    HEAD_OPTIONS,
-    UserError,
-    add_common_options,
-    add_reward_options,
-    cache_folder,
+from data_utils import DataOptions, SignalOptions, TurnSet, fingerprint, load_turns, rating_probability
+from geli.nets.options import EncoderOptions
+from geli.run.errors import UserError, run
+from geli.run.options import RunOptions, build_parser, flat, fraction, option, parse, positive_float, positive_int
+from models import (
+    DECOMPOSITIONS,
+    STAGE_1_FOLDERS,
+    HeadOptions,
+    RewardHead,
+    RewardHeadConfig,
+    RewardTrainingOptions,
     check_reward_options,
-    fraction,
-    head_name,
-    named_encoder,
-    new_parser,
-    positive_float,
-    positive_int,
-    run,
+    find_head,
+    load_reward_head,
 )
 
-REDIST_TYPES = {
-    "RRD": "random subsets of K turns estimate the return",
-    "IRCR": "every turn regresses to R/L",
-    "RUDDER": "an LSTM predicts the return after every turn; rewards are its differences",
-}
+_DECOMPOSITIONS = "; ".join(f"{name}: {row.help}" for name, row in DECOMPOSITIONS.items())
 
 
-def build_parser():
-    """The options."""
-    parser = new_parser("Stage 2: learn turn rewards from the score (GE), with stage 1's affect (GELI) or without.")
-    add = parser.add_argument
-    types = "; ".join(f"{name}: {what}" for name, what in REDIST_TYPES.items())
-    add("--redist_type", choices=REDIST_TYPES, default="RRD", help=f"how the score is decomposed. {types}")
-    add("--affect_path", metavar="RUN", help="stage-1 run (name, or path of reward1_RUN) to start from; brings LI")
-    add("--lambda", type=fraction, dest="ge_weight", metavar="L", help="weight of GE; 1 - L is LI's (default: 0.5)")
-    add(
-        "--loss_scale",
+@dataclass(frozen=True)
+class GELITrainingOptions(RewardTrainingOptions):
+    """Options of training that only this stage has."""
+
+    redist_type: str = option("RRD", f"how the score is decomposed. {_DECOMPOSITIONS}", choices=DECOMPOSITIONS)
+    affect_path: str | None = option(
+        None, "stage-1 run (name, or path of reward1_RUN) to start from; adds the LI loss", metavar="RUN"
+    )
+    ge_weight: float | None = option(
+        None, "weight of GE; 1 - L is LI's (default: 0.5)", type=fraction, flag="--lambda", metavar="L"
+    )
+    loss_scale: str = option(
+        "raw",
+        "normalized divides each loss by the variance of its own target over the training set",
         choices=("raw", "normalized"),
-        default="raw",
-        help="normalized divides each loss by the variance of its own target over the training set",
     )
-    add("--reward_path", metavar="HEAD", help="with --val alone: the saved head to evaluate (run name or path)")
-    add_reward_options(parser, epochs=4)
-    add("--batch_size", type=positive_int, default=1, help="conversations a step")
-    add("--K", type=positive_int, default=160, help="RRD: turns of a trajectory in a step (all when there are fewer)")
-    add("--unfreeze", action="store_true", help="train the encoder too, and save it as lang_model_RUN")
-    add("--encoder_learning_rate", type=positive_float, default=5e-6, help="the encoder's, with --unfreeze")
-    add_common_options(parser, learning_rate=5e-3, context_turns=20, save_steps=100)
-    return parser
+    reward_path: str | None = option(
+        None, "with --val alone: the saved head to evaluate (run name or path)", metavar="HEAD"
+    )
+    batch_size: int = option(1, "conversations a step", type=positive_int)
+    K: int = option(160, "RRD: turns of a trajectory in a step (all when there are fewer)", type=positive_int)
+    unfreeze: bool = option(False, "train the encoder too, and save it as lang_model_RUN")
+    encoder_learning_rate: float = option(5e-6, "the encoder's, with --unfreeze", type=positive_float)
 
 
-def parse():
-    """The command line."""
-    parser = build_parser()
-    args = parser.parse_args()
-    check_reward_options(parser, args)
-    if not args.train and not args.val:
+@dataclass(frozen=True)
+class Options:
+    """All options of this command."""
+
+    data: DataOptions = DataOptions()
+    signal: SignalOptions = SignalOptions()
+    encoder: EncoderOptions = EncoderOptions()
+    head: HeadOptions = HeadOptions()
+    training: GELITrainingOptions = GELITrainingOptions(learning_rate=5e-3, epochs=4)
+    run: RunOptions = RunOptions(save_steps=100)
+
+
+def parse_options(argv: Sequence[str] | None = None) -> Options:
+    """The options on the command line."""
+    description = "Stage 2: learn turn rewards from the score (GE), with stage 1's affect (GELI) or without."
+    parser = build_parser(description, Options())
+    options = parse(parser, Options(), argv)
+    training = options.training
+    check_reward_options(parser.error, training, options.signal)
+    if not training.train and not training.val:
         parser.error("nothing to do: give --train, --val or both")
-    if args.reward_path and args.train:
-        parser.error(
-            "--reward_path is a head to evaluate, with --val and without --train; --affect_path starts training"
-        )
-    if args.affect_path and not args.train:
+    if training.reward_path and training.train:
+        parser.error("--reward_path is a head to evaluate, with --val alone; to start training from one: --affect_path")
+    if training.affect_path and not training.train:
         parser.error("--affect_path is where training starts; --val alone evaluates --reward_path")
-    if args.ge_weight is not None and not args.affect_path:
-        parser.error("--lambda weighs GE against LI, and LI comes with --affect_path")
-    if args.contrastive and not args.affect_path:
+    if training.ge_weight is not None and not training.affect_path:
+        parser.error("--lambda weighs GE against LI, which --affect_path adds: give --affect_path")
+    if training.contrastive and not training.affect_path:
         parser.error("--contrastive learns from the listener's affect: give --affect_path, as for all of LI")
-    for name in ("contrastive", "curriculum", "curriculum_exposure", "unfreeze", "resume"):
-        if getattr(args, name) and not args.train:
+    needs_training = {name: getattr(training, name) for name in ("contrastive", "curriculum", "curriculum_exposure")}
+    for name, given in {**needs_training, "unfreeze": training.unfreeze, "resume": options.run.resume}.items():
+        if given and not training.train:
             parser.error(f"--{name} changes training: give --train")
-    args.ge_weight = 0.5 if args.ge_weight is None else args.ge_weight
-    return args
+    if training.ge_weight is None:
+        options = replace(options, training=replace(training, ge_weight=0.5))
+    return options
 
 
-def project_name(args) -> str:
-    """wandb's project, which is also the folder's name."""
-    kind = "visual_feedback_baselines" if args.affect_path else "baselines"
-    return f"{kind}_{Path(args.model).name}_{args.reward_class}_baseline_{args.redist_type}_K_{args.K}"
+# Parsed before the imports below, which take seconds, so that --help and mistakes in options are answered at once.
+OPTIONS = parse_options() if __name__ == "__main__" else Options()
+
+import numpy as np
+import torch
+
+from geli.nets.encoder import TurnEncoder, encoder_reference, load_encoder, load_encoder_of_head, place_encoder
+from geli.nets.features import TurnFeatures, encoder_fingerprint
+from geli.nets.pretrained import named_by_file
+from geli.report import (
+    RewardRun,
+    affect_means,
+    conversations_seen,
+    evaluate,
+    finish_run,
+    wandb_validation,
+    warn_of_leaks,
+    write_validation,
+)
+from geli.run.checkpoint import Checkpointer
+from geli.run.distributed import frozen_dtype, gather_shares, local_share, make_accelerator, seed_everything
+from geli.run.gradients import NotFinite, apply_gradients
+from geli.run.lock import reward_run_to_resume
+from geli.run.tracking import Tracker
+from geli.run.training import train_steps
+from models import (
+    contrastive_term,
+    geli_loss,
+    head_rewards,
+    length_of,
+    li_loss,
+    loss_scales,
+    predicted_returns,
+    sample_turns,
+    save_reward_head,
+)
 
 
-def main() -> None:
-    """Parse, build, train, evaluate, write."""
-    args = parse()
-
-    from evaluation import evaluate, finish_run, head_rewards, load_data, place_encoder, write_validation
-    from models import load_encoder, load_reward_head
-    from runs import Tracker, frozen_dtype, make_accelerator, seed_everything
-    from states import reward_run_to_resume
-    from untrusted import named_by_file
-
-    seed_everything(args.seed)
-    accelerator = make_accelerator(args.device, args.dtype)
-    folder = Path(args.output_dir) / project_name(args)
-    saved, path = load_saved(args)
-    if args.li_signal is None:
-        args.li_signal = saved.config.li_signal if saved else "face"
-        if saved and saved.config.sentiment_model and not args.sentiment_model:
-            args.sentiment_model = named_by_file(saved.config.sentiment_model, path)
-    if args.sentiment_model and args.li_signal == "face":
-        raise UserError("--sentiment_model is for --li_signal sentiment, and this run learns from the face")
-    if saved and not args.train:  # a saved head is evaluated as it was trained
-        args.context_turns, args.max_length = saved.config.context_turns, saved.config.max_length
-        folder = Path(args.output_dir) / path.resolve().parent.name
-    claim = reward_run_to_resume(args, folder)
-    seen = conversations_seen(path, saved)
-    corpus, training, validation = load_data(args, seen)
+def main(options: Options) -> None:
+    """Reads the data, trains a head (or takes a saved one), evaluates it, and writes what was measured."""
+    seed_everything(options.run.seed)
+    accelerator = make_accelerator(options.run.device, options.run.dtype)
+    saved, saved_path = load_saved(options)
+    options = follow_saved(options, saved, saved_path)
+    arguments, training_options = flat(options), options.training
+    folder = output_folder(options, saved_path)
+    lock = reward_run_to_resume(arguments, folder)
+    seen = conversations_seen(saved_path, saved.config) if saved else frozenset()
+    corpus, training, validation = load_turns(
+        options.data, options.signal, cache=options.run.cache_dir, val_all=training_options.val_all, seen=seen,
+        validate=training_options.val, trust_remote_code=options.run.trust_remote_code,
+    )  # fmt: skip
     warn_of_leaks(seen, validation)
-    encoder = find_encoder(args, saved, path, frozen_dtype(accelerator))
-    place_encoder(encoder, args, accelerator, trains=args.unfreeze)
-    encoder_name = encoder.name
-    described = {**vars(args), "data": corpus.numbers()}
-    tracker = Tracker(folder.name, folder, described, args.run_name, accelerator, claim)
-    head_path, encoder_path = folder / f"reward1_{tracker.name}", folder / f"lang_model_{tracker.name}"
-    head = new_head(args, folder, saved, encoder, encoder_path, training) if args.train else saved
+    encoder = find_encoder(options, accelerator, saved, saved_path)
+    source = encoder.name
+    tracker = Tracker(folder.name, folder, {**arguments, "data": corpus.numbers()}, options.run, accelerator, lock)
+    features = TurnFeatures(encoder, accelerator, options.run.cache_dir, frozen=not training_options.unfreeze)
 
-    turns = Encoded(args, encoder, accelerator)
-    metrics, paths, rewards = {}, [], None
-    if args.train:
-        metrics |= train(args, head, turns, training, validation, tracker, head_path, encoder_path)
+    head, metrics, paths = saved, {}, []
+    if training_options.train:
+        head = new_head(options, folder, tracker.name, saved, encoder, training)
+        metrics |= train(options, head, features, training, validation, tracker, folder, accelerator)
         accelerator.wait_for_everyone()
-        head = load_reward_head(head_path)  # the best, as it was written
-        paths.append(head_path)
-        if args.unfreeze:
-            best = load_encoder(
-                str(encoder_path),
-                args.max_length,
-                dtype=frozen_dtype(accelerator),
-                trust_remote_code=args.trust_remote_code,
-            )
-            turns.encoder = place_encoder(best, args, accelerator)
-            paths.append(encoder_path)
-    redist = head.config.redist_type
-    if args.val:
-        rewards = head_rewards(head, turns.held_out(validation), validation)
-        metrics["validation"] = evaluate(validation, rewards, args.ep_len, redist)
-        mean_score = training.scores.mean()
-        metrics["validation"]["ge_loss_of_training_mean"] = float(((validation.scores - mean_score) ** 2).mean())
-        paths += write_validation(folder, tracker.name, validation, rewards, args.ep_len, redist)
-    kind = f"{'GELI' if head.config.li else 'GE'}, {redist}" if head.config.stage == 2 else "LI"
-    title = f"Stage {head.config.stage} ({kind})"
-    parts = (training, validation)
-    finish_run(title, args, tracker, folder, corpus, parts, metrics, rewards, paths, stage=2, encoder=encoder_name)
+        paths.append(folder / f"reward1_{tracker.name}")
+        head = load_reward_head(paths[0])  # the best one, from its file
+        if training_options.unfreeze:
+            paths.append(folder / f"lang_model_{tracker.name}")
+            features.encoder = prepare_encoder(options, accelerator, load_trained(options, accelerator, paths[1]))
+    redist_type, rewards = head.config.redist_type, None
+    if training_options.val:
+        rewards = head_rewards(head, features.held_out(validation.texts), validation)
+        returns = predicted_returns(validation, rewards, training_options.ep_len, redist_type)
+        metrics["validation"] = evaluate(validation, rewards, returns)
+        mean_score_errors = (validation.scores - training.scores.mean()) ** 2
+        metrics["validation"]["ge_loss_of_training_mean"] = float(mean_score_errors.mean())
+        paths += write_validation(folder, tracker.name, validation, rewards, returns)
+    method = f"{'GELI' if head.config.li else 'GE'}, {redist_type}" if head.config.stage == 2 else "LI"
+    title = f"Stage {head.config.stage} ({method})"
+    report = RewardRun(title, 2, source, arguments, corpus, training, validation, metrics, rewards, paths)
+    finish_run(report, tracker, folder)
 
 
-def find_head(name: str, output_dir: str, folders: str = "*") -> Path:
-    """The head file that a run name (of a run in `output_dir`, in a folder like `folders`) or a path means.
-
-    Raises:
-        UserError: if there is none, or the run name is in more than one folder.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    found = sorted(path for path in saved_heads(output_dir, folders) if path.name == f"reward1_{name}")
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UserError(f"{name}: {len(found)} runs have that name; give one's path: {', '.join(map(str, found))}")
-    known = sorted(path.name.removeprefix("reward1_") for path in saved_heads(output_dir, folders))
-    raise UserError(
-        f"{name}: expected a run name or the path of a reward1_ file, found neither under {output_dir}; "
-        f"runs there: {', '.join(known) or 'none'}"
-    )
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run starts from
 
 
-def saved_heads(output_dir: str, folders: str) -> list[Path]:
-    """The reward heads in the folders of `output_dir` that match the pattern `folders`."""
-    return [path for path in Path(output_dir).glob(f"{folders}/reward1_*") if not path.name.endswith(".json")]
-
-
-STAGE_1_FOLDERS = "*reward_function_*"
-
-
-def load_saved(args):
-    """The saved head that the options name, to start from or to evaluate, and its path; None, None without one."""
-    from models import load_reward_head
-
-    if args.affect_path:
-        path = find_head(args.affect_path, args.output_dir, STAGE_1_FOLDERS)
-    elif args.reward_path:
-        path = find_head(args.reward_path, args.output_dir)
-    elif args.train:
+def load_saved(options: Options) -> tuple[RewardHead | None, Path | None]:
+    """The saved head that the options name, to start from or to evaluate, and its path; (None, None) without one."""
+    training, output_dir = options.training, options.run.output_dir
+    if training.affect_path:
+        path = find_head(training.affect_path, output_dir, STAGE_1_FOLDERS)
+    elif training.reward_path:
+        path = find_head(training.reward_path, output_dir)
+    elif training.train:
         return None, None
     else:
         raise UserError("--val without --train evaluates a saved head: name it with --reward_path RUN")
     saved = load_reward_head(path)
-    if args.affect_path and saved.config.stage != 1:
-        raise UserError(f"--affect_path {args.affect_path}: expected a stage-1 head, {path} is of stage 2")
+    if training.affect_path and saved.config.stage != 1:
+        raise UserError(f"--affect_path {training.affect_path}: expected a stage-1 head, {path} is of stage 2")
     learned = saved.config.reward_class
-    if args.reward_path and learned not in (None, args.reward_class):
-        raise UserError(f"{path}: was trained for {learned}, not {args.reward_class}: give --reward_class {learned}")
+    if training.reward_path and learned not in (None, options.data.reward_class):
+        raise UserError(
+            f"{path}: was trained for {learned}, not {options.data.reward_class}: give --reward_class {learned}"
+        )
     return saved, path
 
 
-def find_encoder(args, saved, path: Path | None, dtype):
-    """The encoder that the saved head at `path` was trained on, or else the one that the options name."""
-    from models import load_encoder, load_encoder_of_head
+def follow_saved(options: Options, saved: RewardHead | None, path: Path | None) -> Options:
+    """The options with what they leave to the saved head: its LI signal and, where it is only evaluated, how its input
+    is cut."""
+    signal = options.signal
+    if signal.li_signal is None:
+        model = signal.sentiment_model
+        if saved and saved.config.sentiment_model and not model:
+            model = named_by_file(saved.config.sentiment_model, path)
+        signal = replace(signal, li_signal=saved.config.li_signal if saved else "face", sentiment_model=model)
+    if signal.sentiment_model and signal.li_signal == "face":
+        raise UserError("--sentiment_model is for --li_signal sentiment, and this run learns from the face")
+    options = replace(options, signal=signal)
+    if saved and not options.training.train:
+        return replace(
+            options,
+            data=replace(options.data, context_turns=saved.config.context_turns),
+            encoder=replace(options.encoder, max_length=saved.config.max_length),
+        )
+    return options
 
+
+def output_folder(options: Options, saved_path: Path | None) -> Path:
+    """The folder that the run writes to, whose name is wandb's project; that of the head, where it is evaluated."""
+    training = options.training
+    if saved_path and not training.train:
+        return Path(options.run.output_dir) / saved_path.resolve().parent.name
+    kind = "visual_feedback_baselines" if training.affect_path else "baselines"
+    model, reward_class = Path(options.encoder.model).name, options.data.reward_class
+    name = f"{kind}_{model}_{reward_class}_baseline_{training.redist_type}_K_{training.K}"
+    return Path(options.run.output_dir) / name
+
+
+def find_encoder(options: Options, accelerator, saved: RewardHead | None, path: Path | None) -> TurnEncoder:
+    """The encoder that the saved head was trained on, else the one that the options name, on its device."""
+    dtype, trust = frozen_dtype(accelerator), options.run.trust_remote_code
+    max_length, named = options.encoder.max_length, options.encoder.lang_model_path
     if saved:
-        named = args.lang_model_path
-        return load_encoder_of_head(saved, path, args.max_length, named, dtype, args.trust_remote_code)
-    name, option = named_encoder(args)
-    adapt = args.unfreeze and args.model in ADAPTED
-    return load_encoder(name, args.max_length, option, adapt, dtype, args.trust_remote_code)
+        encoder = load_encoder_of_head(saved.config, path, max_length, named, dtype, trust)
+    else:
+        source, option_name = options.encoder.source()
+        adapt = options.training.unfreeze and options.encoder.adapted
+        encoder = load_encoder(source, max_length, option_name, adapt, dtype, trust)
+    return prepare_encoder(options, accelerator, encoder, trains=options.training.unfreeze)
 
 
-def new_head(args, folder: Path, saved, encoder, encoder_path: Path, training):
-    """The head to train: stage 1's, or a fresh one where there is none or the decomposition needs a kind of its own."""
-    from models import DECOMPOSITIONS, RewardHead, RewardHeadConfig, encoder_reference
+def load_trained(options: Options, accelerator, path: Path) -> TurnEncoder:
+    """The encoder that this run trained and wrote."""
+    dtype, trust = frozen_dtype(accelerator), options.run.trust_remote_code
+    return load_encoder(str(path), options.encoder.max_length, dtype=dtype, trust_remote_code=trust)
 
-    own = DECOMPOSITIONS[args.redist_type].head
-    reference = {"encoder": encoder_path.name, "encoder_is_folder": True}
+
+def prepare_encoder(options: Options, accelerator, encoder: TurnEncoder, trains: bool = False) -> TurnEncoder:
+    """The encoder on its device, run as the options say."""
+    return place_encoder(encoder, accelerator, options.encoder.tokens_per_batch, options.encoder.compile, trains)
+
+
+def new_head(
+    options: Options, folder: Path, run_name: str, saved: RewardHead | None, encoder: TurnEncoder, training: TurnSet
+) -> RewardHead:
+    """The head to train: stage 1's, or a fresh one if there is none or the decomposition needs its own kind."""
+    required = DECOMPOSITIONS[options.training.redist_type].head
+    trained_encoder = {"encoder": f"lang_model_{run_name}", "encoder_is_folder": True}
     head = RewardHead(
         RewardHeadConfig(
-            head=own or head_name(args),
+            head=required or options.head.chosen,
             hidden=encoder.hidden_size,
-            **(reference if args.unfreeze else encoder_reference(encoder.name, folder)),
+            **(trained_encoder if options.training.unfreeze else encoder_reference(encoder.name, folder)),
             max_length=encoder.max_length,
-            context_turns=args.context_turns,
+            context_turns=options.data.context_turns,
             stage=2,
-            reward_class=args.reward_class,
-            redist_type=args.redist_type,
+            reward_class=options.data.reward_class,
+            redist_type=options.training.redist_type,
             li=saved is not None,
-            li_signal=args.li_signal,
-            sentiment_model=args.sentiment_model,
+            li_signal=options.signal.li_signal,
+            sentiment_model=options.signal.sentiment_model,
         )
     )
-    if own:
-        chosen = [f"--{name}" for name in HEAD_OPTIONS if getattr(args, name)]
-        if chosen:
-            print(f"{chosen[0]} is not used: {args.redist_type} has a network of its own")
-        head.start_at(float(training.scores.mean()))
+    if required:
+        if options.head.chosen != "default":
+            print(f"--{options.head.chosen} is not used: {options.training.redist_type} has a network of its own")
+        head.init_constant(float(training.scores.mean()))
     elif saved and saved.config.head != head.config.head:
         raise UserError(
-            f"--affect_path {args.affect_path}: its head is of the kind {saved.config.head}, the options ask for "
-            f"{head.config.head}; give the options that it was trained with"
+            f"--affect_path {options.training.affect_path}: its head is of the kind {saved.config.head}, the options "
+            f"ask for {head.config.head}; give the options that it was trained with"
         )
     elif saved:
         head.load_state_dict(saved.state_dict())
     return head
 
 
-class Encoded:
-    """Turns as features: of a frozen encoder computed once and kept on disk, of one that trains whenever asked.
-
-    Args:
-        args: the options. encoder: a `TurnEncoder`. accelerator: `accelerate.Accelerator`.
-    """
-
-    def __init__(self, args, encoder, accelerator):
-        from cache import FeatureCache, encoder_fingerprint
-        from runs import device_name
-
-        self.args, self.encoder, self.accelerator = args, encoder, accelerator
-        self._held_out, self._held_out_pairs, self._cache = None, None, None
-        folder = cache_folder(args)
-        if folder and not args.unfreeze:
-            numerics = f"{device_name(accelerator.device)} {accelerator.mixed_precision}"
-            key = encoder_fingerprint(encoder, numerics)
-            self._cache = FeatureCache(folder / "features", key, encoder.hidden_size)
-
-    def prepare(self, training) -> None:
-        """Tokenises the training turns and, where the encoder is frozen, encodes them."""
-        texts = [training.texts]
-        if self.args.curriculum or self.args.curriculum_exposure:
-            texts.append(training.told_texts())
-        self._pairs = [self.encoder.tokenize(part) for part in texts]
-        if not self.args.unfreeze:
-            self._features = [self._encode(pairs, "training") for pairs in self._pairs]
-
-    def training(self, turns, told, parts: int):
-        """(k, hidden) of the training turns `turns` (k,), those with `told` (k,) with the user's answer shown; one of
-        `parts` calls whose gradients are kept at the same time."""
-        import torch
-
-        if self.args.unfreeze:
-            pairs = [self._pairs[known][i] for i, known in zip(turns, told.astype(int), strict=True)]
-            return self.encoder.encode_with_gradients(pairs, self.accelerator.autocast, parts).cpu()
-        plain = self._features[0][turns]
-        if not told.any():
-            return plain
-        return torch.where(torch.from_numpy(told)[:, None], self._features[1][turns], plain)
-
-    def held_out(self, validation):
-        """(N, hidden) of the validation turns."""
-        if self._held_out is None or self.args.unfreeze:
-            self._held_out_pairs = self._held_out_pairs or self.encoder.tokenize(validation.texts)
-            self._held_out = self._encode(self._held_out_pairs, "validation")
-        return self._held_out
-
-    def _encode(self, pairs, name: str):
-        from evaluation import encode_together
-
-        encode = partial(self.encoder.encode, autocast=self.accelerator.autocast, progress=f"encoding {name}")
-        if self._cache:
-            encode = partial(self._cache.encode, encode=encode)
-        return encode_together(self.encoder, pairs, self.accelerator, encode)
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
 
 
-def conversations_seen(path: Path | None, saved) -> frozenset[str]:
-    """The conversations that the head at `path`, or the encoder under it, was trained on, as far as it is recorded."""
-    from models import encoder_of_head
-    from untrusted import read_json
+def train(
+    options: Options,
+    head: RewardHead,
+    features: TurnFeatures,
+    training: TurnSet,
+    validation: TurnSet,
+    tracker: Tracker,
+    folder: Path,
+    accelerator,
+) -> dict:
+    """Trains the head (with `--unfreeze` also the encoder), saves the best by GE loss, and returns
+    {"steps", "best_epoch", "best_ge_loss"}."""
+    frozen = not options.training.unfreeze
 
-    if path is None:
-        return frozenset()
-    records = [path.with_name(path.name + ".json")]
-    if saved.config.encoder_is_folder:
-        encoder = Path(encoder_of_head(saved, path))
-        records.append(encoder.with_name(f"reward1_{encoder.name.removeprefix('lang_model_')}.json"))
-    seen: set[str] = set()
-    for record in records:
-        if not record.is_file():
-            continue  # such as of the published ones
-        found = read_json(record, str(record))
-        metrics, trained_on = found.get("metrics", {}), found.get("training_conversations", [])
-        if not isinstance(metrics, dict) or not isinstance(trained_on, list):
-            raise UserError(f"{record}: expected the record of a run, with its metrics and training_conversations")
-        if "steps" in metrics:  # it trained
-            seen.update(map(str, trained_on))
-    return frozenset(seen)
+    def save() -> None:
+        if not frozen:
+            features.encoder.save(folder / f"lang_model_{tracker.name}")
+        save_reward_head(head, folder / f"reward1_{tracker.name}")
 
-
-def warn_of_leaks(seen: frozenset[str], validation) -> None:
-    """Says so when an earlier stage trained on conversations that are validated on here (the data changed since)."""
-    both = seen & {t.conversation.id for t in validation.trajectories}
-    if both:
-        print(
-            f"Warning: {len(both)} of this run's validation conversations were trained on before: the data has changed "
-            "since. Validation results will look better than they are; train stage 1 again."
-        )
-
-
-def train(args, head, turns: Encoded, training, validation, tracker, head_path: Path, encoder_path: Path) -> dict:
-    """Trains the head (and, with `--unfreeze`, the encoder) with linear decay to 0, a few conversations a step; keeps
-    the best by GE loss.
-
-    Returns:
-        {"steps": int, "best_epoch": int, "best_ge_loss": float or None}.
-    """
-    import numpy as np
-    import torch
-
-    from cache import encoder_fingerprint
-    from data_utils import fingerprint, told_share
-    from evaluation import evaluate, head_rewards, wandb_validation
-    from models import save_reward_head
-    from runs import progress_bar, sum_gradients
-    from states import RunState, Trained
-
-    conversations: dict[str, list[int]] = {}
-    for i, trajectory in enumerate(training.trajectories):
-        conversations.setdefault(trajectory.conversation.id, []).append(i)
-    groups = list(conversations.values())
-    rng = np.random.default_rng(args.seed)
-    epoch_steps = -(-len(groups) // args.batch_size)
-    steps = args.epochs * epoch_steps
-    scales = loss_scales(args, training)
-    turns.prepare(training)
-    parameters = [{"params": list(head.parameters()), "lr": args.learning_rate}]
-    if args.unfreeze:
-        parameters.append({"params": turns.encoder.trainable(), "lr": args.encoder_learning_rate})
-    # foreach cannot mix weights that are spread with whole ones
-    optimizer = torch.optim.AdamW(parameters, foreach=False if turns.encoder.agree else None)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    best = {"steps": steps, "best_epoch": 0, "best_ge_loss": None}
-    order: dict[str, list[int]] = {}  # of the conversations in this epoch
-    parts = {"head": head, "optimizer": optimizer, "schedule": schedule, "best": best, "order": order}
-    if args.unfreeze:
-        parts["encoder"] = Trained(turns.encoder.encoder)
+    held_out = validation if options.training.val else None
+    stage = GELITraining(head, features, training, held_out, options.training, accelerator, options.run.seed, save)
     inputs = {"data": fingerprint(training.trajectories + validation.trajectories)}
-    if not args.unfreeze:  # else it is in the state
-        inputs["encoder"] = encoder_fingerprint(turns.encoder, "")
-    state = RunState(tracker, turns.accelerator, parts, {"training": rng}, inputs, args.save_steps, steps)
-    first = state.restore()
-    head.train()
-    turns.encoder.train(args.unfreeze)
-    bar = progress_bar(range(first, steps), desc="stage 2", unit="step", initial=first, total=steps)
-    with state.watch():
-        for before in bar:
-            step, (epoch, place) = before + 1, divmod(before, epoch_steps)
-            epoch += 1
-            if place == 0:
-                order["groups"] = rng.permutation(len(groups)).tolist()
-            taken = order["groups"][place * args.batch_size : (place + 1) * args.batch_size]
-            chosen = [i for group in taken for i in groups[group]]
-            told = told_share(args.curriculum, args.curriculum_exposure, epoch, args.epochs)
-            contrastive = args.contrastive and epoch % 2 == 0
-            loss, logged = batch_loss(args, head, turns, training, chosen, scales, rng, told, contrastive)
-            if loss.requires_grad:
-                loss.backward()
-            norm = sum_gradients([p for group in optimizer.param_groups for p in group["params"]], turns.accelerator)
-            logged["train/gradient_norm"] = norm
-            if not np.isfinite(logged["train/loss"] + logged["train/shaped_loss"] + norm):
-                state.not_finite("the loss or its gradient", step, [training.trajectories[i].key for i in chosen])
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            better = place == epoch_steps - 1  # the epoch's end
-            if better:
-                if args.val:
-                    rewards = head_rewards(head, turns.held_out(validation), validation)
-                    metrics = evaluate(validation, rewards, args.ep_len, args.redist_type)
-                    logged |= wandb_validation(metrics)
-                    better = best["best_ge_loss"] is None or metrics["ge_loss"] < best["best_ge_loss"]
-                if better:
-                    best |= {"best_epoch": epoch, "best_ge_loss": metrics["ge_loss"] if args.val else None}
-                    if args.unfreeze:
-                        turns.encoder.save(encoder_path)
-                    save_reward_head(head, head_path)
-            tracker.log(logged, step)
-            state.done(step, save=better)
-    return best
+    modules = {"head": head}
+    if frozen:
+        inputs["encoder"] = encoder_fingerprint(features.encoder, "")
+    else:  # its weights are in the checkpoint
+        modules["encoder"] = features.encoder.encoder
+    checkpointer = Checkpointer(
+        tracker.lock, accelerator, modules=modules, optimizer=stage.optimizer,
+        values={"schedule": stage.schedule, "best": stage.best, "order": stage.order},
+        generators={"training": stage.rng}, inputs=inputs, every=options.run.save_steps, total=stage.steps,
+    )  # fmt: skip
+    train_steps(stage, stage.steps, "stage 2", checkpointer, tracker)
+    return dict(stage.best)
 
 
-def loss_scales(args, training) -> tuple[float, float]:
-    """What GE's and LI's losses are divided by: with `--loss_scale normalized` the variances of their targets."""
-    import numpy as np
-
-    from evaluation import length_of
-    from models import DECOMPOSITIONS
-
-    if args.loss_scale == "raw":
-        return 1.0, 1.0
-    lengths = np.array([length_of(args.ep_len, n) for n in np.diff(training.offsets)])
-    targets = DECOMPOSITIONS[args.redist_type].target(training.scores, lengths)
-    return tuple(float(target.var()) or 1.0 for target in (targets, training.targets))
-
-
-def batch_loss(args, head, turns: Encoded, training, chosen: list[int], scales, rng, told_share, contrastive: bool):
-    """This process' part of the loss () of the trajectories `chosen`, and what is logged of the whole.
+class GELITraining:
+    """Trains a head on the GELI loss (or GE alone), with a learning rate that decays linearly to 0 (a
+    `training.Stage`).
 
     Args:
-        scales: of the two losses. told_share: share of turns that show the user's answer. contrastive: add that loss.
+        head: trained in place; its configuration says whether it learns LI. features: of turns; trains the encoder too
+            unless it is frozen.
+        training: turns to train on. validation: turns to choose the best epoch by; None: the last epoch is saved.
+        options: of training. accelerator: `accelerate.Accelerator`. seed: of the order of conversations and of subsets.
+        save: called when the head is the best so far.
+
+    Attributes:
+        steps: optimizer steps. best: {"best_epoch", "best_ge_loss", "steps"}.
     """
-    import numpy as np
-    import torch
 
-    from evaluation import affect_means, length_of
-    from models import DECOMPOSITIONS, contrastive_term, draw_turns, geli_loss, li_loss
-    from runs import gather_shares, share
+    def __init__(
+        self,
+        head: RewardHead,
+        features: TurnFeatures,
+        training: TurnSet,
+        validation: TurnSet | None,
+        options: GELITrainingOptions,
+        accelerator,
+        seed: int,
+        save: Callable[[], None],
+    ):
+        self.head, self.features, self.training, self.validation = head, features, training, validation
+        self.options, self.accelerator, self.save = options, accelerator, save
+        self.rng = np.random.default_rng(seed)
+        conversations: dict[str, list[int]] = {}
+        for i, trajectory in enumerate(training.trajectories):
+            conversations.setdefault(trajectory.conversation.id, []).append(i)
+        self.conversations = list(conversations.values())  # the trajectories of each
+        self.epoch_steps = -(-len(self.conversations) // options.batch_size)
+        self.steps = options.epochs * self.epoch_steps
+        self.order: dict[str, list[int]] = {}  # of the conversations in this epoch
+        self.scales = loss_scales(options.loss_scale, options.redist_type, options.ep_len, training)
+        shows_rating = options.curriculum or options.curriculum_exposure
+        features.prepare(training.texts, training.rated_texts() if shows_rating else None)
+        groups = [{"params": list(head.parameters()), "lr": options.learning_rate}]
+        if options.unfreeze:
+            groups.append({"params": features.encoder.trainable(), "lr": options.encoder_learning_rate})
+        # foreach cannot mix sharded parameters with whole ones
+        self.optimizer = torch.optim.AdamW(groups, foreach=False if features.encoder.max_over_ranks else None)
+        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=self.steps)
+        self.best = {"steps": self.steps, "best_epoch": 0, "best_ge_loss": None}
+        head.train()
+        features.encoder.train(options.unfreeze)
 
-    decomposition = DECOMPOSITIONS[args.redist_type]
-    weight = args.ge_weight if head.config.li else 1.0
-    drawn = []  # for all of them in every process, so that all draw the same
-    for i in chosen:
-        place = training.turns_of(i)
-        n_turns = place.stop - place.start
-        part = draw_turns(n_turns, args.K, rng) if decomposition.uses_subset else np.arange(n_turns)
-        told = rng.random(len(part)) < told_share if told_share else np.zeros(len(part), dtype=bool)
-        drawn.append((i, part + place.start, told, length_of(args.ep_len, n_turns)))
-    losses, hidden_seen, seen = [torch.zeros(())], [], []
-    mine = share(drawn, turns.accelerator)
-    for i, part, told, length in mine:
-        rewards, hidden = head(turns.training(part, told, len(mine)), with_hidden=True)
-        rewards, score = rewards.squeeze(1), training.scores[i]
-        li = li_loss(rewards, torch.from_numpy(training.targets[part]))
-        losses.append(geli_loss(decomposition.loss(rewards, score, length), li, weight, *scales))
+    def step(self, step: int) -> dict[str, float]:
+        """One optimizer step on the trajectories of a few conversations."""
+        epoch, place = divmod(step - 1, self.epoch_steps)
+        if place == 0:
+            self.order["groups"] = self.rng.permutation(len(self.conversations)).tolist()
+        size = self.options.batch_size
+        batch = self.order["groups"][place * size : (place + 1) * size]
+        self.batch = [i for conversation in batch for i in self.conversations[conversation]]
+        loss, logged = self.batch_loss(epoch + 1)
+        if loss.requires_grad:
+            loss.backward()
+        if not np.isfinite(logged["train/loss"] + logged["train/shaped_loss"]):
+            raise NotFinite("the loss or its gradient")
+        logged["train/gradient_norm"] = apply_gradients(self.optimizer, self.accelerator, self.schedule)
+        return logged
+
+    def sample(self, epoch: int) -> list[tuple[int, np.ndarray, np.ndarray, float]]:
+        """Of each trajectory in the batch: its index, the turns that are used, which of them show the user's rating,
+        and its length L. Every process draws all of them, so that their generators stay the same."""
+        options, drawn = self.options, []
+        share = rating_probability(options.curriculum, options.curriculum_exposure, epoch, options.epochs)
+        for i in self.batch:
+            place = self.training.turns_of(i)
+            n_turns = place.stop - place.start
+            uses_subset = DECOMPOSITIONS[options.redist_type].uses_subset
+            turns = sample_turns(n_turns, options.K, self.rng) if uses_subset else np.arange(n_turns)
+            rated = self.rng.random(len(turns)) < share if share else np.zeros(len(turns), dtype=bool)
+            drawn.append((i, turns + place.start, rated, length_of(options.ep_len, n_turns)))
+        return drawn
+
+    def batch_loss(self, epoch: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """This process' part of the loss () of the batch, which sums to the batch's mean over all processes, and what
+        is logged of the whole batch."""
+        drawn = self.sample(epoch)
+        mine = local_share(drawn, self.accelerator)
+        losses, hidden_layers, seen = [torch.zeros(())], [], []
+        for i, turns, rated, length in mine:
+            loss, hidden, found = self.trajectory_loss(i, turns, rated, length, len(mine))
+            losses.append(loss)
+            hidden_layers.append(hidden)
+            seen.append(found)
+        most = -(-len(drawn) // self.accelerator.num_processes)
+        for _ in range(len(mine), most):  # sharded layers need the same number of passes in every process
+            _, turns, rated, _ = drawn[0]
+            losses.append(self.features.training(turns[:0], rated[:0], 1).sum())
+        loss, contrast = torch.stack(losses).sum() / len(drawn), torch.zeros(())
+        contrastive = self.options.contrastive and epoch % 2 == 0
+        if contrastive and seen:
+            labels = self.training.labels[np.concatenate([turns for turns, *_ in seen])]
+            contrast = contrastive_term(torch.cat(hidden_layers), labels) * len(seen) / len(drawn)
+            loss = loss + contrast
+        turns, ge, li, rewards = zip(*gather_shares(seen, self.accelerator), strict=True)
+        logged = {"train/loss": float(np.mean(ge)), "train/shaped_loss": float(np.mean(li))}
+        if contrastive:
+            logged["train/contrastive_loss"] = contrast.item()
+        affects = self.training.affects[np.concatenate(turns)]
+        return loss, logged | affect_means(np.concatenate(rewards), affects, "train_shape/train")
+
+    def trajectory_loss(self, i: int, turns: np.ndarray, rated: np.ndarray, length: float, parts: int):
+        """The loss () of trajectory i on these turns, the head's hidden layer, and (turns, GE, LI, rewards) to log."""
+        decomposition = DECOMPOSITIONS[self.options.redist_type]
+        rewards, hidden = self.head(self.features.training(turns, rated, parts), with_hidden=True)
+        rewards, score = rewards.squeeze(1), self.training.scores[i]
+        li = li_loss(rewards, torch.from_numpy(self.training.targets[turns]))
+        weight = self.options.ge_weight if self.head.config.li else 1.0
+        loss = geli_loss(decomposition.loss(rewards, score, length), li, weight, *self.scales)
         ge = (score - decomposition.predicted_return(rewards.detach(), length).item()) ** 2
-        hidden_seen.append(hidden)
-        seen.append((part, ge, li.item(), rewards.detach().numpy()))
-    for _ in range(len(mine), -(-len(drawn) // turns.accelerator.num_processes)):  # where another process has one more
-        losses.append(turns.training(drawn[0][1][:0], drawn[0][2][:0], 1).sum())
-    loss, term = torch.stack(losses).sum() / len(chosen), torch.zeros(())
-    if contrastive and seen:
-        labels = training.labels[np.concatenate([part for part, *_ in seen])]
-        term = contrastive_term(torch.cat(hidden_seen), labels) * len(seen) / len(chosen)
-        loss = loss + term
-    parts, ge, li, rewards = zip(*gather_shares(seen, turns.accelerator), strict=True)
-    logged = {"train/loss": float(np.mean(ge)), "train/shaped_loss": float(np.mean(li))}
-    if contrastive:
-        logged["train/contrastive_loss"] = term.item()
-    logged |= affect_means(np.concatenate(rewards), training.affects[np.concatenate(parts)], "train_shape/train")
-    return loss, logged
+        return loss, hidden, (turns, ge, li.item(), rewards.detach().numpy())
+
+    def after_step(self, step: int, logged: dict[str, float]) -> bool:
+        """At the end of an epoch validates, and saves the head if it is the best (without validation: always)."""
+        if step % self.epoch_steps:
+            return False
+        ge_loss = None
+        if self.validation is not None:
+            rewards = head_rewards(self.head, self.features.held_out(self.validation.texts), self.validation)
+            options = self.options
+            returns = predicted_returns(self.validation, rewards, options.ep_len, options.redist_type)
+            metrics = evaluate(self.validation, rewards, returns)
+            logged |= wandb_validation(metrics)
+            ge_loss, best = metrics["ge_loss"], self.best["best_ge_loss"]
+            if best is not None and ge_loss >= best:
+                return False
+        self.best |= {"best_epoch": step // self.epoch_steps, "best_ge_loss": ge_loss}
+        self.save()
+        return True
+
+    def batch_ids(self) -> list[str]:
+        """Names of the trajectories in the last batch."""
+        return [self.training.trajectories[i].key for i in self.batch]
 
 
 if __name__ == "__main__":
-    run(main)
+    run(partial(main, OPTIONS))

@@ -1,249 +1,313 @@
-"""Stage 1 (LI): a reward for every turn from the listener's face alone, by distilling the face into the text.
+"""Stage 1 (LI): learns a reward for every turn from the listener's face alone, by distilling the face into the text.
 
     python train_reward_LI_only.py --reward_class overall_affect --model convo --batch_size 32 --K 32 \\
         --train_size 500 --val --small_model_shrink
 
-Trains the encoder and a reward head on every agent turn of both trajectories, and writes `reward1_{run}` and
-`lang_model_{run}/`, which stages 2 and 3 start from.
+Trains the encoder and a reward head on every agent turn of both trajectories of a conversation, and writes
+`reward1_{run}` and `lang_model_{run}/`, from which stages 2 and 3 start.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from cli import (
-    ADAPTED,
-    add_common_options,
-    add_reward_options,
-    check_reward_options,
-    head_name,
-    named_encoder,
-    new_parser,
-    positive_int,
-    run,
-)
+from data_utils import DataOptions, SignalOptions, TurnSet, fingerprint, load_turns, rating_probability
+from geli.nets.options import EncoderOptions
+from geli.run.errors import run
+from geli.run.options import RunOptions, build_parser, flat, option, parse, positive_int
+from models import HeadOptions, RewardHead, RewardHeadConfig, RewardTrainingOptions, check_reward_options
 
 VALIDATE_EVERY = 500  # steps
 
 
-def build_parser():
-    """The options."""
-    parser = new_parser("Stage 1: learn turn rewards from the listener's face (LI), encoder and head.")
-    add_reward_options(parser, epochs=8)
-    parser.add_argument("--batch_size", type=positive_int, default=32, help="turns a step")
-    parser.add_argument("--K", type=positive_int, default=32, help="turns of each trajectory validated on in training")
-    parser.add_argument(
-        "--unfreeze", action="store_true", help="name the folder as published for it (the encoder always trains here)"
-    )
-    add_common_options(parser, learning_rate=5e-6, context_turns=20, save_steps=500)
-    return parser
+@dataclass(frozen=True)
+class LITrainingOptions(RewardTrainingOptions):
+    """Options of training that only this stage has."""
+
+    batch_size: int = option(32, "turns a step", type=positive_int)
+    K: int = option(32, "turns of each trajectory validated on in training", type=positive_int)
+    unfreeze: bool = option(False, "name the folder as published for it (the encoder is always trained here)")
 
 
-def parse():
-    """The command line."""
-    parser = build_parser()
-    args = parser.parse_args()
-    args.li_signal = args.li_signal or "face"
-    check_reward_options(parser, args)
-    return args
+@dataclass(frozen=True)
+class Options:
+    """All options of this command."""
+
+    data: DataOptions = DataOptions()
+    signal: SignalOptions = SignalOptions(li_signal="face")
+    encoder: EncoderOptions = EncoderOptions()
+    head: HeadOptions = HeadOptions()
+    training: LITrainingOptions = LITrainingOptions()
+    run: RunOptions = RunOptions(save_steps=500)
 
 
-def project_name(args) -> str:
-    """wandb's project, which is also the folder's name."""
-    model = Path(args.model).name
-    if args.unfreeze:
-        return f"reward_function_{model}_160_scaled_{args.reward_class}"
-    return (
-        f"SINGLE_INDEX_reward_function_{model}_{args.reward_class}_contra_{args.contrastive}_shrink_{args.hard_shrink}"
-        f"_curriculum_{args.curriculum}_curriculum_exposure{args.curriculum_exposure}"
-    )
+def parse_options(argv: Sequence[str] | None = None) -> Options:
+    """The options on the command line."""
+    parser = build_parser("Stage 1: learn turn rewards from the listener's face (LI), encoder and head.", Options())
+    options = parse(parser, Options(), argv)
+    check_reward_options(parser.error, options.training, options.signal)
+    return options
 
 
-def main() -> None:
-    """Parse, build, train, evaluate, write."""
-    args = parse()
+# Parsed before the imports below, which take seconds, so that --help and mistakes in options are answered at once.
+OPTIONS = parse_options() if __name__ == "__main__" else Options()
 
-    from evaluation import (
-        encode_together,
-        evaluate,
-        finish_run,
-        head_rewards,
-        load_data,
-        place_encoder,
-        write_validation,
-    )
-    from models import RewardHead, RewardHeadConfig, load_encoder, load_reward_head
-    from runs import Tracker, frozen_dtype, make_accelerator, seed_everything
-    from states import reward_run_to_resume
+import numpy as np
+import torch
 
-    seed_everything(args.seed)
-    accelerator = make_accelerator(args.device, args.dtype)
-    folder = Path(args.output_dir) / project_name(args)
-    claim = reward_run_to_resume(args, folder)
-    corpus, training, validation = load_data(args)
-    name, option = named_encoder(args)
-    how = {"dtype": frozen_dtype(accelerator), "trust_remote_code": args.trust_remote_code}
-    encoder = load_encoder(name, args.max_length, option, adapt=args.model in ADAPTED, **how)
-    place_encoder(encoder, args, accelerator, trains=True)
-    described = {**vars(args), "data": corpus.numbers()}
-    tracker = Tracker(folder.name, folder, described, args.run_name, accelerator, claim)
-    config = RewardHeadConfig(
-        head=head_name(args),
-        hidden=encoder.hidden_size,
-        encoder=f"lang_model_{tracker.name}",
-        encoder_is_folder=True,
-        max_length=encoder.max_length,
-        context_turns=args.context_turns,
-        stage=1,
-        reward_class=args.reward_class,
-        li_signal=args.li_signal,
-        sentiment_model=args.sentiment_model,
-    )
+from geli.nets.batching import shuffled_batches
+from geli.nets.encoder import TurnEncoder, load_encoder, place_encoder
+from geli.nets.features import encode_together
+from geli.report import (
+    RewardRun,
+    affect_means,
+    choose_turns,
+    evaluate,
+    finish_run,
+    wandb_validation,
+    write_validation,
+)
+from geli.run.checkpoint import Checkpointer
+from geli.run.distributed import (
+    frozen_dtype,
+    gather_shares,
+    local_share,
+    make_accelerator,
+    seed_everything,
+)
+from geli.run.gradients import NotFinite, apply_gradients
+from geli.run.lock import reward_run_to_resume
+from geli.run.tracking import Tracker
+from geli.run.training import train_steps
+from models import (
+    contrastive_term,
+    head_rewards,
+    length_of,
+    li_loss,
+    load_reward_head,
+    predicted_returns,
+    save_reward_head,
+)
+
+
+def main(options: Options) -> None:
+    """Reads the data, trains encoder and head, evaluates the best ones, and writes what was measured."""
+    arguments, training_options = flat(options), options.training
+    seed_everything(options.run.seed)
+    accelerator = make_accelerator(options.run.device, options.run.dtype)
+    folder = Path(options.run.output_dir) / project_name(options)
+    lock = reward_run_to_resume(arguments, folder)
+    corpus, training, validation = load_turns(
+        options.data, options.signal, cache=options.run.cache_dir, val_all=training_options.val_all,
+        validate=training_options.val, trust_remote_code=options.run.trust_remote_code,
+    )  # fmt: skip
+    source, option_name = options.encoder.source()
+    load = partial(
+        load_encoder, max_length=options.encoder.max_length, dtype=frozen_dtype(accelerator),
+        trust_remote_code=options.run.trust_remote_code,
+    )  # fmt: skip
+    place = partial(
+        place_encoder, accelerator=accelerator, tokens_per_batch=options.encoder.tokens_per_batch,
+        compile=options.encoder.compile,
+    )  # fmt: skip
+    encoder = place(load(source, option=option_name, adapt=options.encoder.adapted), trains=True)
+    tracker = Tracker(folder.name, folder, {**arguments, "data": corpus.numbers()}, options.run, accelerator, lock)
     head_path, encoder_path = folder / f"reward1_{tracker.name}", folder / f"lang_model_{tracker.name}"
+    head = new_head(options, encoder, encoder_path, training).to(accelerator.device)
 
-    head = RewardHead(config)
-    head.start_at(min(max(float(training.targets.mean()), -0.95), 0.95))
-    metrics = train(args, accelerator, encoder, head, training, validation, tracker, head_path, encoder_path)
-    paths, rewards = [head_path, encoder_path], None
+    def save() -> None:
+        encoder.save(encoder_path)
+        save_reward_head(head, head_path)
+
+    stage = LITraining(
+        encoder, head, training, validation if training_options.val else None, training_options, accelerator,
+        options.run.seed, save,
+    )  # fmt: skip
+    checkpointer = Checkpointer(
+        tracker.lock, accelerator, modules={"encoder": encoder.encoder, "head": head}, optimizer=stage.optimizer,
+        values={"schedule": stage.schedule, "best": stage.best}, generators={"training": stage.rng},
+        inputs={"data": fingerprint(training.trajectories + validation.trajectories)},
+        every=options.run.save_steps, total=stage.steps,
+    )  # fmt: skip
+    train_steps(stage, stage.steps, "stage 1", checkpointer, tracker)
     accelerator.wait_for_everyone()
-    if args.val:  # of what was written, not of what is in memory
-        encoder = load_encoder(str(encoder_path), args.max_length, **how)
-        place_encoder(encoder, args, accelerator)
+
+    metrics, rewards, paths = dict(stage.best), None, [head_path, encoder_path]
+    if training_options.val:  # of the files that were written
+        encoder = place(load(str(encoder_path)))
         features = encode_together(encoder, encoder.tokenize(validation.texts), accelerator, progress="validation")
         rewards = head_rewards(load_reward_head(head_path), features)
-        metrics["validation"] = evaluate(validation, rewards, args.ep_len)
-        paths += write_validation(folder, tracker.name, validation, rewards, args.ep_len, None)
-    parts = (training, validation)
-    finish_run("Stage 1 (LI)", args, tracker, folder, corpus, parts, metrics, rewards, paths, stage=1, encoder=name)
+        returns = predicted_returns(validation, rewards, training_options.ep_len, None)
+        metrics["validation"] = evaluate(validation, rewards, returns)
+        paths += write_validation(folder, tracker.name, validation, rewards, returns)
+    report = RewardRun(
+        "Stage 1 (LI)", 1, source, arguments, corpus, training, validation, metrics, rewards, paths
+    )  # fmt: skip
+    finish_run(report, tracker, folder)
 
 
-def train(args, accelerator, encoder, head, training, validation, tracker, head_path, encoder_path) -> dict:
-    """Trains encoder and head on the LI loss with linear decay to 0, and keeps the best on validation.
-
-    Returns:
-        {"best_step": int, "steps": int, "best_li_loss": float or None}.
-    """
-    import numpy as np
-    import torch
-
-    from data_utils import fingerprint, shuffled_batches, told_share
-    from evaluation import (
-        affect_means,
-        choose_turns,
-        encode_together,
-        evaluate,
-        head_rewards,
-        length_of,
-        wandb_validation,
+def project_name(options: Options) -> str:
+    """wandb's project, which is also the folder's name."""
+    model, reward_class, training = Path(options.encoder.model).name, options.data.reward_class, options.training
+    if training.unfreeze:
+        return f"reward_function_{model}_160_scaled_{reward_class}"
+    return (
+        f"SINGLE_INDEX_reward_function_{model}_{reward_class}_contra_{training.contrastive}"
+        f"_shrink_{options.head.hard_shrink}_curriculum_{training.curriculum}"
+        f"_curriculum_exposure{training.curriculum_exposure}"
     )
-    from models import save_reward_head
-    from runs import gather_shares, progress_bar, sum_gradients
-    from states import RunState, Trained
-
-    pairs = encoder.tokenize(training.texts)
-    curriculum = args.curriculum or args.curriculum_exposure
-    told_pairs = encoder.tokenize(training.told_texts()) if curriculum else pairs
-    lengths = np.array([len(pair.ids) for pair in pairs])
-    rng = np.random.default_rng(args.seed)
-    epochs = range(1, args.epochs + 1)
-    batches = [(epoch, batch) for epoch in epochs for batch in shuffled_batches(lengths, args.batch_size, rng)]
-    n_turns = np.diff(training.offsets)
-    score = np.repeat(training.scores, n_turns)  # each turn's R and L, for the GE loss that is logged
-    length = np.repeat([length_of(args.ep_len, n) for n in n_turns], n_turns)
-    if args.val:
-        chosen = choose_turns(validation, args.K, args.seed)
-        chosen_pairs = encoder.tokenize([validation.texts[i] for i in np.flatnonzero(chosen)])
-
-    parameters = [*encoder.trainable(), *head.parameters()]
-    # foreach cannot mix weights that are spread with whole ones
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, foreach=False if encoder.agree else None)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
-    head.to(accelerator.device)
-    encoder.train()
-    head.train()
-    best = {"best_step": 0, "best_li_loss": None, "steps": len(batches)}
-    parts = {
-        "encoder": Trained(encoder.encoder),
-        "head": head,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "best": best,
-    }
-    inputs = {"data": fingerprint(training.trajectories + validation.trajectories)}
-    state = RunState(tracker, accelerator, parts, {"training": rng}, inputs, args.save_steps, len(batches))
-    first = state.restore()
-    bar = progress_bar(batches[first:], desc="stage 1", unit="step", initial=first, total=len(batches))
-    with state.watch():
-        for step, (epoch, batch) in enumerate(bar, start=first + 1):
-            told = np.zeros(len(batch), dtype=bool)
-            if curriculum:
-                told = rng.random(len(batch)) < told_share(
-                    args.curriculum, args.curriculum_exposure, epoch, args.epochs
-                )
-            shown = [(told_pairs if knows else pairs)[i] for i, knows in zip(batch, told, strict=True)]
-            contrastive = args.contrastive and epoch % 2 == 0
-            loss, terms, rewards = batch_loss(encoder, head, training, batch, shown, contrastive, accelerator)
-            if loss.requires_grad:
-                loss.backward()
-            norm = sum_gradients(parameters, accelerator)
-            li_value, term_value = accelerator.reduce(terms.to(accelerator.device), "sum").tolist()
-            if not np.isfinite(li_value + term_value + norm):
-                state.not_finite("the loss or its gradient", step, training.ids(batch))
-            logged = {"train/shaped_loss": li_value, "train/gradient_norm": norm}
-            if contrastive:
-                logged["train/contrastive_loss"] = term_value
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-
-            predicted = np.array(gather_shares(rewards.tolist(), accelerator), dtype=np.float32)
-            ge = np.mean((score[batch] - length[batch] * predicted) ** 2)  # RRD's loss with |I| = 1
-            logged |= {"train/loss": float(ge), "train/learning_rate": schedule.get_last_lr()[0]}
-            logged |= affect_means(predicted, training.affects[batch], "train_shape/train")
-            last = step == len(batches)
-            if args.val and (step % VALIDATE_EVERY == 0 or last):
-                held_out = np.zeros(len(validation), dtype=np.float32)
-                held_out[chosen] = head_rewards(head, encode_together(encoder, chosen_pairs, accelerator))
-                metrics = evaluate(validation, held_out, args.ep_len, chosen=chosen)
-                logged |= wandb_validation(metrics)
-                if best["best_li_loss"] is None or metrics["li_loss"] < best["best_li_loss"]:
-                    best |= {"best_step": step, "best_li_loss": metrics["li_loss"]}
-            better = best["best_step"] == step or (last and not args.val)
-            if better:
-                best["best_step"] = step
-                encoder.save(encoder_path)
-                save_reward_head(head, head_path)
-            tracker.log(logged, step)
-            state.done(step, save=better)
-    return best
 
 
-def batch_loss(encoder, head, training, batch, shown, contrastive: bool, accelerator):
-    """This process' part of the loss of a batch.
+def new_head(options: Options, encoder: TurnEncoder, encoder_path: Path, training: TurnSet) -> RewardHead:
+    """A head that predicts the mean training target everywhere, and records the encoder that is trained with it."""
+    config = RewardHeadConfig(
+        head=options.head.chosen,
+        hidden=encoder.hidden_size,
+        encoder=encoder_path.name,
+        encoder_is_folder=True,
+        max_length=encoder.max_length,
+        context_turns=options.data.context_turns,
+        stage=1,
+        reward_class=options.data.reward_class,
+        li_signal=options.signal.li_signal,
+        sentiment_model=options.signal.sentiment_model,
+    )
+    head = RewardHead(config)
+    head.init_constant(min(max(float(training.targets.mean()), -0.95), 0.95))  # inside tanh's range
+    return head
+
+
+class LITraining:
+    """Trains encoder and head on the LI loss, with a learning rate that decays linearly to 0 (a `training.Stage`).
 
     Args:
-        batch: (n,) indices of the training turns in all processes' batch. shown: their n tokenised texts.
-        contrastive: add that loss.
+        encoder, head: trained in place. training: turns to train on.
+        validation: turns to choose the best step by; None: the last step is saved.
+        options: of training. accelerator: `accelerate.Accelerator`. seed: of the order of turns.
+        save: called when encoder and head are the best so far.
 
-    Returns:
-        loss (), which adds up to the batch's mean over all processes; its LI and contrastive parts (2,), detached; and
-        the rewards (m,) of this process' share.
+    Attributes:
+        steps: optimizer steps. best: {"best_step", "best_li_loss", "steps"}.
     """
-    import numpy as np
-    import torch
 
-    from models import contrastive_term, li_loss
-    from runs import share
+    def __init__(
+        self,
+        encoder: TurnEncoder,
+        head: RewardHead,
+        training: TurnSet,
+        validation: TurnSet | None,
+        options: LITrainingOptions,
+        accelerator,
+        seed: int,
+        save: Callable[[], None],
+    ):
+        self.encoder, self.head, self.training, self.validation = encoder, head, training, validation
+        self.options, self.accelerator, self.save = options, accelerator, save
+        self.rng = np.random.default_rng(seed)
+        self.shows_rating = options.curriculum or options.curriculum_exposure
+        self.pairs = encoder.tokenize(training.texts)
+        self.rated_pairs = encoder.tokenize(training.rated_texts()) if self.shows_rating else self.pairs
+        lengths = np.array([len(pair.ids) for pair in self.pairs])
+        self.batches = [
+            (epoch, batch)
+            for epoch in range(1, options.epochs + 1)
+            for batch in shuffled_batches(lengths, options.batch_size, self.rng)
+        ]
+        self.steps = len(self.batches)
+        n_turns = np.diff(training.offsets)  # the score and the length that belong to each turn, for the logged GE loss
+        self.scores = np.repeat(training.scores, n_turns)
+        self.lengths = np.repeat([length_of(options.ep_len, n) for n in n_turns], n_turns)
+        if validation is not None:
+            self.chosen = choose_turns(validation, options.K, seed)
+            self.chosen_pairs = encoder.tokenize([validation.texts[i] for i in np.flatnonzero(self.chosen)])
+        # foreach cannot mix sharded parameters with whole ones
+        foreach = False if encoder.max_over_ranks else None
+        parameters = [*encoder.trainable(), *head.parameters()]
+        self.optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, foreach=foreach)
+        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=self.steps)
+        self.best = {"best_step": 0, "best_li_loss": None, "steps": self.steps}
+        encoder.train()
+        head.train()
 
-    mine = share(np.arange(len(batch)), accelerator)
-    features = encoder.encode_with_gradients([shown[i] for i in mine], accelerator.autocast)
-    if not len(mine):
-        return features.sum(), torch.zeros(2), torch.zeros(0)
-    with accelerator.autocast():
-        rewards, hidden = head(features, with_hidden=True)
-    rewards, part = rewards.squeeze(1).float(), len(mine) / len(batch)
-    li = li_loss(rewards, torch.from_numpy(training.targets[batch[mine]]).to(rewards.device)) * part
-    term = contrastive_term(hidden, training.labels[batch[mine]]) * part if contrastive else torch.zeros_like(li)
-    return li + term, torch.stack([li, term]).detach().cpu(), rewards.detach()
+    def step(self, step: int) -> dict[str, float]:
+        """One optimizer step on a batch of turns."""
+        epoch, batch = self.batches[step - 1]
+        self.batch = batch
+        contrastive = self.options.contrastive and epoch % 2 == 0
+        loss, parts, rewards = self.batch_loss(batch, self.batch_pairs(epoch, batch), contrastive)
+        if loss.requires_grad:
+            loss.backward()
+        li, contrast = self.accelerator.reduce(parts.to(self.accelerator.device), "sum").tolist()
+        if not np.isfinite(li + contrast):
+            raise NotFinite("the loss or its gradient")
+        logged = {"train/shaped_loss": li}
+        logged["train/gradient_norm"] = apply_gradients(self.optimizer, self.accelerator, self.schedule)
+        if contrastive:
+            logged["train/contrastive_loss"] = contrast
+        predicted = np.array(gather_shares(rewards.tolist(), self.accelerator), dtype=np.float32)
+        ge = np.mean((self.scores[batch] - self.lengths[batch] * predicted) ** 2)  # RRD's loss with subsets of 1 turn
+        logged |= {"train/loss": float(ge), "train/learning_rate": self.schedule.get_last_lr()[0]}
+        return logged | affect_means(predicted, self.training.affects[batch], "train_shape/train")
+
+    def batch_pairs(self, epoch: int, batch: np.ndarray) -> list:
+        """The tokenised texts of a batch, of which the curriculum options show some with the user's rating."""
+        if not self.shows_rating:
+            return [self.pairs[i] for i in batch]
+        options = self.options
+        share = rating_probability(options.curriculum, options.curriculum_exposure, epoch, options.epochs)
+        shown = self.rng.random(len(batch)) < share
+        return [
+            (self.rated_pairs if with_rating else self.pairs)[i] for i, with_rating in zip(batch, shown, strict=True)
+        ]
+
+    def batch_loss(self, batch: np.ndarray, pairs: list, contrastive: bool):
+        """This process' part of the loss of a batch.
+
+        Args:
+            batch: (n,) indices of the turns in all processes' batch. pairs: their n tokenised texts.
+            contrastive: add the contrastive loss.
+
+        Returns:
+            loss (), which sums to the batch's mean over all processes; its LI and contrastive parts (2,), detached; and
+            the rewards (m,) of this process' share.
+        """
+        mine = local_share(list(range(len(batch))), self.accelerator)
+        features = self.encoder.encode_with_gradients([pairs[i] for i in mine], self.accelerator.autocast)
+        if not mine:
+            return features.sum(), torch.zeros(2), torch.zeros(0)
+        with self.accelerator.autocast():
+            rewards, hidden = self.head(features, with_hidden=True)
+        rewards, share = rewards.squeeze(1).float(), len(mine) / len(batch)
+        targets = torch.from_numpy(self.training.targets[batch[mine]]).to(rewards.device)
+        li = li_loss(rewards, targets) * share
+        contrast = torch.zeros_like(li)
+        if contrastive:
+            contrast = contrastive_term(hidden, self.training.labels[batch[mine]]) * share
+        return li + contrast, torch.stack([li, contrast]).detach().cpu(), rewards.detach()
+
+    def after_step(self, step: int, logged: dict[str, float]) -> bool:
+        """Validates every `VALIDATE_EVERY` steps and at the end, and saves the best step (else the last)."""
+        last = step == self.steps
+        if self.validation is not None and (step % VALIDATE_EVERY == 0 or last):
+            rewards = np.zeros(len(self.validation), dtype=np.float32)
+            features = encode_together(self.encoder, self.chosen_pairs, self.accelerator)
+            rewards[self.chosen] = head_rewards(self.head, features)
+            returns = predicted_returns(self.validation, rewards, self.options.ep_len, None, self.chosen)
+            metrics = evaluate(self.validation, rewards, returns, self.chosen)
+            logged |= wandb_validation(metrics)
+            if self.best["best_li_loss"] is None or metrics["li_loss"] < self.best["best_li_loss"]:
+                self.best |= {"best_step": step, "best_li_loss": metrics["li_loss"]}
+        improved = self.best["best_step"] == step or (last and self.validation is None)
+        if improved:
+            self.best["best_step"] = step
+            self.save()
+        return improved
+
+    def batch_ids(self) -> list[str]:
+        """Names of the turns in the last batch."""
+        return self.training.ids(self.batch)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(partial(main, OPTIONS))

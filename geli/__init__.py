@@ -1,0 +1,1 @@
+"""Turn-level rewards from conversation-level scores: what the three training commands are built from."""

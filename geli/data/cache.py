@@ -1,0 +1,110 @@
+"""The cache of conversations that were read."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from geli.data.candor import FEATURES_FILE, READER_VERSION, SURVEY_FILE, Conversation, Turn
+from geli.run.errors import first_line
+from geli.run.files import atomic_path, private_folder, remove_stale_temporaries
+
+CHECKSUM_BYTES = 32  # of SHA-256, in front of the table
+# list items are named as Parquet names them, so that the schema that is read equals the one that was written
+_TEXTS, _NUMBERS, _INTEGERS = (pa.list_(pa.field("element", kind)) for kind in (pa.string(), pa.float64(), pa.int32()))
+COLUMNS = pa.schema({
+    "folder": pa.binary(), "signature": pa.string(), "about": pa.string(),  # about: JSON of all but the turns
+    "turn_id": _TEXTS, "speaker": _INTEGERS, "start": _NUMBERS, "stop": _NUMBERS, "utterance": _TEXTS,
+    "n_words": _INTEGERS, "affect": _INTEGERS, "happy_share": _NUMBERS,
+})  # fmt: skip
+
+
+class ConversationCache:
+    """The conversations of a data folder in one Parquet file behind its checksum, a row a conversation.
+
+    A row is used if the size and times of its conversation's three files are the same; the file, if it is undamaged
+    and was written with the same `READER_VERSION`. The file holds text, so only its owner can read it.
+
+    Args:
+        folder: of all caches. data_dir, transcript: what is read.
+    """
+
+    def __init__(self, folder: str | Path, data_dir: str | Path, transcript: str):
+        self.transcript = transcript
+        source = repr((str(Path(data_dir).resolve()), transcript)).encode("utf-8", "surrogateescape")
+        self.path = Path(folder) / f"conversations-{hashlib.sha256(source).hexdigest()[:16]}.cache"
+        self._schema = COLUMNS.with_metadata({"reader_version": str(READER_VERSION)})
+        remove_stale_temporaries(self.path.parent)
+        self._rows = self._read()
+
+    def signature(self, folder: Path) -> str:
+        """Size and times of a conversation's files."""
+        transcript = folder / "transcription" / f"transcript_{self.transcript}.csv"
+        files = []
+        for path in (transcript, folder / FEATURES_FILE, folder / SURVEY_FILE):
+            try:
+                status = path.stat()
+                files.append((status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+            except OSError:
+                files.append(None)
+        return json.dumps(files)
+
+    def get(self, folder: Path) -> Conversation | None:
+        """The folder's conversation; None if it must be read (dropped conversations always are)."""
+        row = self._rows.get(folder.name)
+        return row[1] if row and row[0] == self.signature(folder) else None
+
+    def has_more_than(self, folders: Iterable[Path]) -> bool:
+        """Whether a row belongs to none of these folders."""
+        return bool(self._rows.keys() - {folder.name for folder in folders})
+
+    def write(self, conversations: dict[Path, tuple[str | None, Conversation]]) -> None:
+        """Replaces the file. `conversations`: folder -> (signature from before reading, or None for a row that is
+        already here; the conversation)."""
+        rows = []
+        for folder, (signature, conversation) in conversations.items():
+            number = {user: i for i, user in enumerate(conversation.speakers)}
+            columns = dict(zip(Turn._fields, map(list, zip(*conversation.turns, strict=True)), strict=True))
+            columns["speaker"] = [number[user] for user in columns["speaker"]]
+            about = [conversation.speakers, conversation.answers, sorted(conversation.questions)]
+            columns["about"] = json.dumps([*about, conversation.skipped_turns])
+            columns["folder"] = folder.name.encode("utf-8", "surrogateescape")
+            columns["signature"] = signature or self._rows[folder.name][0]
+            rows.append(columns)
+        buffer = pa.BufferOutputStream()
+        parquet.write_table(pa.Table.from_pylist(rows, self._schema), buffer, compression="zstd")
+        content = buffer.getvalue().to_pybytes()
+        private_folder(self.path.parent)
+        with atomic_path(self.path, every_process=True) as temporary:
+            temporary.touch(mode=0o600)
+            temporary.write_bytes(hashlib.sha256(content).digest() + content)
+
+    def _read(self) -> dict[str, tuple[str, Conversation]]:
+        """Folder name -> (signature, conversation); {} without a file that can be used."""
+        try:
+            content = self.path.read_bytes()
+            checksum, content = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
+            if checksum != hashlib.sha256(content).digest():
+                raise ValueError("its checksum is wrong")
+            file = parquet.ParquetFile(pa.BufferReader(content))
+            if not file.schema_arrow.equals(self._schema, check_metadata=True):
+                raise ValueError("another version of the reader wrote it")
+            return dict(map(_conversation, *file.read().to_pydict().values()))
+        except FileNotFoundError:
+            return {}
+        except Exception as error:  # whatever is wrong with a cache, the conversations can be read
+            print(f"Cache: {self.path} is not used ({first_line(error)})")
+            return {}
+
+
+def _conversation(folder: bytes, signature: str, about: str, turn_ids, speaker, *columns):
+    """A row of the file: (folder name, (signature, conversation))."""
+    name = folder.decode("utf-8", "surrogateescape")
+    speakers, answers, questions, skipped = json.loads(about)
+    turns = tuple(map(Turn, turn_ids, [speakers[i] for i in speaker], *columns))
+    questions, skipped = frozenset(questions), Counter(skipped)
+    return name, (signature, Conversation(name, tuple(speakers), turns, answers, questions, skipped))

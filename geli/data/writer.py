@@ -1,0 +1,82 @@
+"""Writes a conversation in CANDOR's layout."""
+
+import csv
+import os
+from pathlib import Path
+
+from geli.data.candor import FACES, FEATURES_FILE, REWARD_CLASSES, SURVEY_FILE, TRANSCRIPTS
+
+TRANSCRIPT_COLUMNS = (
+    "turn_id speaker start stop utterance interval delta questions end_question overlap n_words".split()
+)
+BACKCHANNEL_COLUMNS = "backchannel backchannel_count backchannel_speaker backchannel_start backchannel_stop".split()
+FACE_SHARE = 0.72  # probability that a frame gives its class; the rest is spread over the other seven
+
+
+def write_conversation(
+    folder: Path,
+    turns: list[tuple[str, float, float, str]],
+    faces: list[tuple[str, float, float, str]],
+    answers: dict[str, dict[str, float]],
+    lost: set[tuple[str, int]] = frozenset(),
+) -> None:
+    """Writes transcripts, faces and survey of one conversation.
+
+    Args:
+        folder: the conversation's folder; its name is the conversation's id.
+        turns: (user id, start, stop, utterance), in order, seconds.
+        faces: (user id, start, stop, face class): that face from start to stop; neutral at all other times.
+        answers: user id -> question -> answer; questions left out are empty cells.
+        lost: (user id, second) of frames whose face was lost: empty cells.
+    """
+    (folder / "transcription").mkdir(parents=True, exist_ok=True)
+    rows = list(_transcript_rows(turns))
+    for name in TRANSCRIPTS:  # the three differ in how they cut speech into turns, which is given here
+        more = BACKCHANNEL_COLUMNS if name == "backbiter" else []
+        padded = [row + [""] * len(more) for row in rows]
+        _write(folder / "transcription" / f"transcript_{name}.csv", TRANSCRIPT_COLUMNS + more, padded)
+
+    columns = ["user_id", "timedelta", *(f"prob_face_{face}" for face in FACES)]
+    rows = []
+    for user in answers:
+        spans = [span for span in faces if span[0] == user]
+        for second in range(int(turns[-1][2]) + 1 if turns else 0):
+            shown = next((face for _, start, stop, face in spans if start <= second <= stop), "neutral")
+            cells = [""] * len(FACES) if (user, second) in lost else _frame(shown)
+            rows.append([user, _timedelta(second), *cells])
+    _write(folder / FEATURES_FILE, columns, rows)
+
+    survey = [[user, *(given.get(question, "") for question in REWARD_CLASSES)] for user, given in answers.items()]
+    _write(folder / SURVEY_FILE, ["user_id", *REWARD_CLASSES], survey)
+
+
+def _transcript_rows(turns):
+    previous_stop = 0.0
+    for i, (user, start, stop, text) in enumerate(turns):
+        interval = round(start - previous_stop, 2) if i else ""
+        questions = text.count("?")
+        yield [
+            i, user, round(start, 2), round(stop, 2), text, interval, round(stop - start, 2), questions,
+            text.endswith("?"), False, len(text.split()),
+        ]  # fmt: skip
+        previous_stop = stop
+
+
+def _frame(face: str) -> list[float]:
+    rest = round((1 - FACE_SHARE) / (len(FACES) - 1), 4)
+    return [FACE_SHARE if name == face else rest for name in FACES]
+
+
+def _timedelta(second: int) -> str:
+    return f"0 days {second // 3600:02d}:{second // 60 % 60:02d}:{second % 60:02d}"
+
+
+def _for_its_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)  # conversations
+
+
+def _write(path: Path, columns: list[str], rows) -> None:
+    with open(path, "w", newline="", encoding="utf-8", opener=_for_its_owner) as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)

@@ -1,0 +1,1 @@
+"""Text encoder, policy, and loading their files safely."""

@@ -1,0 +1,402 @@
+"""The text encoder: (context, response) pairs to one vector a turn."""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from geli.nets.batching import token_batches
+from geli.nets.pretrained import check_vocabulary, load_adapter, load_pretrained, named_by_file, recorded_base
+from geli.run.console import progress_bar
+from geli.run.errors import UserError
+from geli.run.files import atomic_folder
+from geli.run.sharding import full_state, shard
+
+PUBLISHED_ENCODER = "lang_model_devout-brook-114"  # the encoder of the published heads
+
+
+class TokenPair(NamedTuple):
+    """A tokenized (context, response): (n,) int32 ids with all special tokens, and how many belong to the first
+    segment."""
+
+    ids: np.ndarray
+    first_segment: int
+
+
+class TurnEncoder(nn.Module):
+    """Encodes (context, response) pairs. A turn's representation is the last hidden state at its last end token.
+
+    Args:
+        model: a Hugging Face model; of an encoder-decoder only the encoder is run.
+        tokenizer: its fast tokenizer, whose format of pairs is used.
+        max_length: tokens of a pair, lowered to the encoder's own limit. A longer pair loses the beginning of its
+            context; a response that is too long by itself loses its own beginning.
+        name: hub id or folder that it was loaded from.
+
+    Attributes:
+        tokens_per_batch: padded tokens that are encoded at once; None: as many as memory allows.
+        max_over_ranks: set by `shard` when the model is sharded. Every forward pass then needs all processes; this
+            returns the largest of the numbers that they call it with.
+
+    Raises:
+        UserError: if `max_length` leaves no room for text, or the tokenizer has no end token.
+    """
+
+    def __init__(self, model, tokenizer, max_length: int = 1024, name: str = ""):
+        super().__init__()
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.max_length = min(max_length, own_limit(model.config, tokenizer))
+        self._prefix, self._between, self._suffix, self._between_first = _pair_format(tokenizer)
+        self._uses_segments = "token_type_ids" in tokenizer.model_input_names
+        self._room = self.max_length - len(self._prefix) - len(self._between) - len(self._suffix)
+        if self._room < 1:
+            raise UserError(
+                f"--max_length {max_length}: at least {self.max_length - self._room + 1} tokens are needed, for the "
+                "special tokens and one of text"
+            )
+        if not self._suffix:
+            raise UserError(f"{name}: its tokenizer has neither an end nor a separator token, where a turn is read")
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._suffix[-1]
+        self.tokens_per_batch: int | None = None
+        self.max_over_ranks: Callable[[int], int] | None = None
+        self._compiled: Callable | None = None
+
+    def compile(self) -> None:
+        """Runs the encoder through `torch.compile` from now on. What is saved stays the same."""
+        self._compiled = torch.compile(self.encoder, dynamic=True)
+
+    def token_budget(self, gradients: bool = False) -> int:
+        """Padded tokens to encode at once: `tokens_per_batch`, or what fits into a part of this machine's memory.
+
+        It does not depend on what else is in memory, so that results do not either, and has an upper limit above which
+        larger batches are no faster.
+        """
+        if self.tokens_per_batch:
+            return self.tokens_per_batch
+        layer = 4 * 24 * self.hidden_size  # bytes a token: one layer's activations, with a feed-forward 4 times as wide
+        layers = getattr(self.model.config, "num_hidden_layers", 12) if gradients else 1
+        if self.device.type == "cuda":
+            memory, limit = 0.4 * torch.cuda.get_device_properties(self.device).total_memory, 1 << 18
+        else:
+            memory = 0.25 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            limit = 1 << (15 if gradients else 13)
+        return max(min(int(memory / layer / layers), limit), self.max_length)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The part of the model that is run."""
+        return self.model.get_encoder() if self.model.config.is_encoder_decoder else self.model
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the representation."""
+        return self.model.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.model.parameters()).device
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that training changes: the encoder's (without a decoder's), or its adapter's."""
+        return [p for p in self.encoder.parameters() if p.requires_grad]
+
+    def tokenize(self, pairs: Sequence[tuple[str, str]]) -> list[TokenPair]:
+        """Token ids of (context, response) pairs, cut to `max_length`. Every pair ends with an end token."""
+        if not pairs:
+            return []
+        contexts, responses = (
+            self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+            for texts in zip(*pairs, strict=True)
+        )
+        result = []
+        for context, response in zip(contexts, responses, strict=True):
+            response = response[-self._room :]
+            spare = self._room - len(response)
+            context = context[-spare:] if spare else []
+            ids = [*self._prefix, *context, *self._between, *response, *self._suffix]
+            first_segment = len(self._prefix) + len(context) + self._between_first
+            result.append(TokenPair(np.array(ids, dtype=np.int32), first_segment))
+        return result
+
+    def collate(self, pairs: Sequence[TokenPair]) -> dict[str, torch.Tensor]:
+        """Right-padded model inputs (n, longest) on the encoder's device."""
+        longest = max(len(pair.ids) for pair in pairs)
+        ids = np.full((len(pairs), longest), self._pad, dtype=np.int64)
+        mask = np.zeros((len(pairs), longest), dtype=np.int64)
+        segments = np.zeros((len(pairs), longest), dtype=np.int64)
+        for row, pair in enumerate(pairs):
+            n = len(pair.ids)
+            ids[row, :n], mask[row, :n], segments[row, pair.first_segment : n] = pair.ids, 1, 1
+        arrays = {"input_ids": ids, "attention_mask": mask}
+        if self._uses_segments:
+            arrays["token_type_ids"] = segments
+        return {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
+
+    def forward(self, input_ids, attention_mask, **segments) -> torch.Tensor:
+        """(n, hidden) representations of right-padded rows (n, longest), each ending with an end token."""
+        run = self._compiled or self.encoder
+        hidden = run(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
+        last = attention_mask.sum(dim=1) - 1
+        return hidden[torch.arange(len(last), device=hidden.device), last]
+
+    def _features(self, pairs: Sequence[TokenPair], autocast) -> torch.Tensor:
+        """(n, hidden) float32 of one forward pass; encodes a dummy pair if there are none, because with a sharded model
+        every process must take part."""
+        dummy = TokenPair(np.array(self._suffix[-1:], dtype=np.int32), 1)
+        with autocast():
+            return self(**self.collate(pairs or [dummy])).float()[: len(pairs)]
+
+    @staticmethod
+    def _with_empty(batches: list[np.ndarray], passes: int) -> list[np.ndarray]:
+        """`batches`, with empty ones appended up to the number of `passes`."""
+        return batches + [np.arange(0)] * (passes - len(batches))
+
+    def encode_with_gradients(self, pairs: Sequence[TokenPair], autocast=nullcontext, parts: int = 1) -> torch.Tensor:
+        """(n, hidden) float32 representations that gradients flow through.
+
+        If the pairs do not fit into memory at once, they are encoded in batches of similar lengths with activation
+        checkpointing: the backward pass computes each batch again, with the same dropout, so memory does not grow with
+        n.
+
+        Args:
+            pairs: n tokenized pairs. autocast: a context-manager factory.
+            parts: number of such calls whose activations are kept at the same time.
+        """
+
+        def features(batch):
+            return self._features([pairs[i] for i in batch], autocast)
+
+        if not len(pairs) and not self.max_over_ranks:
+            return torch.zeros(0, self.hidden_size)
+        lengths = np.array([len(pair.ids) for pair in pairs], dtype=int)
+        budget = self.token_budget(gradients=True)
+        batches = token_batches(lengths, budget)
+        passes = 0 if lengths.max(initial=0) * len(lengths) * parts <= budget else len(batches)
+        passes = self.max_over_ranks(passes) if self.max_over_ranks else passes
+        if not passes:  # everything fits at once, in every process
+            return features(np.arange(len(pairs)))
+        batches = self._with_empty(batches, passes)
+        rows = torch.cat([checkpoint(features, batch, use_reentrant=False) for batch in batches])
+        return rows[torch.from_numpy(np.argsort(np.concatenate(batches))).to(rows.device)]
+
+    @torch.no_grad()  # not inference_mode: heads are trained on the result
+    def encode(
+        self,
+        pairs: Sequence[TokenPair],
+        autocast=nullcontext,
+        progress: str | None = None,
+        on_batch: Callable[[np.ndarray, torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """(n, hidden) float32 representations on the CPU, computed in eval mode in batches of similar lengths.
+
+        Args:
+            pairs: n tokenized pairs. autocast: a context-manager factory. progress: description of a progress bar.
+            on_batch: called with the indices of each batch and its features, as soon as they are computed.
+        """
+        was_training = self.training
+        self.eval()
+        features = torch.empty(len(pairs), self.hidden_size)
+        lengths = np.array([len(pair.ids) for pair in pairs])
+        batches = token_batches(lengths, self.token_budget())
+        passes = self.max_over_ranks(len(batches)) if self.max_over_ranks else len(batches)
+        with progress_bar(total=len(pairs), desc=progress, unit="turn", disable=progress is None) as bar:
+            for batch in self._with_empty(batches, passes):
+                features[batch] = self._features([pairs[i] for i in batch], autocast).cpu()
+                if on_batch:
+                    on_batch(batch, features[batch])
+                bar.update(len(batch))
+        self.train(was_training)
+        return features
+
+    def save(self, folder: str | Path) -> None:
+        """Writes model (or adapter) and tokenizer in Hugging Face's format, atomically. All processes must call it."""
+        adapted = hasattr(self.model, "peft_config")  # then only the adapter is written, which is never sharded
+        state = full_state(self.model) if self.max_over_ranks and not adapted else None
+        with atomic_folder(folder) as temporary:
+            self.model.save_pretrained(temporary, state_dict=state)
+            self.tokenizer.save_pretrained(temporary)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_encoder(
+    name: str,
+    max_length: int = 1024,
+    option: str = "--lang_model_path",
+    adapt: bool = False,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> TurnEncoder:
+    """Loads an encoder from a folder (then offline) or from the hub. A folder with an adapter (`adapter_config.json`)
+    brings the base model that it records.
+
+    Dropout on attention weights is turned off: with it, BERT-like encoders use no fused attention kernel on a CPU, and
+    train half as fast. Dropout on hidden states stays.
+
+    Args:
+        adapt: add a new LoRA adapter (r=8, alpha=16, dropout 0.1), which is then what is trained and saved.
+        dtype: of the weights under an adapter; all other weights are float32.
+        option: the option that names it, for error messages.
+        trust_remote_code: run code that the model brings along.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    adapter, base = None, name
+    if (Path(name) / "adapter_config.json").is_file():
+        adapter = name
+        base = named_by_file(recorded_base(name, option), Path(name) / "adapter_config.json")
+    tokenizer = load_pretrained(AutoTokenizer, name, option, trust_remote_code)
+    config = load_pretrained(AutoConfig, base, option, trust_remote_code)
+    for dropout in ("attention_dropout", "attention_probs_dropout_prob"):
+        if hasattr(config, dropout):
+            setattr(config, dropout, 0.0)
+    if not config.is_encoder_decoder and hasattr(config, "use_cache"):
+        config.use_cache = False
+    weights = dtype if adapter or adapt else torch.float32
+    model = load_pretrained(AutoModel, base, option, trust_remote_code, config=config, dtype=weights)
+    check_vocabulary(tokenizer, model, name, option)
+    if adapter:
+        model = load_adapter(model, adapter, option)
+    elif adapt:
+        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, task_type="FEATURE_EXTRACTION"))
+        if Path(base).is_dir():  # an absolute path, so that the saved adapter can be loaded from any folder
+            model.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
+    return TurnEncoder(model, tokenizer, max_length, name)
+
+
+def place_encoder(
+    encoder: TurnEncoder,
+    accelerator: Accelerator,
+    tokens_per_batch: int | None = None,
+    compile: bool = False,
+    trains: bool = False,
+) -> TurnEncoder:
+    """Moves an encoder to its device; shards one that trains if `accelerate launch` was configured for that.
+
+    Args:
+        tokens_per_batch: padded tokens to encode at once; None: as many as memory allows. compile: use torch.compile.
+
+    Raises:
+        UserError: for `compile` of a sharded encoder.
+    """
+    encoder.tokens_per_batch = tokens_per_batch
+    if trains:
+        shard(encoder, accelerator)
+    else:
+        encoder.to(accelerator.device)
+    if compile and encoder.max_over_ranks:
+        raise UserError("--compile does not work on a sharded encoder: leave it out, or train whole copies")
+    if compile:
+        encoder.compile()
+    return encoder
+
+
+def own_limit(config, tokenizer) -> int:
+    """Tokens that a model accepts: the size of its position table (less RoBERTa's padding offset), if it has one."""
+    limits = [1 << 20]
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions:
+        offset = config.pad_token_id + 1 if config.model_type in ("roberta", "longformer", "xlm-roberta") else 0
+        limits.append(positions - offset)
+    if tokenizer.model_max_length and tokenizer.model_max_length < 1 << 20:
+        limits.append(tokenizer.model_max_length)
+    return min(limits)
+
+
+def _pair_format(tokenizer) -> tuple[list[int], list[int], list[int], int]:
+    """The special tokens that a tokenizer puts before, between and after a pair, and how many of those between belong
+    to the first segment. If it puts none after a pair, its end token is added."""
+    encoded = tokenizer("a", "b", return_token_type_ids=True)
+    ids, parts = encoded["input_ids"], encoded.sequence_ids(0)
+    segments = encoded.get("token_type_ids") or [0] * len(ids)
+    first = [i for i, part in enumerate(parts) if part == 0]
+    second = [i for i, part in enumerate(parts) if part == 1]
+    between = range(first[-1] + 1, second[0])
+    suffix = ids[second[-1] + 1 :]
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if not suffix and end is not None:
+        suffix = [end]
+    return ids[: first[0]], [ids[i] for i in between], suffix, sum(segments[i] == 0 for i in between)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The encoder of a saved reward head. `config` is the head's configuration (`models.RewardHeadConfig`).
+
+
+def encoder_of_head(config, path: str | Path) -> str:
+    """The hub id or folder of the encoder that the head at `path` was trained on.
+
+    A published head records none. Its encoder is `lang_model_{run}` beside the head, or else `PUBLISHED_ENCODER` in one
+    of the stage-1 folders beside the head's folder.
+
+    Raises:
+        UserError: if the encoder of a published head is in neither place; if a hub id is not on this machine.
+    """
+    path = Path(path)
+    if config.encoder is not None:
+        if config.encoder_is_folder:
+            return os.path.normpath(path.parent / config.encoder)
+        return named_by_file(config.encoder, path)
+    own = path.parent / f"lang_model_{path.name.removeprefix('reward1_')}"
+    if own.is_dir():
+        return str(own)
+    found = sorted(path.resolve().parent.parent.glob(f"*reward_function_*/{PUBLISHED_ENCODER}"))
+    if len(found) == 1:
+        return str(found[0])
+    listed = f"found {len(found)}: {', '.join(map(str, found))}" if found else "found none"
+    raise UserError(
+        f"{path}: a published head, which does not record its encoder: expected {PUBLISHED_ENCODER}/ in stage 1's "
+        f"folder (SINGLE_INDEX_reward_function_…), {listed}; name it with --lang_model_path"
+    )
+
+
+def encoder_reference(encoder: str | Path, head_folder: Path) -> dict:
+    """How a head in `head_folder` records its encoder: as a folder relative to its own, or as a hub id."""
+    if Path(encoder).is_dir():
+        return {"encoder": os.path.relpath(Path(encoder).resolve(), head_folder.resolve()), "encoder_is_folder": True}
+    return {"encoder": str(encoder), "encoder_is_folder": False}
+
+
+def load_encoder_of_head(
+    config,
+    path: str | Path,
+    max_length: int,
+    named: str | None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> TurnEncoder:
+    """Loads the encoder that the head at `path` was trained on.
+
+    Args:
+        named: `--lang_model_path`. It is used for a published head, which records no encoder; for others, if it names a
+            different encoder, a message says that it is not used.
+
+    Raises:
+        UserError: if it cannot be loaded or does not fit the head.
+    """
+    if named and config.encoder is None:
+        name = named
+    else:
+        name = encoder_of_head(config, path)
+        if named and Path(named).resolve() != Path(name).resolve():
+            print(f"--lang_model_path {named} is not used: {path} was trained on {name}, which is loaded instead")
+        if config.encoder_is_folder and not Path(name).is_dir():  # else it would be looked up on the hub
+            raise UserError(f"{path}: expected the encoder that it was trained on in {name}, found no such folder")
+    option = f"the encoder that {path} was trained on,"
+    encoder = load_encoder(name, max_length, option, dtype=dtype, trust_remote_code=trust_remote_code)
+    if encoder.hidden_size != config.hidden:
+        raise UserError(f"{path}: takes {config.hidden} features, its encoder {name} gives {encoder.hidden_size}")
+    return encoder

@@ -1,0 +1,94 @@
+"""Options of the encoder and the policy, and the short names of published models. Imports neither torch nor
+transformers, so that `--help` answers quickly."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from geli.run.options import option, positive_int
+
+MAX_NEW_TOKENS = 128  # of a response
+DONE_EVERY = 4  # tokens between two checks of whether a response can stop
+# the text that every prompt begins with; a prompt that is too long keeps it
+INSTRUCTION = (
+    "You are AI, in a casual social conversation with a User. Be polite, kind and honest, do not swear, and answer in "
+    "under 100 words."
+)
+
+
+class EncoderAlias(NamedTuple):
+    """A short name for `--model`: the hub id, whether a LoRA adapter is trained instead of all weights, and a line of
+    help."""
+
+    hub_id: str
+    adapted: bool
+    help: str
+
+
+ENCODERS = {
+    "convo": EncoderAlias(
+        "kabita-choudhary/finetuned-bart-for-conversation-summary", False, "BART, fine-tuned to summarize conversations"
+    ),
+    "longformer": EncoderAlias("allenai/longformer-base-4096", False, "Longformer, up to 4,096 tokens"),
+    "longT5": EncoderAlias(
+        "Stancld/longt5-tglobal-large-16384-pubmed-3k_steps", False, "LongT5 large, up to 16,384 tokens"
+    ),
+    "LLAMA2": EncoderAlias("meta-llama/Llama-2-7b-chat-hf", True, "Llama 2 7B, trained through a LoRA adapter"),
+}
+
+POLICIES = {  # short name for `--model_name` -> hub id
+    "llama2": "meta-llama/Llama-2-7b-chat-hf",
+    "llama": "huggyllama/llama-7b",
+    "cosmo": "allenai/cosmo-xl",
+    "blenderbot-1b": "facebook/blenderbot-1B-distill",
+    "blenderbot-400m": "facebook/blenderbot-400M-distill",
+    "dialogpt": "microsoft/DialoGPT-large",
+}
+LOCAL_LLAMA = "./llama_hf"  # used for `llama` if this folder exists, as in the published code
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """Which text encoder is used, and how it is run."""
+
+    model: str = option("convo", f"the text encoder: {', '.join(ENCODERS)}, or any hub id or folder")
+    lang_model_path: str | None = option(
+        None, "hub id or folder of an encoder instead of --model's own (default: --model's own)"
+    )
+    max_length: int = option(1024, "encoder tokens; less if the encoder's limit is lower", type=positive_int)
+    tokens_per_batch: int | None = option(
+        None, "padded tokens that the encoder takes at once (default: what fits into memory)", type=positive_int
+    )
+    compile: bool = option(False, "torch.compile the encoder (slow to start, then faster on a GPU)")
+
+    def source(self) -> tuple[str, str]:
+        """The hub id or folder of the encoder, and the option that names it, for error messages."""
+        if self.lang_model_path:
+            return self.lang_model_path, "--lang_model_path"
+        alias = ENCODERS.get(self.model)
+        return (alias.hub_id if alias else self.model), "--model"
+
+    @property
+    def adapted(self) -> bool:
+        """Whether training changes a LoRA adapter instead of all weights."""
+        return self.model in ENCODERS and ENCODERS[self.model].adapted
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """Which language model is aligned in stage 3."""
+
+    model_name: str = option("llama", f"the policy: {', '.join(POLICIES)}, or any hub id or folder")
+    no_accel: bool = option(False, "one device, with LoRA r=24 alpha=48 instead of r=16 alpha=32")
+    peft: bool = option(False, "accepted for the published commands; LoRA is always on")
+
+    def source(self) -> str:
+        """The hub id or folder of the policy."""
+        if self.model_name == "llama" and Path(LOCAL_LLAMA).is_dir():
+            return LOCAL_LLAMA
+        return POLICIES.get(self.model_name, self.model_name)
+
+    @property
+    def lora(self) -> tuple[int, int]:
+        """LoRA's rank and alpha (Hu et al., 2022)."""
+        return (24, 48) if self.no_accel else (16, 32)

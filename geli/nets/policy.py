@@ -1,0 +1,350 @@
+"""The policy of stage 3: a language model with a LoRA adapter and a value head."""
+
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from geli.nets.options import DONE_EVERY, INSTRUCTION, MAX_NEW_TOKENS
+from geli.nets.pretrained import check_adapter, check_adapter_weights, check_vocabulary, load_pretrained
+from geli.run.console import is_main_process
+from geli.run.errors import UserError, first_line
+from geli.run.files import atomic_folder
+
+LOGITS_PER_CHUNK = 1 << 25  # 128 MiB of float32
+
+
+class Policy(nn.Module):
+    """A LoRA-adapted language model with a value head. The reference policy is the same network with the adapter off.
+
+    The policy is always in eval mode: with dropout, the probabilities of rollout and update would differ.
+
+    Args:
+        model: PEFT model of a causal language model or an encoder-decoder. tokenizer: its tokenizer.
+
+    Attributes:
+        max_over_ranks: set by `shard` when the model is sharded. Every forward pass then needs all processes; this
+            returns the largest of the numbers that they call it with.
+
+    Raises:
+        UserError: if the model computes its logits in a way that `_logits` does not know.
+    """
+
+    def __init__(self, model: PeftModel, tokenizer):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.has_encoder = bool(model.config.is_encoder_decoder)
+        self.max_over_ranks: Callable[[int], int] | None = None
+        self.value_head = nn.Linear(model.config.hidden_size, 1)  # starts at 0
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.eval()
+        self._check_logits()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.value_head.weight.device
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of a prompt that the position table has room for; in a causal model, besides the longest response."""
+        positions = getattr(self.model.config, "max_position_embeddings", None) or 1 << 20
+        return positions if self.has_encoder else positions - MAX_NEW_TOKENS
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The adapter's and the value head's parameters."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def reference(self):
+        """Context manager that turns the adapter off."""
+        return self.model.disable_adapter()
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask (n, Q) of n prompts, padded on the left for a causal model, whose response follows, and on
+        the right for an encoder. A prompt that is too long keeps `INSTRUCTION` and its end."""
+        limit, instruction = self.max_prompt_tokens, self.tokenizer(INSTRUCTION)["input_ids"]
+        encoded = []
+        for tokens in self.tokenizer(list(prompts), verbose=False)["input_ids"]:
+            if len(tokens) > limit:
+                common = takewhile(lambda both: both[0] == both[1], zip(instruction, tokens, strict=False))
+                kept = min(sum(1 for _ in common), limit - 1)
+                tokens = [*tokens[:kept], *tokens[kept - limit :]]
+            encoded.append(tokens)
+        longest = max(map(len, encoded))
+        ids = torch.full((len(encoded), longest), self.pad)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(encoded):
+            place = slice(len(tokens)) if self.has_encoder else slice(longest - len(tokens), longest)
+            ids[row, place] = torch.tensor(tokens)
+            mask[row, place] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    @property
+    def end(self) -> int:
+        """Id of the end token."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def pad(self) -> int:
+        """Id of the padding token. Any id would do, because masks mark the padding."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end
+
+    @torch.no_grad()
+    def generate(
+        self,
+        query: torch.Tensor,
+        query_mask: torch.Tensor,
+        uniforms: torch.Tensor,
+        done: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples responses at temperature 1 from the full distribution, until all have ended.
+
+        Args:
+            query, query_mask: (n, Q) from `tokenize`.
+            uniforms: (n, r) in [0, 1), which select each of at most r tokens by inverse transform sampling. A response
+                so depends only on its row, not on the rest of the batch.
+            done: responses so far (n, R) -> (n,) bool, which of them can stop; called every `DONE_EVERY` tokens.
+
+        Returns:
+            (n, R) token ids, padded after the end token or where `done` stopped a response, and (n, R, hidden) the
+            states that they were sampled from, for `logprobs_from_hidden`.
+        """
+        base, uniforms = self.model.get_base_model(), uniforms.to(query.device, torch.float64)
+        mask, inputs = query_mask, query
+        cache = None if self.has_encoder else _roomy_cache(base.config, uniforms.shape[1])
+        if self.has_encoder:
+            encoded = base.get_encoder()(input_ids=query, attention_mask=query_mask).last_hidden_state
+            inputs = torch.full_like(query[:, :1], base.config.decoder_start_token_id)
+        else:
+            body, positions = getattr(base, base.base_model_prefix), (mask.cumsum(dim=1) - 1).clamp(min=0)
+        response = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
+        ended, states = torch.zeros(len(query), dtype=torch.bool, device=query.device), []
+        for step in range(1, uniforms.shape[1] + 1):
+            if self.has_encoder:
+                output = base.get_decoder()(
+                    input_ids=inputs, encoder_hidden_states=encoded, encoder_attention_mask=mask, past_key_values=cache,
+                    use_cache=True,
+                )  # fmt: skip
+            else:
+                output = body(
+                    input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                )
+                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+                positions = positions[:, -1:] + 1
+            cache, state = output.past_key_values, output.last_hidden_state[:, -1]
+            cumulative = self._logits(state).double().softmax(dim=-1).cumsum(dim=-1)
+            goal = uniforms[:, step - 1 : step] * cumulative[:, -1:]
+            token = torch.searchsorted(cumulative, goal, right=True).squeeze(1).clamp(max=cumulative.shape[1] - 1)
+            token = token.masked_fill(ended, self.pad)
+            inputs = token[:, None]
+            response = torch.cat([response, inputs], dim=1)
+            states.append(state)
+            ended |= token == self.end
+            if done and step % DONE_EVERY == 0:
+                ended |= done(response).to(ended.device)
+            unfinished = int(not ended.all())
+            if not (self.max_over_ranks(unfinished) if self.max_over_ranks else unfinished):
+                break
+        return response, torch.stack(states, dim=1)
+
+    def forward(self, query, query_mask, response, response_mask):
+        """The log-probability of each response token, and value and entropy of the state before it.
+
+        Logits are computed only where `response_mask` is 1.
+
+        Args:
+            query, query_mask: (n, Q) from `tokenize`. response, response_mask: (n, R) right-padded.
+
+        Returns:
+            logprobs, values, entropies: (n, R) float32, 0 where the mask is 0.
+        """
+        hidden = self._states(query, query_mask, response, response_mask)
+        return self.logprobs_from_hidden(hidden, response, response_mask)
+
+    def logprobs_from_hidden(self, hidden: torch.Tensor, response: torch.Tensor, response_mask: torch.Tensor):
+        """As `forward`, from the states (n, R, hidden) before each response token."""
+        kept = response_mask.bool()
+        states, tokens = hidden[kept], response[kept]
+        logprobs, entropies = _token_logprobs(self._logits, self.model.config.vocab_size, states, tokens)
+        values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(1)
+        zeros = torch.zeros(response.shape, device=response.device)
+        return tuple(zeros.masked_scatter(kept, x.float()) for x in (logprobs, values, entropies))
+
+    def _states(self, query, query_mask, response, response_mask) -> torch.Tensor:
+        """(n, R, hidden) the last hidden state before each response token. For n = 0 it runs a dummy row, because every
+        process must take part in a sharded model's passes."""
+        if not len(query):
+            dummy = response.new_full((1, response.shape[1]), self.end)
+            ones = torch.ones_like(dummy)
+            return self._states(dummy[:, :1], ones[:, :1], dummy, ones)[:0]
+        base = self.model.get_base_model()
+        if self.has_encoder:
+            encoded = base.get_encoder()(input_ids=query, attention_mask=query_mask).last_hidden_state
+            start = torch.full_like(response[:, :1], base.config.decoder_start_token_id)
+            return base.get_decoder()(
+                input_ids=torch.cat([start, response[:, :-1]], dim=1),
+                encoder_hidden_states=encoded,
+                encoder_attention_mask=query_mask,
+                use_cache=False,
+            ).last_hidden_state
+        ids = torch.cat([query, response], dim=1)
+        mask = torch.cat([query_mask, response_mask.to(query_mask.dtype)], dim=1)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        body = getattr(base, base.base_model_prefix)
+        hidden = body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        return hidden[:, query.shape[1] - 1 : -1]
+
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        """(m, vocabulary) logits of states (m, hidden), equal to those of the model's own forward pass."""
+        base = self.model.get_base_model()
+        if getattr(base.config, "scale_decoder_outputs", False):  # T5 with tied embeddings
+            states = states * base.config.d_model**-0.5
+        logits = base.get_output_embeddings()(states)
+        bias = getattr(base, "final_logits_bias", None)  # BART and its relatives
+        return logits if bias is None else logits + bias
+
+    @torch.no_grad()
+    def _check_logits(self) -> None:
+        """Compares `_logits` with the model's own forward pass on one token.
+
+        Raises:
+            UserError: if they differ.
+        """
+        query = torch.tensor([[self.end, self.end]], device=self.device)
+        mask, response = torch.ones_like(query), query[:, :1]
+        if self.has_encoder:
+            start = torch.full_like(response, self.model.config.decoder_start_token_id)
+            expected = self.model(input_ids=query, attention_mask=mask, decoder_input_ids=start).logits[:, -1]
+        else:
+            expected = self.model(input_ids=query, attention_mask=mask).logits[:, -1]
+        found = self._logits(self._states(query, mask, response, torch.ones_like(response))[:, 0])
+        if not torch.allclose(found.float(), expected.float(), atol=0.05, rtol=0.02):
+            raise UserError(
+                f"--model_name: a model of the kind {self.model.config.model_type} changes its logits after its last "
+                "layer in a way that this program does not know; choose another policy"
+            )
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a PEFT adapter with its tokenizer and `value_head.safetensors`, atomically."""
+        with atomic_folder(folder) as temporary:
+            self.model.save_pretrained(temporary, save_embedding_layers=False)
+            self.tokenizer.save_pretrained(temporary)
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in self.value_head.state_dict().items()},
+                temporary / "value_head.safetensors",
+            )
+
+    def save_merged(self, folder: str | Path) -> None:
+        """Writes the whole model with the adapter merged into its weights, and its tokenizer, atomically. This releases
+        the memory of the policy, which cannot be used any more."""
+        merged = self.model.merge_and_unload()
+        if is_main_process():  # gigabytes, so not once for each process
+            with atomic_folder(folder) as temporary:
+                merged.save_pretrained(temporary)
+                self.tokenizer.save_pretrained(temporary)
+        self.to("meta")
+
+    def load(self, folder: str | Path) -> None:
+        """Loads the adapter and the value head that `save` wrote.
+
+        Raises:
+            UserError: if they do not fit this policy.
+        """
+        saved, own = check_adapter(folder, "the policy's checkpoint"), self.model.peft_config["default"]
+        if saved["r"] != own.r:
+            raise UserError(f"{folder}: an adapter of rank {saved['r']}, the options ask for {own.r} (see --no_accel)")
+        base = saved.get("base_model_name_or_path")
+        if base != own.base_model_name_or_path:
+            print(f"Warning: {folder} was trained on {base!r}, --model_name is {own.base_model_name_or_path}")
+        try:
+            set_peft_model_state_dict(self.model, check_adapter_weights(self.model, folder))
+            value_head = load_file(Path(folder) / "value_head.safetensors")
+            if not all(torch.isfinite(tensor).all() for tensor in value_head.values()):
+                raise ValueError("a value head that is not finite")
+            self.value_head.load_state_dict(value_head)
+        except Exception as error:  # other people's files can fail in any way
+            raise UserError(f"{folder}: not an adapter that fits this policy ({first_line(error)})") from None
+
+
+# Measured (small Llama, CPU): DynamicCache takes 5% longer; StaticCache takes as long, but its states are not the same.
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, in memory allocated once. `DynamicLayer` copies them all for every new token.
+
+    Args:
+        room: tokens after the prompt.
+    """
+
+    def __init__(self, room: int):
+        super().__init__()
+        self._room = room
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends keys and values (n, heads, tokens, width); returns all so far."""
+        start, end = self.get_seq_length(), self.get_seq_length() + keys.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self._all = [new.new_empty(*new.shape[:-2], end + self._room, new.shape[-1]) for new in (keys, values)]
+        for buffer, new in zip(self._all, (keys, values), strict=True):
+            buffer[..., start:end, :] = new
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self._all)
+        return self.keys, self.values
+
+
+def _roomy_cache(config, room: int) -> DynamicCache:
+    """A key-value cache with room for `room` tokens after the prompt."""
+    cache = DynamicCache(config=config)
+    cache.layers = [_RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def _token_logprobs(logits_of: Callable, vocabulary: int, states: torch.Tensor, tokens: torch.Tensor):
+    """(m,) log-probabilities of `tokens` (m,) and (m,) entropies of states (m, hidden), in chunks to bound memory."""
+
+    def chunk(part, chosen):
+        log_p = logits_of(part).float().log_softmax(dim=-1)
+        return log_p.gather(1, chosen[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=1)
+
+    size = max(1, LOGITS_PER_CHUNK // vocabulary)
+    parts = [chunk(states[i : i + size], tokens[i : i + size]) for i in range(0, max(len(states), 1), size)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def load_policy(name: str, rank: int, alpha: int, dtype: torch.dtype, trust_remote_code: bool = False) -> Policy:
+    """Loads a language model (hub id or folder) as a policy with a new adapter, which does not change its output yet.
+
+    Args:
+        rank, alpha: of LoRA (Hu et al., 2022). dtype: of the frozen weights; the adapter is float32.
+        trust_remote_code: run code that the model brings along.
+
+    Raises:
+        UserError: if the model cannot be loaded.
+    """
+    tokenizer = load_pretrained(AutoTokenizer, name, "--model_name", trust_remote_code)
+    config = load_pretrained(AutoConfig, name, "--model_name", trust_remote_code)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = load_pretrained(kind, name, "--model_name", trust_remote_code, config=config, dtype=dtype)
+    check_vocabulary(tokenizer, model, name, "--model_name")
+    return adapt_policy(model, tokenizer, rank, alpha)
+
+
+def adapt_policy(model, tokenizer, rank: int, alpha: int) -> Policy:
+    """A policy of a loaded language model with a new LoRA adapter of this rank and alpha."""
+    config = model.config
+    attention = {"q_proj", "v_proj"} if any(n.endswith("q_proj") for n, _ in model.named_modules()) else "all-linear"
+    adapter = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.05,
+        task_type="SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM",
+        target_modules=None if config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING else attention,
+        fan_in_fan_out=config.model_type == "gpt2",  # it stores weights transposed
+    )
+    return Policy(get_peft_model(model, adapter), tokenizer)

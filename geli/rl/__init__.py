@@ -1,0 +1,1 @@
+"""Reinforcement learning: prompts, rollouts, TRL's trainers, outputs of stage 3."""

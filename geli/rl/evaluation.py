@@ -1,0 +1,77 @@
+"""Measures a policy on held-out prompts, whichever algorithm trained it."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from geli.nets.policy import Policy
+from geli.rl.prompts import Prompt
+from geli.rl.rollout import distinct, draw_length, draw_uniforms, logprobs_and_values, rollout
+from geli.run.distributed import gather_shares, local_share
+
+
+@torch.no_grad()
+def evaluate_policy(
+    policy: Policy, score: Callable | None, prompts: Sequence[Prompt], accelerator: Accelerator, *, seed: int,
+    batch_size: int, mini_batch_size: int, min_new_tokens: int, max_new_tokens: int,
+) -> tuple[dict[str, float], list[str]]:  # fmt: skip
+    """Samples a response to every prompt and measures reward, KL to the reference policy, length and diversity.
+
+    All random numbers come from `seed`. Two policies are therefore compared on the same prompts, length limits and
+    draws, and an evaluation does not change the training that follows it.
+
+    Args:
+        score: (prompts, responses) -> (n,) rewards, or None to measure no reward.
+        prompts: the same in every process. batch_size: prompts that are generated together, in all processes.
+        mini_batch_size: responses in a forward pass. min_new_tokens, max_new_tokens: range of a batch's length limit.
+
+    Returns:
+        The metrics (`reward` and its standard error, `kl` in nats a response, `response_words`, `empty_share`,
+        `distinct_1`, `distinct_2`), and the responses in the order of the prompts.
+    """
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    texts, kls = [], []
+    for first in range(0, len(prompts), batch_size):
+        batch = prompts[first : first + batch_size]
+        uniforms = draw_uniforms(len(batch), draw_length(rng, min_new_tokens, max_new_tokens), generator)
+        mine, my_uniforms = local_share(batch, accelerator), local_share(uniforms, accelerator)
+        my_texts, my_kls = [], []
+        if len(mine):
+            my_texts, my_kls = _sample(policy, mine, my_uniforms, mini_batch_size)
+        elif policy.max_over_ranks:  # a sharded policy needs every process in each forward pass
+            _sample(policy, batch[:1], uniforms[:1], mini_batch_size)
+        texts += gather_shares(my_texts, accelerator)
+        kls += gather_shares(my_kls, accelerator)
+    metrics = {}
+    if score:
+        scores = score_together(score, prompts, texts, accelerator)
+        metrics["reward"] = scores.mean().item()
+        metrics["reward_standard_error"] = scores.std(unbiased=False).item() / len(scores) ** 0.5
+    metrics |= {
+        "kl": float(np.mean(kls)),
+        "response_words": float(np.mean([len(text.split()) for text in texts])),
+        "empty_share": float(np.mean([not text for text in texts])),
+        "distinct_1": distinct(texts, 1),
+        "distinct_2": distinct(texts, 2),
+    }
+    return metrics, texts
+
+
+def _sample(
+    policy: Policy, prompts: Sequence[Prompt], uniforms: torch.Tensor, mini_batch_size: int
+) -> tuple[list[str], list[float]]:
+    """A response to each prompt, and the log-ratio of its probabilities under policy and reference, in nats."""
+    sampled = rollout(policy, prompts, uniforms)
+    found = logprobs_and_values(policy, sampled, mini_batch_size)
+    kl = ((found["logprobs"] - found["ref_logprobs"]) * sampled.mask).sum(dim=1)
+    return sampled.texts, kl.tolist()
+
+
+def score_together(
+    score: Callable, prompts: Sequence[Prompt], responses: Sequence[str], accelerator: Accelerator
+) -> torch.Tensor:
+    """(n,) rewards of `responses` to `prompts`; each process computes its share."""
+    mine = score(local_share(prompts, accelerator), local_share(responses, accelerator)).tolist()
+    return torch.tensor(gather_shares(mine, accelerator))

@@ -1,0 +1,151 @@
+"""The files that stage 3 writes: names, metrics, checkpoints, and moving the files of an earlier run aside."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from geli import plots
+from geli.nets.policy import Policy
+from geli.nets.pretrained import recorded_base
+from geli.rl.diagnose import diagnose
+from geli.run.console import progress_bar
+from geli.run.errors import UserError
+from geli.run.files import atomic_path, read_json_or_empty, write_json
+from geli.run.lock import RunLock
+from geli.run.tracking import Tracker
+
+SAVE_EVERY = 10  # steps
+
+
+def outputs_of(stem: str) -> re.Pattern:
+    """A pattern of the names of the files and folders that the run `stem` writes."""
+    return re.compile(re.escape(stem) + r"(_sft|_\d+|(_\d+_val|_base)?(\.json|_responses\.csv)|_steps\.csv|_ppo\.png)")
+
+
+def lock_outputs(folder: Path, stem: str, lock: RunLock | None = None) -> RunLock:
+    """Locks the output names of a new run, and moves an earlier run's outputs of these names aside.
+
+    Args:
+        lock: the lock, if the process holds it already, because it was to resume a run that has no checkpoint.
+    """
+    lock = lock or RunLock(folder, stem, outputs_of(stem), resume=True)  # an unfinished run's folder may exist
+    set_aside(folder, stem, lock)
+    return lock
+
+
+def set_aside(folder: Path, stem: str, lock: RunLock) -> None:
+    """Moves an earlier run's outputs, and its checkpoints if it is unfinished, to `{stem}.earlier-{k}/` in `folder`.
+
+    Adapters that were trained on its SFT model are changed to name that model at its new place.
+    """
+    outputs = sorted(path for path in folder.glob("*") if outputs_of(stem).fullmatch(path.name))
+    unfinished = lock.unfinished()
+    if not outputs and not unfinished:
+        return
+    k = 1
+    while (aside := folder / f"{stem}.earlier-{k}").exists():
+        k += 1
+    sft_name = f"{stem}_sft"
+    for path in [*outputs, *unfinished]:
+        place = aside / lock.folder.name if path in unfinished else aside
+        place.mkdir(parents=True, exist_ok=True)
+        config = path / "adapter_config.json"
+        if config.is_file() and Path(recorded_base(path, "--train")).name == sft_name:
+            moved = {"base_model_name_or_path": str((aside / sft_name).resolve())}
+            write_json(config, read_json_or_empty(config) | moved)
+        path.rename(place / path.name)
+    lock.description = {}
+    what = f"{len(outputs)} outputs of these names" + (" and its checkpoints (it is unfinished)" if unfinished else "")
+    print(f"An earlier run's {what} are now in {aside}")
+
+
+def base_of(checkpoint: Path, sft_model: Path) -> str | None:
+    """The folder `sft_model` if the checkpoint's adapter was trained on a model of its name, else None.
+
+    Raises:
+        UserError: if it was, and the model is missing.
+    """
+    if Path(recorded_base(checkpoint, "--val")).name != sft_model.name:
+        return None
+    if not sft_model.is_dir():
+        raise UserError(f"{checkpoint} was trained on {sft_model}, which is not there: put it back, or train again")
+    return str(sft_model.resolve())
+
+
+def newest_checkpoint(folder: Path, stem: str) -> Path:
+    """The checkpoint of the run `stem` after the most steps."""
+    steps = [p.name.removeprefix(f"{stem}_") for p in folder.glob("*") if p.name.startswith(f"{stem}_")]
+    steps = [int(step) for step in steps if step.isascii() and step.isdecimal()]
+    if not steps:
+        raise UserError(f"--val without --train: expected a checkpoint {folder}/{stem}_STEP, found none; add --train")
+    return folder / f"{stem}_{max(steps)}"
+
+
+class Recorder:
+    """Records a training run: metrics, a checkpoint of the policy every `SAVE_EVERY` steps, and warnings.
+
+    Args:
+        policy: the policy that is saved. folder, stem: where the files go, and how their names begin.
+        steps: of the run. algo: its name, for the progress bar.
+        target_kl_response: in nats a response, see `diagnose`.
+        saves: False saves no policy, for a run that does not change it.
+    """
+
+    def __init__(
+        self, policy: Policy, tracker: Tracker, folder: Path, stem: str, *, steps: int, algo: str,
+        target_kl_response: float, saves: bool = True,
+    ):  # fmt: skip
+        self.policy, self.tracker, self.folder, self.stem = policy, tracker, folder, stem
+        self.steps, self.target_kl_response, self.saves = steps, target_kl_response, saves
+        self.rows: list[dict] = []
+        self.checkpoint: Path | None = None
+        self._warned: set[str] = set()
+        self._bar = progress_bar(total=steps, desc=f"stage 3 ({algo.upper()})", unit="step")
+
+    def state_dict(self) -> dict:
+        """The metrics so far, the warnings given, and the last checkpoint."""
+        checkpoint = str(self.checkpoint) if self.checkpoint else None
+        return {"rows": self.rows, "warned": sorted(self._warned), "checkpoint": checkpoint}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores the recorder."""
+        self.rows, self._warned = state["rows"], set(state["warned"])
+        self.checkpoint = Path(state["checkpoint"]) if state["checkpoint"] else None
+        self._bar.update(len(self.rows))
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Records the metrics of a step.
+
+        Raises:
+            UserError: if some of them are not finite.
+        """
+        self.rows.append({"step": step, **metrics})
+        self._bar.update()
+        self._bar.set_postfix(reward=f"{metrics['score_mean']:.3f}", kl=f"{metrics.get('kl', 0):.2f}", refresh=False)
+        bad = ", ".join(name for name, value in metrics.items() if not np.isfinite(value))
+        if bad:
+            raise UserError(
+                f"not finite at step {step}: {bad}; try a lower --learning_rate (last checkpoint: {self.checkpoint})"
+            )
+        self.tracker.log({f"ppo/{name}": value for name, value in metrics.items()}, step)
+        for check, problem in diagnose(self.rows, self.target_kl_response).items():
+            if check not in self._warned:  # once a run
+                self._warned.add(check)
+                self._bar.write(f"Step {step}: {problem}.")
+        if step % SAVE_EVERY == 0 or step == self.steps:
+            self._save(step)
+
+    def _save(self, step: int) -> None:
+        if self.saves:
+            self.checkpoint = self.folder / f"{self.stem}_{step}"
+            self.policy.save(self.checkpoint)
+        with atomic_path(self.folder / f"{self.stem}_steps.csv") as temporary:
+            pd.DataFrame(self.rows).to_csv(temporary, index=False, float_format="%.6g")
+
+    def finish(self) -> list[Path]:
+        """Plots the metrics; returns the paths of what the run wrote."""
+        self._bar.close()
+        picture = plots.ppo(pd.DataFrame(self.rows), self.folder / f"{self.stem}_ppo.png")
+        return [*([self.checkpoint] if self.checkpoint else []), self.folder / f"{self.stem}_steps.csv", picture]

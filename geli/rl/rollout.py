@@ -1,0 +1,211 @@
+"""Rollouts of stage 3: sample responses, cut them to one turn, and score them.
+
+The functions take the policy, the encoder and the reward head as arguments, so this module loads without transformers.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from geli.nets.options import DONE_EVERY
+from geli.rl.prompts import Prompt
+
+if TYPE_CHECKING:
+    from geli.nets.encoder import TurnEncoder
+    from geli.nets.policy import Policy
+
+MARKERS = re.compile("User:|AI:")  # start of the next turn: a response is cut before it
+# The last tokens of a response that are searched for a marker: those since the last check, and 8 for a marker that
+# began before it.
+MARKER_TOKENS = 8 + DONE_EVERY
+
+
+class Rollout(NamedTuple):
+    """Responses to a batch of n prompts.
+
+    Attributes:
+        query, query_mask: (n, Q) padded prompts, as `Policy.tokenize` returns them.
+        response: (n, R) token ids. mask: (n, R) float, 1 on the tokens that are kept.
+        texts: the n responses, cut and stripped.
+        states: (n, R, hidden) the states that the tokens were sampled from, in float32; None where the policy computes
+            in lower precision.
+    """
+
+    query: torch.Tensor
+    query_mask: torch.Tensor
+    response: torch.Tensor
+    mask: torch.Tensor
+    texts: list[str]
+    states: torch.Tensor | None = None
+
+    def rows(self, chosen) -> tuple[torch.Tensor, ...]:
+        """The policy's inputs for the responses `chosen`, without the query columns that hold only padding."""
+        mask = self.query_mask[chosen]
+        used = mask.any(dim=0)
+        return self.query[chosen][:, used], mask[:, used], self.response[chosen], self.mask[chosen]
+
+
+def draw_length(rng: np.random.Generator, min_new_tokens: int, max_new_tokens: int) -> int:
+    """The maximal number of new tokens for a batch, uniform in [min_new_tokens, max_new_tokens]."""
+    return int(rng.integers(min_new_tokens, max_new_tokens + 1))
+
+
+def draw_uniforms(n: int, limit: int, generator: torch.Generator) -> torch.Tensor:
+    """(n, limit) float64 random numbers in [0, 1), which select the tokens of n responses."""
+    return torch.rand(n, limit, generator=generator, dtype=torch.float64)
+
+
+def rollout(policy: "Policy", prompts: Sequence[Prompt], uniforms: torch.Tensor) -> Rollout:
+    """Samples a response to each prompt and cuts it (see `cut_responses`).
+
+    Args:
+        prompts: n prompts. uniforms: (n, most new tokens), see `draw_uniforms`; row i alone determines response i.
+    """
+
+    def texts_of(tokens) -> list[str]:
+        return policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    query, query_mask = policy.tokenize([prompt.text for prompt in prompts])
+    response, states = policy.generate(query, query_mask, uniforms, lambda so_far: reached_marker(so_far, texts_of))
+    kept, texts = cut_responses(response, texts_of, policy.end)
+    mask = (torch.arange(int(kept.max()), device=response.device) < kept[:, None].to(response.device)).float()
+    width = mask.shape[1]
+    # In lower precision, generation and a full forward pass round differently; the states are then computed again.
+    states = states[:, :width] if states.dtype == torch.float32 else None
+    return Rollout(query, query_mask, response[:, :width], mask, texts, states)
+
+
+def reached_marker(response: torch.Tensor, texts_of: Callable) -> torch.Tensor:
+    """(n,) bool: whether the ends of the responses so far (n, R) contain a marker; what follows would be cut off.
+
+    Args:
+        texts_of: rows of token ids -> their texts, without special tokens.
+    """
+    return torch.tensor([bool(MARKERS.search(text)) for text in texts_of(response[:, -MARKER_TOKENS:])])
+
+
+def cut_responses(response: torch.Tensor, texts_of: Callable, end: int) -> tuple[torch.Tensor, list[str]]:
+    """The number of tokens to keep of each response, and its text.
+
+    A response ends with its first end token, which is kept, because the policy chose it, but is not part of the text;
+    or before the first `User:` or `AI:`. At least one token is kept: a response that is empty after cutting is scored
+    as empty text, and gets its score on its first token.
+
+    Args:
+        response: (n, R) ids. texts_of: rows of token ids -> their texts, without special tokens. end: the end token.
+
+    Returns:
+        (n,) numbers of tokens, and n texts.
+    """
+    places = torch.arange(1, response.shape[1] + 1, device=response.device)
+    kept = torch.where(response == end, places, response.shape[1]).min(dim=1).values.cpu()
+    rows = [row[:n] for row, n in zip(response.tolist(), kept.tolist(), strict=True)]
+    texts = texts_of(rows)
+    for i, text in enumerate(texts):
+        marker = MARKERS.search(text)
+        if marker:  # keep the longest prefix of tokens whose text ends before the marker
+            prefixes = texts_of([rows[i][:n] for n in range(len(rows[i]) + 1)])
+            kept[i] = max([1, *(n for n, prefix in enumerate(prefixes) if len(prefix) <= marker.start())])
+            text = text[: marker.start()]
+        texts[i] = text.strip()
+    return kept, texts
+
+
+def minibatch_starts(policy: "Policy", n: int, size: int) -> range:
+    """The first indices of the minibatches of this process' n responses.
+
+    With a sharded policy, every process gets as many minibatches as the process with the most responses, because all
+    take part in each forward pass; the extra minibatches are empty.
+    """
+    return range(0, policy.max_over_ranks(n) if policy.max_over_ranks else n, size)
+
+
+@torch.no_grad()
+def logprobs_and_values(policy: "Policy", rollout: Rollout, mini_batch_size: int) -> dict[str, torch.Tensor]:
+    """Evaluates the sampled tokens under the policy and under the reference policy.
+
+    Returns:
+        `logprobs`, `values`, `entropies` of the policy and `ref_logprobs` of the reference: (n, R) float32, in nats
+        (values: normalized rewards), 0 on tokens that are not kept.
+    """
+    columns = defaultdict(list)
+    for first in minibatch_starts(policy, len(rollout.texts), mini_batch_size):
+        part = slice(first, first + mini_batch_size)
+        inputs = rollout.rows(part)
+        if rollout.states is None:
+            outputs = policy(*inputs)
+        else:
+            outputs = policy.logprobs_from_hidden(rollout.states[part], *inputs[2:])
+        for name, value in zip(("logprobs", "values", "entropies"), outputs, strict=True):
+            columns[name].append(value)
+        with policy.reference():
+            columns["ref_logprobs"].append(policy(*inputs)[0])
+    return {name: torch.cat(parts) for name, parts in columns.items()}
+
+
+class RewardScorer:
+    """Scores responses with a reward head: (prompts, responses) -> (n,) float32 rewards, on the CPU.
+
+    Args:
+        encoder: the encoder that the head was trained on. head: a `RewardHead`.
+        autocast: a function that returns the context manager for the encoder's forward passes.
+    """
+
+    def __init__(self, encoder: "TurnEncoder", head, autocast: Callable):
+        self.encoder, self.head, self.autocast = encoder, head, autocast
+        self._real_turns: dict[tuple[str, str], torch.Tensor] = {}  # features; many prompts share the same turns
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
+        """The rewards of `responses` (without `AI:`) to `prompts`.
+
+        A sequential head (RUDDER's) also sees the agent turns before each prompt.
+        """
+        pairs = [(prompt.context, f"AI: {response}") for prompt, response in zip(prompts, responses, strict=True)]
+        features = self._encode(pairs)
+        if self.head.sequential:
+            rewards = self._sequential_rewards(prompts, features)
+        else:
+            rewards = self.head(features.to(self.encoder.device)).squeeze(1)
+        return rewards.float().cpu()
+
+    def _encode(self, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
+        return self.encoder.encode(self.encoder.tokenize(pairs), self.autocast)
+
+    def _sequential_rewards(self, prompts: Sequence[Prompt], features: torch.Tensor) -> torch.Tensor:
+        """(n,) rewards of responses with `features` (n, hidden), each the last turn of its own trajectory."""
+        needed = {pair for prompt in prompts for pair in prompt.trajectory[: prompt.position]}
+        new = sorted(needed - self._real_turns.keys())
+        self._real_turns |= dict(zip(new, self._encode(new), strict=True))
+        lengths = [prompt.position + 1 for prompt in prompts]
+        turns = torch.zeros(len(prompts), max(lengths), features.shape[1])
+        for row, (prompt, feature) in enumerate(zip(prompts, features, strict=True)):
+            for t, pair in enumerate(prompt.trajectory[: prompt.position]):
+                turns[row, t] = self._real_turns[pair]
+            turns[row, prompt.position] = feature  # later positions stay 0: the head does not look ahead
+        rewards = self.head(turns.to(self.encoder.device)).squeeze(2)
+        return rewards[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
+
+
+class RandomScorer:
+    """Random rewards in [-1, 1), drawn from `generator`: a control, from which the policy should learn nothing."""
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
+        """(n,) random rewards."""
+        return torch.rand(len(responses), generator=self.generator) * 2 - 1
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """distinct-n (Li et al., 2016): distinct n-grams of words, divided by all n-grams of `texts`; 0 without n-grams."""
+    grams = Counter()
+    for text in texts:
+        words = text.split()
+        grams.update(zip(*(words[i:] for i in range(n)), strict=False))
+    return len(grams) / max(sum(grams.values()), 1)

@@ -1,0 +1,1 @@
+"""Running a command: options, files, checkpoints, processes, wandb."""

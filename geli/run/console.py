@@ -1,0 +1,32 @@
+"""What a command prints: progress bars and tables, by one process of a run."""
+
+import os
+import sys
+
+from tqdm import tqdm
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one, of those that `accelerate launch` started, that writes files and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def format_table(rows: list[dict], title: str = "") -> str:
+    """Rows with the same keys as a right-aligned text table. Numbers have four significant digits, None is `-`."""
+
+    def show(value) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    cells = [list(map(str, rows[0])), *([show(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [" ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join([title, *lines] if title else lines)
+
+
+def progress_bar(*args, **kwargs):
+    """tqdm on stderr for work that takes over a second. In a file or pipe it prints a line every 30 seconds."""
+    terminal = sys.stderr.isatty()
+    kwargs["disable"] = kwargs.get("disable", False) or not is_main_process()
+    return tqdm(*args, dynamic_ncols=terminal, mininterval=0.1 if terminal else 30, delay=1, leave=False, **kwargs)

@@ -1,0 +1,53 @@
+"""How a command answers a mistake: one line on stderr and exit code 2, without a traceback."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake that the user can correct: what was expected, what was found, where, and what to do, in one line."""
+
+
+class Stopped(SystemExit):
+    """A signal ended the run after it was saved. Args: message: what to print. code: the exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(code)
+        self.message = message
+
+
+def one_line(text: str) -> str:
+    """The text in one line without control characters, which a file that is quoted may hold."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or the exception's name if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _fail(error: Exception) -> None:
+    rank = os.environ.get("RANK", "0")
+    command = os.path.basename(sys.argv[0]) + (f" (rank {rank})" if rank != "0" else "")
+    print(f"{command}: error: {one_line(str(error))}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command's `main`. A `UserError` or `OSError` (no permission, a full disk) becomes one line on stderr and
+    exit code 2; SIGTERM and Ctrl-C exit with 143 and 130."""
+    # libraries warn each other here; users cannot act on it
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
+    try:
+        main()
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{os.path.basename(sys.argv[0])}: {stop.message}", file=sys.stderr)
+        sys.exit(stop.code)
+    except (UserError, OSError) as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

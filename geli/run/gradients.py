@@ -1,0 +1,58 @@
+"""Gradients over the processes of a run, and the optimizer step."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+
+from geli.run.sharding import is_sharded
+
+
+class NotFinite(Exception):
+    """A score, loss or gradient is NaN or infinite; the message says which. The optimizer step was not applied."""
+
+
+def apply_gradients(optimizer, accelerator, schedule=None) -> float:
+    """Sums gradients over processes, makes an optimizer step (and one of the learning rate's `schedule`), and clears
+    the gradients. Returns the gradient norm.
+
+    Raises:
+        NotFinite: if the norm is not finite; no parameter was changed.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = sum_gradients(parameters, accelerator)
+    if not math.isfinite(norm):
+        optimizer.zero_grad()
+        raise NotFinite("the loss or its gradient")
+    optimizer.step()
+    if schedule:
+        schedule.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter], accelerator: Accelerator) -> float:
+    """Sums gradients over processes in place and returns the norm of the sum.
+
+    Gradients of sharded parameters are summed in the backward pass already. A process without a gradient adds zeros,
+    so that the others do not wait for it.
+    """
+    parameters = list(parameters)
+    sharded, whole = ([p for p in parameters if is_sharded(p) == kind] for kind in (True, False))
+    if accelerator.num_processes > 1:
+        _sum_whole_gradients(whole, accelerator)
+    squared = torch.nn.utils.get_total_norm([p.grad for p in whole if p.grad is not None]).double().cpu() ** 2
+    if sharded:
+        mine = torch.nn.utils.get_total_norm([p.grad.to_local() for p in sharded]) ** 2
+        squared += accelerator.reduce(mine, "sum").double().cpu()
+    return squared.sqrt().item()
+
+
+def _sum_whole_gradients(parameters: list, accelerator: Accelerator) -> None:
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    flat = torch.cat([p.grad.flatten().to(accelerator.device) for p in parameters])  # one message instead of many
+    total = accelerator.reduce(flat, "sum")
+    for p, gradient in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+        p.grad.copy_(gradient.view_as(p))

@@ -1,0 +1,205 @@
+"""Options of the commands: each is declared once, as a field of a frozen dataclass, from which argparse is built.
+
+A *group* holds the options of one part of the program, such as `RunOptions`. A command's options are a frozen dataclass
+whose fields are groups; their values are the command's defaults:
+
+    @dataclass(frozen=True)
+    class Options:
+        run: RunOptions = RunOptions(save_steps=500)
+        data: DataOptions = DataOptions()
+
+    options = parse(build_parser("What the command does.", Options()), Options())
+    options.run.seed
+
+Functions take the group that they need, and tests and benchmarks make groups without argparse.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Types of option values
+
+
+def positive_int(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text) if text.lstrip("+-").isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is expected, not {text!r}")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """An integer of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number of at least 0 is expected, not {text!r}")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number above 0 is expected, not {text!r}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number in [0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"a number from 0 to 1 is expected, not {text!r}")
+    return value
+
+
+def seed(text: str) -> int:
+    """A seed that Python, NumPy and torch all accept."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"a whole number from 0 to 2**32 - 1 is expected, not {text!r}")
+    return int(text)
+
+
+def episode_length(text: str) -> int | str:
+    """A number of turns, or `actual`."""
+    return text if text == "actual" else positive_int(text)
+
+
+def file_name(text: str) -> str:
+    """A name that becomes a part of file names, so it cannot be a path."""
+    if not text or text.startswith(".") or any(c in text for c in "/\\\0") or text != text.strip():
+        raise argparse.ArgumentTypeError(f"a plain name (no slashes, no leading dot) is expected, not {text!r}")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Declaring options, and parsing them
+
+
+def option(
+    default,
+    help: str,
+    *,
+    type: Callable[[str], Any] | None = None,
+    choices: Iterable[str] | None = None,
+    metavar: str | None = None,
+    flag: str | None = None,
+    nargs: str | None = None,
+    exclusive: str | None = None,
+):
+    """A field of an option group.
+
+    Args:
+        default: the value without the option. False makes a switch, which takes no value.
+        help: shown by `--help`, with the default behind it unless it mentions a default.
+        flag: the option's name, where it is not that of the field.
+        exclusive: title of a set of options of which at most one may be given.
+        type, choices, metavar, nargs: as in `argparse`.
+    """
+    declared = dict(help=help, type=type, choices=choices, metavar=metavar, flag=flag, nargs=nargs, exclusive=exclusive)
+    return dataclasses.field(default=default, metadata=declared)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that prints errors in one line, without the usage."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to an option's help unless the help mentions one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        explained = action.default is None or "default" in (action.help or "")
+        return action.help if explained else super()._get_help_string(action)
+
+
+def new_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose `--help` shows every default and whose options cannot be abbreviated."""
+    return _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+
+def build_parser(description: str, options) -> argparse.ArgumentParser:
+    """A parser of the options in all groups of `options`, whose values are the defaults.
+
+    A group's fields that were not made by `option` are not on the command line.
+    """
+    parser = new_parser(description)
+    exclusive: dict[str, Any] = {}
+    for group, field in _declared(options):
+        declared = dict(field.metadata)
+        title, flag = declared.pop("exclusive"), declared.pop("flag") or f"--{field.name}"
+        default = getattr(group, field.name)
+        declared = {key: value for key, value in declared.items() if value is not None}
+        if default is False:
+            declared["action"] = "store_true"
+        if title and title not in exclusive:
+            exclusive[title] = parser.add_argument_group(title).add_mutually_exclusive_group()
+        (exclusive[title] if title else parser).add_argument(flag, dest=field.name, default=default, **declared)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, options, argv: Sequence[str] | None = None):
+    """`options` with the values of the command line (`argv`, by default that of the process)."""
+    values = vars(parser.parse_args(argv))
+    groups = {}
+    for field in dataclasses.fields(options):
+        group = getattr(options, field.name)
+        given = {f.name: values[f.name] for f in dataclasses.fields(group) if f.metadata}
+        groups[field.name] = dataclasses.replace(group, **given)
+    return dataclasses.replace(options, **groups)
+
+
+def flat(options) -> dict[str, Any]:
+    """Name -> value of every option, as it is recorded with a run."""
+    return {field.name: getattr(group, field.name) for group, field in _declared(options)}
+
+
+def _declared(options):
+    """(group, field) of every option."""
+    for field in dataclasses.fields(options):
+        group = getattr(options, field.name)
+        yield from ((group, option) for option in dataclasses.fields(group) if option.metadata)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The options that all three stages have
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a command runs and where it writes."""
+
+    output_dir: str = option(".", "folder under which the output folders are made")
+    run_name: str | None = option(None, "name of the run (default: wandb's, or one like it)", type=file_name)
+    seed: int = option(0, "seed of every random choice", type=seed)
+    device: str = option("auto", "auto is a GPU if there is one", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = option(
+        "auto",
+        "of forward and backward passes; auto is bfloat16 where the hardware has it (weights stay float32)",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    resume: bool = option(
+        False, "resume the newest unfinished run with the same options (with --run_name: that run) from its checkpoint"
+    )
+    save_steps: int = option(100, "steps between two checkpoints that --resume can start from", type=positive_int)
+    no_cache: bool = option(False, "neither read nor write OUTPUT_DIR/cache")
+    trust_remote_code: bool = option(
+        False, "run code that a model's folder or hub repository brings along (without it such a model is refused)"
+    )
+    log_text: bool = option(False, "log conversations' text and ids to wandb (never otherwise)")
+
+    @property
+    def cache_dir(self) -> Path | None:
+        """Folder of the caches; None with `--no_cache`."""
+        return None if self.no_cache else Path(self.output_dir) / "cache"

@@ -1,0 +1,163 @@
+"""TRL's trainers on our policy: RLOO, GRPO and SFT."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import small_model
+from known_optimum import make_model, prompts, share_of_good_words
+
+from data_utils import read_corpus, split, turn_text
+from geli.nets.options import MAX_NEW_TOKENS
+from geli.nets.policy import load_policy
+from geli.rl import trl_algorithms
+from geli.rl.prompts import Prompt, prompt_text
+from geli.run.distributed import make_accelerator
+from geli.run.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("optimum") / "llama", seed=0)
+
+
+@pytest.fixture(scope="module")
+def human_prompts(sample):
+    """Training prompts with human answers."""
+    trajectories, _ = split(read_corpus(sample, "overall_affect"), 40)
+    turns = [turn_text(t.conversation, i, t.user, 2) for t in trajectories for i in t.agent_turns]
+    return [Prompt(prompt_text(context), context, answer.removeprefix("AI: ")) for context, answer in turns]
+
+
+def policy_of(folder):
+    torch.manual_seed(0)
+    return load_policy(str(folder), 4, 8, torch.float32)
+
+
+@torch.no_grad()
+def nats_a_token(policy, prompts) -> float:
+    """The policy's own cross-entropy of the human answers and the end tokens behind them."""
+    query, query_mask = policy.tokenize([prompt.text for prompt in prompts])
+    answers = [[*policy.tokenizer(f" {p.human}", add_special_tokens=False).input_ids, policy.end] for p in prompts]
+    response, mask = (torch.zeros(len(prompts), max(map(len, answers)), dtype=torch.long) for _ in range(2))
+    for row, answer in enumerate(answers):
+        response[row, : len(answer)], mask[row, : len(answer)] = torch.tensor(answer), 1
+    return -(policy(query, query_mask, response, mask)[0].sum() / mask.sum()).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RLOO and GRPO
+
+
+def train(policy, algo="rloo", options=("beta=0.1",), on_step=lambda *_: None, score=share_of_good_words, **changes):
+    arguments = dict(steps=2, batch_size=8, learning_rate=1e-2, seed=0, generations=4, max_new_tokens=6)
+    chosen = prompts(np.random.default_rng(0), 16)
+    trl_algorithms.train(algo, policy, chosen, score, on_step, options=options, **{**arguments, **changes})
+
+
+@pytest.mark.parametrize("algo", ["rloo", "grpo"])
+def test_a_policy_is_trained_in_place_and_each_step_is_reported(algo, model):
+    policy, logged = policy_of(model), []
+    before = [p.detach().clone() for p in policy.trainable()]
+    train(policy, algo, on_step=lambda step, metrics: logged.append((step, metrics)))
+    assert [step for step, _ in logged] == [1, 2]
+    assert all({"score_mean", "score_std", "kl", "entropy", "response_length_mean"} <= m.keys() for _, m in logged)
+    assert any(not torch.equal(a, b) for a, b in zip(before, policy.trainable(), strict=True))
+    assert not any(module.training for module in policy.modules())
+
+
+def test_the_score_gets_our_prompts_and_one_turn_of_each_response(model):
+    policy, seen = policy_of(model), []
+    decode = policy.tokenizer.batch_decode
+    policy.tokenizer.batch_decode = lambda *args, **more: [f" {text} User: more" for text in decode(*args, **more)]
+
+    def score(asked, responses):
+        seen.extend(zip(asked, responses, strict=True))
+        return torch.zeros(len(responses))
+
+    train(policy, score=score, steps=1)
+    assert len(seen) == 8 and len({prompt.text for prompt, _ in seen}) == 2  # 4 responses to each of 2 prompts
+    assert all("User:" not in text and text == text.strip() for _, text in seen)
+
+
+def test_kl_is_per_response():
+    metrics = trl_algorithms._ppo_metrics({"reward": 0.5, "kl": 0.1, "completions/mean_length": 20.0, "other": 1})
+    assert metrics == {"score_mean": 0.5, "kl": pytest.approx(2.0), "response_length_mean": 20.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(batch_size=6), "--batch_size 6: expected a multiple of --num_generations 4, which is 2 or more"),
+        (dict(generations=1), "expected a multiple of --num_generations 1, which is 2 or more"),
+        (dict(processes=3), "which is 2 or more, times the 3 processes"),
+        (dict(options=["no_such_option=1"]), "--trl: TRL's RLOOConfig does not take this"),
+        (dict(options=["beta"]), "--trl beta: expected name=value, such as use_vllm=true"),
+    ],
+)
+def test_what_trl_does_not_take_is_refused(changes, message, model):
+    with pytest.raises(UserError, match=message):
+        train(policy_of(model), **changes)
+
+
+def test_options_are_json_or_text():
+    words = ["beta=0.1", "use_vllm=true", "loss_type=dapo", "report_to=[]", "a=b=c"]
+    expected = {"beta": 0.1, "use_vllm": True, "loss_type": "dapo", "report_to": [], "a": "b=c"}
+    assert trl_algorithms.parse_options(words) == expected
+
+
+def test_accelerates_state_is_the_same_afterwards(model):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = make_accelerator("cpu", "float32")
+    before = dict(AcceleratorState._shared_state)
+    train(policy_of(model), steps=1)
+    assert dict(AcceleratorState._shared_state) == before and accelerator.mixed_precision == "no"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SFT
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_loss_is_that_of_the_answers_given_the_prompts_of_rollouts(kind, human_prompts, sample, tmp_path):
+    """Long prompts are cut, several minibatches make a step, and padding does not count."""
+    policy = policy_of(small_model(kind, tmp_path / kind, sample))
+    for module in policy.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    cut = human_prompts[0]._replace(text=human_prompts[0].text + " User: so" * 200)
+    chosen = [cut, *human_prompts[1:6]]
+    assert len(policy.tokenizer(cut.text).input_ids) > policy.max_prompt_tokens
+    expected, losses = nats_a_token(policy, chosen), []
+    options = dict(steps=2, batch_size=6, learning_rate=1e-2, seed=0)
+    trl_algorithms.sft(policy, chosen, lambda step, loss: losses.append((step, loss)), **options)
+    assert [step for step, _ in losses] == [1, 2]
+    assert losses[0][1] == pytest.approx(expected, rel=1e-4) and losses[1][1] < expected
+    assert not any(module.training for module in policy.modules()) and policy.model.config.use_cache
+
+
+def test_a_long_answer_is_cut_where_a_response_would_be_and_has_no_end_token(human_prompts, tiny):
+    policy = policy_of(tiny / "llama")
+    for answer, ends in (("good", True), ("good " * 300, False)):
+        tokens, labels = trl_algorithms.sft_example(policy, human_prompts[0]._replace(human=answer))
+        taught = [label for label in labels if label != -100]
+        assert tokens[-len(taught) :] == taught and (taught[-1] == policy.end) == ends
+        assert len(taught) <= MAX_NEW_TOKENS and len(tokens) == len(labels)
+        assert policy.tokenizer.decode(tokens[: -len(taught)], skip_special_tokens=True) == human_prompts[0].text
+
+
+def test_every_prompt_is_used_once_before_any_is_used_again(model):
+    policy = policy_of(model)
+    asked = [Prompt("w00", "", f"w{i:02d}") for i in range(5)]
+    columns = trl_algorithms._sft_examples(policy, asked, 12, seed=0)
+    answers = [tuple(ids) for ids in columns["input_ids"]]
+    assert len(answers) == 12 and len(set(answers[:5])) == len(set(answers[5:10])) == 5
+    assert columns == trl_algorithms._sft_examples(policy, asked, 12, seed=0)
+
+
+def test_models_and_batches_that_sft_cannot_train_are_refused(model, sample, tmp_path):
+    trl_algorithms.check_sft(str(model), 6, 2)
+    with pytest.raises(UserError, match="expected --batch_size to be a multiple of the 4 processes"):
+        trl_algorithms.check_sft(str(model), 6, 4)
+    with pytest.raises(UserError, match="TRL trains decoder-only models"):
+        trl_algorithms.check_sft(str(small_model("t5", tmp_path / "t5", sample)), 6, 2)
