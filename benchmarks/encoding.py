@@ -14,6 +14,7 @@ padded to 1,024 tokens, through encoder and decoder. Prints
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,15 +25,22 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BartConfig, BartModel
 
-import sample_candor
-from cache import FeatureCache, encoder_fingerprint
-from data_utils import TurnSet, read_corpus, split
-from evaluation import evaluate, head_rewards
-from models import DECOMPOSITIONS, RewardHead, RewardHeadConfig, TurnEncoder, draw_turns, geli_loss, li_loss
-from runs import format_table, seed_everything
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+from sample_candor import write_corpus
 from tiny_models import FORMS, train_tokenizer
 
-EPOCHS, L, TURNS, REAL_TOKENS = 4, 160, 160, 590
+from data_utils import TurnSet, read_corpus, split
+from geli.nets.encoder import TurnEncoder
+from geli.nets.features import TurnFeatures
+from geli.report import evaluate
+from geli.run.console import format_table
+from geli.run.distributed import make_accelerator, seed_everything
+from geli.run.training import train_steps
+from models import RewardHead, RewardHeadConfig, head_rewards, predicted_returns
+from train_reward_GELI import GELITraining, GELITrainingOptions
+
+EPOCHS, L, TURNS, REAL_TOKENS, LEARNING_RATE = 4, 160, 160, 590, 5e-3
 LARGE = dict(d_model=1024, encoder_layers=12, decoder_layers=12, encoder_attention_heads=16, decoder_attention_heads=16,
              encoder_ffn_dim=4096, decoder_ffn_dim=4096, vocab_size=50265, max_position_embeddings=1024)  # fmt: skip
 SMALL = dict(d_model=128, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
@@ -43,10 +51,10 @@ MIDDLE = {**SMALL, "d_model": 512, "encoder_layers": 6, "decoder_layers": 1, "en
 
 def corpus_and_encoder(folder: Path, conversations: int):
     """Training and validation turns of about 590 tokens, and a small BART that can read them."""
-    sample_candor.write_corpus(folder, conversations=conversations + 1, n_turns=TURNS, seed=0)
+    write_corpus(folder, conversations=conversations + 1, n_turns=TURNS, seed=0)
     corpus = read_corpus(folder, "overall_affect")
     parts = split(corpus, conversations)
-    words = [(c, r) for part in parts for c, r in TurnSet.of(part, 4).texts]
+    words = [(c, r) for part in parts for c, r in TurnSet.from_trajectories(part, 4).texts]
     tokenizer = train_tokenizer(words, 2000, FORMS["bart"])
     tokenizer.model_max_length = 1024
     ids = dict(vocab_size=len(tokenizer), pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2)
@@ -54,9 +62,9 @@ def corpus_and_encoder(folder: Path, conversations: int):
     low, high = 1, TURNS  # the context that makes a turn 590 tokens long on average
     while low < high:
         middle = (low + high) // 2
-        lengths = [len(pair.ids) for pair in encoder.tokenize(TurnSet.of(parts[0], middle).texts)]
+        lengths = [len(pair.ids) for pair in encoder.tokenize(TurnSet.from_trajectories(parts[0], middle).texts)]
         low, high = (middle + 1, high) if np.mean(lengths) < REAL_TOKENS else (low, middle)
-    return encoder, *(TurnSet.of(part, low) for part in parts)
+    return encoder, *(TurnSet.from_trajectories(part, low) for part in parts)
 
 
 def flops(config: dict, length: int, decoder: bool) -> float:
@@ -88,72 +96,36 @@ def count_flops(lengths: np.ndarray) -> list[dict]:
     return [*rows, {"procedure": f"ours, {TURNS} distinct turns once", "FLOP": each, "ratio": 1.0}]
 
 
-def fit(turns: TurnSet, features_of, draw, validate, kind="RRD", weight=0.5) -> float:
-    """Stage 2's training loop over both flips of every conversation; the validation L_GE of the best epoch."""
-    seed_everything(0)
-    rng = np.random.default_rng(0)
-    head = new_head(kind)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=EPOCHS * len(turns.trajectories))
-    best, decomposition = np.inf, DECOMPOSITIONS[kind]
-    for _ in range(EPOCHS):
-        head.train()
-        for i in range(len(turns.trajectories)):
-            part = draw(turns, i, rng)
-            rewards = head(features_of(part)).squeeze(1)
-            li = li_loss(rewards, torch.from_numpy(turns.targets[part]))
-            geli_loss(decomposition.loss(rewards, turns.scores[i], L), li, weight).backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        best = min(best, validate(head)["ge_loss"])
-    return best
-
-
 def new_head(kind: str) -> RewardHead:
     """A fresh head, as stage 2 makes it."""
     head = "rudder" if kind == "RUDDER" else "small_model_shrink"
     return RewardHead(RewardHeadConfig(head, SMALL["d_model"], None, False, 1024, 20, 2, "overall_affect", kind))
 
 
-def with_replacement(turns, i, rng):
-    """K turns of trajectory i, as published."""
-    place = turns.turns_of(i)
-    return rng.integers(place.start, place.stop, as_published.K)
-
-
-def distinct(turns, i, rng):
-    """K distinct turns of trajectory i, or all."""
-    place = turns.turns_of(i)
-    return place.start + draw_turns(place.stop - place.start, as_published.K, rng)
-
-
 def published_stage_2(encoder, training, validation) -> float:
-    """Every draw padded and encoded when it is needed; validation turns too, in every epoch."""
+    """Every draw padded and encoded when it is needed, and so are the validation turns in every epoch."""
 
-    def features(texts):
-        parts = []
-        for first in range(0, len(texts), 32):
-            inputs = as_published.padded(encoder.tokenizer, texts[first : first + 32])
-            with torch.no_grad():
-                parts.append(as_published.features(encoder.model, inputs, encoder.tokenizer.eos_token_id))
-        return torch.cat(parts)
+    def validate(head) -> float:
+        rewards = head_rewards(head, as_published.encode(encoder, validation.texts), validation)
+        return evaluate(validation, rewards, predicted_returns(validation, rewards, L, "RRD"))["ge_loss"]
 
-    def validate(head):
-        return evaluate(validation, head_rewards(head, features(validation.texts), validation), L, "RRD")
-
-    return fit(training, lambda part: features([training.texts[i] for i in part]), with_replacement, validate)
+    seed_everything(0)
+    return as_published.train_stage_2(encoder, new_head("RRD"), training, EPOCHS, L, LEARNING_RATE, validate)
 
 
 def our_stage_2(encoder, training, validation, cache: Path, kind="RRD", weight=0.5) -> float:
-    """Every distinct turn encoded once, or read from the cache."""
-    features = FeatureCache(cache, encoder_fingerprint(encoder, "cpu no"))
-    known, held_out = (features.encode(encoder.tokenize(part.texts), encoder.encode) for part in (training, validation))
-
-    def validate(head):
-        return evaluate(validation, head_rewards(head, held_out, validation), L, kind)
-
-    return fit(training, lambda part: known[part], distinct, validate, kind, weight)
+    """The training loop of stage 2: every distinct turn encoded once, or read from the cache."""
+    seed_everything(0)
+    options = GELITrainingOptions(
+        redist_type=kind, ge_weight=weight, epochs=EPOCHS, learning_rate=LEARNING_RATE, K=as_published.K, ep_len=L
+    )
+    accelerator = make_accelerator("cpu", "float32")
+    features = TurnFeatures(encoder, accelerator, cache)
+    stage = GELITraining(
+        new_head(kind), features, training, validation, options, accelerator, seed=0, save=lambda: None
+    )
+    train_steps(stage, stage.steps, "")
+    return stage.best["best_ge_loss"]
 
 
 def stage_2_seconds(encoder, training, validation, folder: Path) -> list[dict]:

@@ -24,9 +24,14 @@ import as_published  # noqa: F401 (puts the repository on the path)
 import numpy as np
 import torch
 
-from models import load_policy, quiet_transformers
-from ppo import PPO, PPOConfig, Prompt
-from runs import format_table, make_accelerator, seed_everything
+from geli import plots
+from geli.nets.policy import load_policy
+from geli.nets.pretrained import quiet_transformers
+from geli.rl import trl_algorithms
+from geli.rl.prompts import Prompt
+from geli.run.console import format_table
+from geli.run.distributed import make_accelerator, seed_everything
+from models import PPO, PPOConfig
 
 WORDS = [f"w{i:02d}" for i in range(60)]
 GOOD = frozenset(WORDS[: len(WORDS) // 2])
@@ -98,8 +103,6 @@ def reached(rows: list[dict], target: float = TARGET) -> int | None:
 
 def run_trl(algo: str, model: Path, seed: int, steps: int, until: float | None, learning_rate: float) -> list[dict]:
     """Steps of TRL's trainer, as `run_ppo`."""
-    import trl_algorithms
-
     seed_everything(seed)
     make_accelerator("cpu", "float32")
     policy = load_policy(str(model), 16, 32, torch.float32)
@@ -169,8 +172,6 @@ def main() -> None:
             print(table[-1], flush=True)
     print(format_table(table, f"\n{PPO_OPTIONS['batch_size']} responses of {RESPONSE} words a step; 0.5 by chance"))
     if args.picture:
-        import plots
-
         print(f"Written: {plots.curves(curves, TARGET, args.picture)}")
 
 

@@ -14,17 +14,22 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
 
+import torch
 from ppo_vs_trl import ALPHA, RANK, llama_config, tokenizer_of, word_prompts
+from transformers import LlamaForCausalLM
 
-from runs import format_table
+from geli.nets.policy import adapt_policy
+from geli.rl.prompts import Prompt
+from geli.rl.rollout import RandomScorer, draw_uniforms
+from geli.run.console import format_table
+from geli.run.distributed import make_accelerator, seed_everything
+from models import PPO, PPOConfig
 
 
 def seconds_of(work, device, repeats: int = 5) -> float:
     """The median of some runs, after one that warms up."""
-    import torch
-
     found = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -37,8 +42,6 @@ def seconds_of(work, device, repeats: int = 5) -> float:
 
 def limits(device, dtype) -> tuple[float, float]:
     """Bytes a second that can be read, and operations a second of matrix products."""
-    import torch
-
     size = 8192 if device.type == "cuda" else 1024
     square = torch.randn(size, size, device=device, dtype=dtype)
     rate = 2 * size**3 / seconds_of(lambda: square @ square, device)
@@ -54,13 +57,6 @@ def main() -> None:
     for name, value in (shape | work).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
-
-    import torch
-    from transformers import LlamaForCausalLM
-
-    from models import adapt_policy
-    from ppo import PPO, PPOConfig, Prompt, RandomScorer
-    from runs import make_accelerator, seed_everything
 
     seed_everything(0)
     accelerator = make_accelerator("auto", "auto", cpu_dtype="float32")
@@ -80,7 +76,7 @@ def main() -> None:
     texts = word_prompts(args.batch * (args.steps + 1), args.prompt, args.vocabulary)
 
     query, mask = policy.tokenize(texts[: args.batch])
-    first = seconds_of(lambda: policy.generate(query, mask, ppo.draw_uniforms(args.batch, 1)), device, 2)
+    first = seconds_of(lambda: policy.generate(query, mask, draw_uniforms(args.batch, 1, ppo.sampling)), device, 2)
     rows = []
     for step in range(args.steps + 1):
         batch = [Prompt(text, "", "") for text in texts[step * args.batch : (step + 1) * args.batch]]

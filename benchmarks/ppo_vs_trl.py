@@ -103,9 +103,10 @@ def our_worker(prompt: int, vocabulary: int) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
-    from models import load_policy
-    from ppo import PPO, PPOConfig, Prompt
-    from runs import make_accelerator, seed_everything
+    from geli.nets.policy import load_policy
+    from geli.rl.prompts import Prompt
+    from geli.run.distributed import make_accelerator, seed_everything
+    from models import PPO, PPOConfig
 
     seed_everything(0)
     meter = Meter()

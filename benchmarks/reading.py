@@ -18,8 +18,12 @@ import as_published
 import numpy as np
 import psutil
 
-from data_utils import FACES, read_corpus, split_key
-from runs import available_cores, format_table
+from data_utils import read_corpus
+from geli import plots
+from geli.data.candor import FACES
+from geli.data.corpus import split_key
+from geli.run.console import format_table
+from geli.run.distributed import available_cores
 
 ROWS, SECONDS, COLUMNS = 320, 1900, 70
 WORDS = "well I think that we could maybe go and see it because you know it was really nice of them to say so".split()
@@ -132,8 +136,6 @@ def main() -> None:
     )
     print(f"Peak memory: {max(peaks):.2f} GiB")
     if args.picture:
-        import plots
-
         print(f"Written: {plots.reading(rows, published, args.picture)}")
 
 

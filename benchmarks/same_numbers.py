@@ -24,8 +24,8 @@ STAGE_2 = "train_reward_GELI.py --train --val --batch_size 4 --K 8 --context_tur
 STAGE_3 = "train_rl_GELI.py --batch_size 8 --learning_rate 2e-3 --context_turns 4 --val_prompts 16"
 RUNS = {  # name -> command; {bart} and {llama} are the small models
     "li": f"{STAGE_1} --epochs 2 --contrastive --context_turns 3 --lang_model_path {{bart}} --run_name li",
-    "li-sent": f"{STAGE_1} --epochs 1 --curriculum_exposure --reaction_type mean --li_signal sentiment --context_turns 3 "
-    "--lang_model_path {bart} --run_name li-sent",
+    "li-sent": f"{STAGE_1} --epochs 1 --curriculum_exposure --reaction_type mean --li_signal sentiment "
+    "--context_turns 3 --lang_model_path {bart} --run_name li-sent",
     "ge": f"{STAGE_2} --redist_type IRCR --hard_shrink --epochs 2 --lang_model_path {{bart}} --run_name ge",
     "rudder": f"{STAGE_2} --redist_type RUDDER --epochs 2 --lang_model_path {{bart}} --run_name rudder",
     "geli": f"{STAGE_2} --small_model_shrink --epochs 4 --loss_scale normalized --contrastive --affect_path li "
@@ -109,7 +109,9 @@ def rounded(value):
 def outputs(out: Path) -> dict[str, Path]:
     """Name -> path of the files that are compared."""
     kinds = ("val_turn_rewards_*.csv", "reward1_*", "*_steps.csv", "*_responses.csv", "*.json", "*.safetensors")
-    found = {path for kind in kinds for folder in ("*", "*/*") for path in out.glob(f"{folder}/{kind}") if path.is_file()}
+    found = {
+        path for kind in kinds for folder in ("*", "*/*") for path in out.glob(f"{folder}/{kind}") if path.is_file()
+    }
     found = {path for path in found if path.parts[len(out.parts)] not in ("cache", "wandb")}
     skipped = ("adapter_config.json", "config.json", "tokenizer", "generation_config.json", "special_tokens")
     return {str(path.relative_to(out)): path for path in sorted(found) if not path.name.startswith(skipped)}
@@ -131,7 +133,9 @@ def main() -> None:
         run_all(args.before.resolve(), work, corpus, old)
         shutil.rmtree(new, ignore_errors=True)
         run_all(args.after.resolve(), work, corpus, new)
-        files = {name: [found.get(name) for found in (outputs(old), outputs(new))] for name in outputs(old) | outputs(new)}
+        files = {
+            name: [found.get(name) for found in (outputs(old), outputs(new))] for name in outputs(old) | outputs(new)
+        }
         for name, (a, b) in files.items():
             same = bool(a and b) and content(a) == content(b)
             compared, different = compared + 1, different + (not same)

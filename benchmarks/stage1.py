@@ -15,61 +15,30 @@ from pathlib import Path
 
 import as_published
 import numpy as np
-import torch
 from encoding import corpus_and_encoder, new_head
 
-from data_utils import shuffled_batches
-from evaluation import evaluate, head_rewards
-from models import li_loss
-from runs import format_table, make_accelerator, seed_everything
+from geli.report import evaluate
+from geli.run.console import format_table
+from geli.run.distributed import make_accelerator, seed_everything
+from geli.run.training import train_steps
+from models import head_rewards, predicted_returns
+from train_reward_LI_only import LITraining, LITrainingOptions
 
 BATCH, LEARNING_RATE = 32, 3e-4
 
 
-def epoch(encoder, head, training, batches, features_of) -> float:
-    """Seconds of one epoch of LI training over `batches`."""
-    optimizer = torch.optim.AdamW([*encoder.trainable(), *head.parameters()], lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
-    encoder.train()
-    head.train()
-    start = time.perf_counter()
-    for batch in batches:
-        loss = li_loss(head(features_of(batch)).squeeze(1), torch.from_numpy(training.targets[batch]))
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return time.perf_counter() - start
-
-
-def published_epoch(encoder, head, training, seed: int) -> float:
+def published_epoch(encoder, head, training, seed: int) -> None:
     """As published: random batches, padded, the whole model."""
-    order = np.random.default_rng(seed).permutation(len(training))
-    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
-
-    def features(batch):
-        inputs = as_published.padded(encoder.tokenizer, [training.texts[i] for i in batch])
-        return as_published.features(encoder.model, inputs, encoder.tokenizer.eos_token_id)
-
-    return epoch(encoder, head, training, batches, features)
+    as_published.train_stage_1(encoder, head, training, BATCH, LEARNING_RATE, seed)
 
 
-def our_epoch(encoder, head, training, seed: int) -> float:
-    """Ours: batches of similar lengths, the encoder alone, tokenised once (which is counted), in bfloat16 where the
-    hardware computes in it, as `--dtype auto` has it."""
-    autocast = make_accelerator("cpu", "auto").autocast
-    start = time.perf_counter()
-    pairs = encoder.tokenize(training.texts)
-    tokenising = time.perf_counter() - start
-    lengths = np.array([len(pair.ids) for pair in pairs])
-    batches = shuffled_batches(lengths, BATCH, np.random.default_rng(seed))
-    return tokenising + epoch(
-        encoder,
-        head,
-        training,
-        batches,
-        lambda batch: encoder.encode_with_gradients([pairs[i] for i in batch], autocast),
-    )
+def our_epoch(encoder, head, training, seed: int) -> None:
+    """The training loop of stage 1, tokenising included, in bfloat16 where the hardware computes in it, as with
+    `--dtype auto`."""
+    options = LITrainingOptions(epochs=1, batch_size=BATCH, learning_rate=LEARNING_RATE)
+    accelerator = make_accelerator("cpu", "auto")
+    stage = LITraining(encoder, head, training, None, options, accelerator, seed, save=lambda: None)
+    train_steps(stage, stage.steps, "")
 
 
 def main() -> None:
@@ -87,10 +56,14 @@ def main() -> None:
         for name, run in procedures.items():  # in turn, so that a slow minute hits both
             seed_everything(seed)
             mine, head = copy.deepcopy(encoder), new_head("RRD")
-            head.start_at(float(training.targets.mean()))
-            seconds[name].append(run(mine, head, training, seed))
+            head.init_constant(float(training.targets.mean()))
+            start = time.perf_counter()
+            run(mine, head, training, seed)
+            seconds[name].append(time.perf_counter() - start)
             features = mine.eval().encode(mine.tokenize(validation.texts))
-            losses[name].append(evaluate(validation, head_rewards(head, features), 160)["li_loss"])
+            rewards = head_rewards(head, features)
+            returns = predicted_returns(validation, rewards, 160, None)
+            losses[name].append(evaluate(validation, rewards, returns)["li_loss"])
     rows = [
         {
             "stage 1, one epoch": name,

@@ -379,7 +379,7 @@ def _seconds(cell: str) -> float:
         return _number(cell)
     days, hours, minutes, seconds, fraction = time.groups(default="0")
     whole = ((int(days) * 24 + int(hours)) * 60 + int(minutes)) * 60 + int(seconds)
-    return (whole * 10**9 + int(fraction.ljust(9, "0"))) / 1e9  # rounded once, from nanoseconds, as pandas does
+    return (whole * 10**9 + int(fraction.ljust(9, "0"))) / 10**9  # of integers, so it is rounded once
 
 
 def _read_survey(path: Path, speakers: tuple[str, str]) -> tuple[dict[str, dict[str, float]], frozenset[str]]:
