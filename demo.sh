@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 out=demo_out
 [ $# -eq 0 ] || out=$(cd "$OLDPWD" && realpath -m "$1")
-source setup_env.sh
+source tools/setup_env.sh
 setup_env requirements.txt
 
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline

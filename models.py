@@ -25,7 +25,15 @@ from geli.data.candor import REWARD_CLASSES
 from geli.nets.options import MAX_NEW_TOKENS
 from geli.nets.published_heads import NotPublished, read_published_head
 from geli.rl.prompts import Prompt
-from geli.rl.rollout import Rollout, distinct, draw_uniforms, logprobs_and_values, minibatch_starts, rollout
+from geli.rl.rollout import (
+    Rollout,
+    distinct,
+    draw_length,
+    draw_uniforms,
+    logprobs_and_values,
+    minibatch_starts,
+    rollout,
+)
 from geli.run.distributed import gather_shares, local_share
 from geli.run.errors import UserError, first_line
 from geli.run.files import atomic_path
@@ -804,7 +812,7 @@ class PPO:
         config, self._seconds = self.config, {}
         # 1. Draw the batch's length limit and the random numbers that choose its tokens, the same in every process,
         #    and take this process' share of the prompts.
-        limit = int(self.rng.integers(config.min_new_tokens, config.max_new_tokens + 1))
+        limit = draw_length(self.rng, config.min_new_tokens, config.max_new_tokens)
         uniforms = local_share(draw_uniforms(len(prompts), limit, self.sampling), self.accelerator)
         mine = local_share(list(prompts), self.accelerator)
         # 2. Generate responses, and cut each where the agent's turn ends.

@@ -2,8 +2,8 @@
 # Lint, then tests, in the demo's environment with the test tools added. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")"
-source setup_env.sh
-setup_env requirements.txt requirements-test.txt
+source tools/setup_env.sh
+setup_env requirements.txt tests/requirements.txt
 
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 # a core for each worker
 cores=$(nproc)

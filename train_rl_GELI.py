@@ -327,7 +327,8 @@ def check_processes(options: Options, accelerator) -> None:
     if options.policy.no_accel and accelerator.num_processes > 1:
         raise UserError("--no_accel is for one device: expected one process, found several; start it with python")
     if options.rl.sft_steps:
-        trl_algorithms.check_sft(options.policy.source(), options.ppo.batch_size, accelerator.num_processes)
+        trust = options.run.trust_remote_code
+        trl_algorithms.check_sft(options.policy.source(), options.ppo.batch_size, accelerator.num_processes, trust)
 
 
 class OutputNames(NamedTuple):

@@ -12,18 +12,38 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
+
+from geli.run.errors import UserError, run
+from geli.run.options import new_parser, positive_int, seed
+
+
+def parse_options():
+    """The options on the command line."""
+    parser = new_parser("Compare every decomposition and LI signal on one sample corpus.")
+    parser.add_argument("out", help="a new folder for everything that is made")
+    parser.add_argument("--data_dir", help="a corpus of sample_candor.py (default: one is made)")
+    parser.add_argument("--lang_model_path", help="the encoder to start from (default: a small BART is trained)")
+    parser.add_argument("--context_turns", type=positive_int, default=3, help="turns of context before an agent turn")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of every random choice")
+    options = parser.parse_args()
+    if bool(options.data_dir) != bool(options.lang_model_path):
+        parser.error("--data_dir and --lang_model_path go together")
+    return options
+
+
+# Parsed before the imports below, which take seconds, so that --help and mistakes in options are answered at once.
+OPTIONS = parse_options() if __name__ == "__main__" else None
 
 import pandas as pd
 from demo_report import hidden_correlation
 
 from data_utils import LI_SIGNALS, read_corpus, split
 from geli.run.console import format_table, progress_bar
-from geli.run.errors import UserError, run
 from geli.run.files import atomic_path, require_empty_folder
-from geli.run.options import new_parser, positive_int, seed
 from models import DECOMPOSITIONS
 
 # with normalized losses GE and LI count alike; with raw ones GE, in points², is hundreds of times larger
@@ -56,28 +76,16 @@ def constant_rows(data_dir: str) -> list[dict]:
     ]
 
 
-def main() -> None:
-    """Command line."""
-    parser = new_parser("Compare every decomposition and LI signal on one sample corpus.")
-    parser.add_argument("out", help="a new folder for everything that is made")
-    parser.add_argument("--data_dir", help="a corpus of sample_candor.py (default: one is made)")
-    parser.add_argument("--lang_model_path", help="the encoder to start from (default: a small BART is trained)")
-    parser.add_argument("--context_turns", type=positive_int, default=3, help="turns of context before an agent turn")
-    parser.add_argument("--seed", type=seed, default=0, help="seed of every random choice")
-    args = parser.parse_args()
-    out = Path(args.out)
+def main(options) -> None:
+    """Makes what is missing, runs every training command, and prints the table."""
+    out, seed = Path(options.out), ["--seed", str(options.seed)]
     require_empty_folder(out)
-    if bool(args.data_dir) != bool(args.lang_model_path):
-        parser.error("--data_dir and --lang_model_path go together")
-
-    if not args.data_dir:
-        _python(out, "sample_candor.py", str(out / "candor"), "--seed", str(args.seed))
-        options = ["--only", "bart", "--seed", str(args.seed)]
-        _python(out, "tiny_models.py", str(out / "candor"), str(out / "models"), *options)
-    data_dir = args.data_dir or str(out / "candor")
-    encoder = args.lang_model_path or str(out / "models" / "bart")
-    common = ["--data_dir", data_dir, "--output_dir", str(out), "--seed", str(args.seed)]
-    common += ["--context_turns", str(args.context_turns)]
+    data_dir, encoder = options.data_dir, options.lang_model_path
+    if not data_dir:
+        data_dir, encoder = str(out / "candor"), str(out / "models" / "bart")
+        _python(out, "tools/sample_candor.py", data_dir, *seed)
+        _python(out, "tools/tiny_models.py", data_dir, str(out / "models"), "--only", "bart", *seed)
+    common = ["--data_dir", data_dir, "--output_dir", str(out), "--context_turns", str(options.context_turns), *seed]
     rows = constant_rows(data_dir)
     for row, name, command in progress_bar(list(commands(encoder)), desc="comparing", unit="run"):
         _python(out, *command, *common, "--run_name", name)
@@ -98,12 +106,10 @@ def _python(out: Path, script: str, *options: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.txt"
     with open(log, "a", encoding="utf-8") as file:
-        folder = Path(__file__).parent
-        path = folder / script if (folder / script).is_file() else folder.parent / script
-        command = [sys.executable, str(path), *options]
+        command = [sys.executable, str(Path(__file__).resolve().parents[1] / script), *options]
         if subprocess.run(command, stdout=file, stderr=file, check=False).returncode:
             raise UserError(f"{script} failed: see the end of {log}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(partial(main, OPTIONS))

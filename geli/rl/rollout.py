@@ -181,14 +181,14 @@ class RewardScorer:
         needed = {pair for prompt in prompts for pair in prompt.trajectory[: prompt.position]}
         new = sorted(needed - self._real_turns.keys())
         self._real_turns |= dict(zip(new, self._encode(new), strict=True))
-        lengths = [prompt.position + 1 for prompt in prompts]
-        turns = torch.zeros(len(prompts), max(lengths), features.shape[1])
+        longest = max((prompt.position + 1 for prompt in prompts), default=1)  # a process may have no prompt
+        turns = torch.zeros(len(prompts), longest, features.shape[1])
         for row, (prompt, feature) in enumerate(zip(prompts, features, strict=True)):
             for t, pair in enumerate(prompt.trajectory[: prompt.position]):
                 turns[row, t] = self._real_turns[pair]
             turns[row, prompt.position] = feature  # later positions stay 0: the head does not look ahead
         rewards = self.head(turns.to(self.encoder.device)).squeeze(2)
-        return rewards[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
+        return rewards[torch.arange(len(prompts)), torch.tensor([p.position for p in prompts], dtype=torch.long)]
 
 
 class RandomScorer:

@@ -226,6 +226,7 @@ def test_a_sequential_head_sees_the_real_turns_before_a_response():
     score = RewardScorer(encoder, SumHead(), nullcontext)
     for _ in range(2):
         assert score(asked, ["x"] * 3).tolist() == [6 + 2 + 4, 6, 6 + 2]
+    assert score([], []).shape == (0,)  # of a process without a prompt
     assert encoder.encoded.count(("a", "b")) == 1  # real turns are encoded once
     assert ("aaa", "bbb") not in encoder.encoded  # turns from the prompt's position on are not needed
 
