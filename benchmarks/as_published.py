@@ -1,8 +1,10 @@
 """The published reward training, re-stated plainly as a peer for the benchmarks: what it does, not its code.
 
-Every drawn turn is padded to 1,024 tokens and goes through BART's encoder and decoder; K = 160 turns are drawn *with*
-replacement in every epoch and for both flips, and encoded again although the encoder is frozen; faces are found by
-filtering the whole table of a conversation's features for every turn.
+Faces are found by filtering the whole table of a conversation's features for every turn. Every turn that training draws
+is padded to 1,024 tokens and goes through BART's encoder and decoder. In stage 2, K = 160 turns of each trajectory are
+drawn *with* replacement in every epoch, and encoded again although the encoder is frozen.
+
+The model, the head, the loss and the metrics are this project's, so that only the procedures differ.
 """
 
 import sys
@@ -14,15 +16,19 @@ import numpy as np
 import pandas as pd
 import torch
 
+from data_utils import TurnSet
 from geli.data.candor import FACES
-from models import geli_loss, li_loss, rrd_loss
+from geli.nets.encoder import TurnEncoder
+from geli.report import evaluate
+from models import RewardHead, head_rewards, li_loss, predicted_returns, rrd_loss
 
 PADDED_TOKENS = 1024
-K = 160
+K, LENGTH = 160, 160  # turns a draw; L of the return
+ENCODED_AT_ONCE = 32  # turns, where no gradients are needed
 
 
-def read_conversation(folder: Path):
-    """Both speakers' faces for every turn of a conversation: [(turn_id, speaker, listener's affect)]."""
+def read_conversation(folder: Path) -> list[tuple[str, str, str]]:
+    """(turn_id, speaker, listener's affect) of every turn of a conversation."""
     transcript = pd.read_csv(folder / "transcription" / "transcript_cliffhanger.csv")
     features = pd.read_csv(folder / "audio_video_features.csv")
     features["timedelta"] = pd.to_timedelta(features["timedelta"])
@@ -33,8 +39,8 @@ def read_conversation(folder: Path):
     for _, turn in transcript.iterrows():
         listener = speakers[1 - speakers.index(turn["speaker"])]
         seconds = features["timedelta"].dt.total_seconds()
-        mine = features[(features["user_id"] == listener) & (seconds >= turn["start"]) & (seconds <= turn["stop"])]
-        faces = mine[columns].dropna()
+        during = (features["user_id"] == listener) & (seconds >= turn["start"]) & (seconds <= turn["stop"])
+        faces = features[during][columns].dropna()
         if len(faces) and turn["n_words"] > 5:
             classes = faces.idxmax(axis=1)
             counts = classes.value_counts()
@@ -46,70 +52,70 @@ def read_conversation(folder: Path):
     return found
 
 
-def padded(tokenizer, texts, device="cpu"):
-    """(n, 1024) inputs of (context, response) pairs, as the tokenizer pads and cuts them."""
+def encode(encoder: TurnEncoder, texts: list[tuple[str, str]]) -> torch.Tensor:
+    """(n, hidden) last hidden states of the encoder at the last end token, from a pass of padded (context, response)
+    pairs through encoder and decoder."""
     contexts, responses = zip(*texts, strict=True)
-    inputs = tokenizer(
+    inputs = encoder.tokenizer(
         list(contexts), list(responses), padding="max_length", truncation="longest_first", max_length=PADDED_TOKENS,
         return_tensors="pt",
     )  # fmt: skip
-    return {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
-
-
-def features(model, inputs, end: int):
-    """(n, hidden) last hidden states of the encoder at the last end token, from a pass through the whole model."""
-    output = model(**inputs)  # encoder and decoder
-    positions = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)
-    last = ((inputs["input_ids"] == end) * positions).argmax(dim=1)
+    ids = inputs["input_ids"]
+    output = encoder.model(input_ids=ids, attention_mask=inputs["attention_mask"])
+    last = ((ids == encoder.tokenizer.eos_token_id) * torch.arange(ids.shape[1])).argmax(dim=1)
     return output.encoder_last_hidden_state[torch.arange(len(last)), last]
 
 
-def encode(encoder, texts, with_gradients: bool = False):
-    """(n, hidden) features of (context, response) pairs, every pair padded, through the whole model."""
-    parts = []
-    for first in range(0, len(texts), 32):
-        with torch.set_grad_enabled(with_gradients):
-            inputs = padded(encoder.tokenizer, texts[first : first + 32])
-            parts.append(features(encoder.model, inputs, encoder.tokenizer.eos_token_id))
-    return torch.cat(parts)
-
-
-def _optimizer(parameters, learning_rate: float, steps: int):
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
-    return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-
-
-def _update(loss, optimizer, schedule) -> None:
-    loss.backward()
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad()
-
-
-def train_stage_1(encoder, head, turns, batch_size: int, learning_rate: float, seed: int) -> None:
-    """One epoch of LI training on random batches of turns."""
-    order = np.random.default_rng(seed).permutation(len(turns))
+def train_stage_1(
+    encoder: TurnEncoder, head: RewardHead, training: TurnSet, batch_size: int, learning_rate: float, seed: int
+) -> None:
+    """One epoch of LI training of encoder and head on random batches of turns."""
+    order = np.random.default_rng(seed).permutation(len(training))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    optimizer, schedule = _optimizer([*encoder.trainable(), *head.parameters()], learning_rate, len(batches))
+    optimizer = torch.optim.AdamW([*encoder.trainable(), *head.parameters()], lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
     encoder.train()
     head.train()
     for batch in batches:
-        rewards = head(encode(encoder, [turns.texts[i] for i in batch], with_gradients=True)).squeeze(1)
-        _update(li_loss(rewards, torch.from_numpy(turns.targets[batch])), optimizer, schedule)
+        rewards = head(encode(encoder, [training.texts[i] for i in batch])).squeeze(1)
+        li_loss(rewards, torch.from_numpy(training.targets[batch])).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
 
 
-def train_stage_2(encoder, head, turns, epochs: int, length: float, learning_rate: float, validate) -> float:
-    """RRD with LI, one trajectory a step, K turns drawn with replacement and encoded when they are needed. Returns the
-    lowest of the losses that `validate(head)` gives after each epoch."""
-    rng, best = np.random.default_rng(0), np.inf
-    optimizer, schedule = _optimizer(head.parameters(), learning_rate, epochs * len(turns.trajectories))
+def train_stage_2(
+    encoder: TurnEncoder, head: RewardHead, training: TurnSet, validation: TurnSet, epochs: int, learning_rate: float
+) -> float:
+    """RRD and LI training of the head, lambda = 0.5, one optimizer step a conversation (both of its trajectories);
+    returns the lowest validation L_GE of an epoch."""
+    rng = np.random.default_rng(0)
+    pairs = np.arange(len(training.trajectories)).reshape(-1, 2)  # the two trajectories of each conversation
+    optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=epochs * len(pairs))
+    losses = []
     for _ in range(epochs):
         head.train()
-        for i in range(len(turns.trajectories)):
-            place = turns.turns_of(i)
-            drawn = rng.integers(place.start, place.stop, K)
-            rewards = head(encode(encoder, [turns.texts[turn] for turn in drawn])).squeeze(1)
-            li = li_loss(rewards, torch.from_numpy(turns.targets[drawn]))
-            _update(geli_loss(rrd_loss(rewards, turns.scores[i], length), li, 0.5), optimizer, schedule)
-        best = min(best, validate(head))
-    return best
+        for pair in rng.permutation(pairs):
+            for i in pair:
+                place = training.turns_of(i)
+                drawn = rng.integers(place.start, place.stop, K)
+                rewards = head(_encode_frozen(encoder, [training.texts[turn] for turn in drawn])).squeeze(1)
+                li = li_loss(rewards, torch.from_numpy(training.targets[drawn]))
+                loss = 0.5 * rrd_loss(rewards, training.scores[i], LENGTH) + 0.5 * li
+                (loss / len(pair)).backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        rewards = head_rewards(head, _encode_frozen(encoder, validation.texts))
+        returns = predicted_returns(validation, rewards, LENGTH, "RRD")
+        losses.append(evaluate(validation, rewards, returns)["ge_loss"])
+    return min(losses)
+
+
+@torch.no_grad()
+def _encode_frozen(encoder: TurnEncoder, texts: list[tuple[str, str]]) -> torch.Tensor:
+    """(n, hidden) features of a frozen encoder, in eval mode."""
+    encoder.eval()
+    starts = range(0, len(texts), ENCODED_AT_ONCE)
+    return torch.cat([encode(encoder, texts[first : first + ENCODED_AT_ONCE]) for first in starts])

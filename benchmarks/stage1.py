@@ -2,50 +2,62 @@
 
     python benchmarks/stage1.py [--conversations 2] [--seeds 3]
 
-Work: every agent turn of both flips of conversations of 160 turns, about 590 real tokens a turn, batches of 32, AdamW
-on encoder and head. Peer: turns in random batches, each padded to 1,024 tokens, through encoder and decoder. Prints
-seconds an epoch, their ratio, and the validation L_LI that each ends with, over seeds.
+Work: every agent turn of both trajectories of conversations of 160 turns, about 590 real tokens a turn, batches of 32,
+AdamW on encoder and head. Peer: turns in random batches, each padded to 1,024 tokens, through encoder and decoder
+(`as_published.py`). Ours is the training code of `train_reward_LI_only.py`, with its tokenization. Prints seconds an
+epoch, their ratio, and the validation L_LI that each ends with, over seeds.
 """
 
 import argparse
 import copy
+import sys
 import tempfile
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
 
 import as_published
 import numpy as np
 from encoding import corpus_and_encoder, new_head
 
+from data_utils import TurnSet
+from geli.nets.encoder import TurnEncoder
 from geli.report import evaluate
 from geli.run.console import format_table
 from geli.run.distributed import make_accelerator, seed_everything
 from geli.run.training import train_steps
-from models import head_rewards, predicted_returns
+from models import RewardHead, head_rewards, predicted_returns
 from train_reward_LI_only import LITraining, LITrainingOptions
 
 BATCH, LEARNING_RATE = 32, 3e-4
 
 
-def published_epoch(encoder, head, training, seed: int) -> None:
-    """As published: random batches, padded, the whole model."""
+def published_epoch(encoder: TurnEncoder, head: RewardHead, training: TurnSet, seed: int) -> None:
+    """One epoch as published."""
     as_published.train_stage_1(encoder, head, training, BATCH, LEARNING_RATE, seed)
 
 
-def our_epoch(encoder, head, training, seed: int) -> None:
-    """The training loop of stage 1, tokenising included, in bfloat16 where the hardware computes in it, as with
-    `--dtype auto`."""
-    options = LITrainingOptions(epochs=1, batch_size=BATCH, learning_rate=LEARNING_RATE)
+def our_epoch(encoder: TurnEncoder, head: RewardHead, training: TurnSet, seed: int) -> None:
+    """One epoch as `train_reward_LI_only.py` trains, in bfloat16 where the hardware computes in it (`--dtype auto`)."""
+    options = LITrainingOptions(batch_size=BATCH, epochs=1, learning_rate=LEARNING_RATE)
     accelerator = make_accelerator("cpu", "auto")
     stage = LITraining(encoder, head, training, None, options, accelerator, seed, save=lambda: None)
     train_steps(stage, stage.steps, "")
+
+
+def validation_loss(encoder: TurnEncoder, head: RewardHead, validation: TurnSet) -> float:
+    """L_LI on the validation turns."""
+    rewards = head_rewards(head, encoder.encode(encoder.tokenize(validation.texts)))
+    returns = predicted_returns(validation, rewards, as_published.LENGTH, None)
+    return evaluate(validation, rewards, returns)["li_loss"]
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conversations", type=int, default=2, help="training conversations; one more validates")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="epochs of each procedure")
     args = parser.parse_args()
     seed_everything(0)
     with tempfile.TemporaryDirectory() as temporary:
@@ -53,17 +65,14 @@ def main() -> None:
     procedures = {"as published": published_epoch, "ours": our_epoch}
     seconds, losses = {name: [] for name in procedures}, {name: [] for name in procedures}
     for seed in range(args.seeds):
-        for name, run in procedures.items():  # in turn, so that a slow minute hits both
+        for name, run in procedures.items():  # alternately, so that a slow minute affects both
             seed_everything(seed)
-            mine, head = copy.deepcopy(encoder), new_head("RRD")
+            trained, head = copy.deepcopy(encoder), new_head(stage=1)
             head.init_constant(float(training.targets.mean()))
             start = time.perf_counter()
-            run(mine, head, training, seed)
+            run(trained, head, training, seed)
             seconds[name].append(time.perf_counter() - start)
-            features = mine.eval().encode(mine.tokenize(validation.texts))
-            rewards = head_rewards(head, features)
-            returns = predicted_returns(validation, rewards, 160, None)
-            losses[name].append(evaluate(validation, rewards, returns)["li_loss"])
+            losses[name].append(validation_loss(trained, head, validation))
     rows = [
         {
             "stage 1, one epoch": name,

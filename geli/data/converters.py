@@ -1,7 +1,7 @@
 """Converters of other corpora into CANDOR's layout.
 
-A converter is a function that yields the conversations of a corpus, and a row of `CONVERTERS`. It needs no checks of its
-own: `convert` reports any error that odd files cause.
+A converter is a function that yields the conversations of a corpus, and a row of `CONVERTERS`. It needs no checks of
+its own, because `convert` reports any error that odd files cause.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from geli.data.writer import write_conversation
 from geli.run.console import progress_bar
-from geli.run.errors import UserError
+from geli.run.errors import UserError, first_line
 from geli.run.files import require_empty_folder
 
 
@@ -64,9 +64,8 @@ def convert(corpus: str, source: Path, out: Path) -> tuple[int, int]:
             write_conversation(out / new.id, new.turns, new.faces, new.answers)
             conversations, turns = conversations + 1, turns + len(new.turns)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{source}: expected {converter.help}, found something else after {conversations} conversations ({error!r})"
-        ) from None
+        found = f"something else after {conversations} conversations ({type(error).__name__}: {first_line(error)})"
+        raise UserError(f"{source}: expected {converter.help}, found {found}") from None
     return conversations, turns
 
 

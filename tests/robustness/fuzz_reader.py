@@ -1,6 +1,6 @@
 """Hostile data: mutates conversations, and checks what the reader of CANDOR's folders makes of each.
 
-    python tests/fuzz_reader.py --inputs 10000 --seed 0 [--data FOLDER]
+    python tests/robustness/fuzz_reader.py --inputs 10000 --seed 0 [--data FOLDER]
 
 A mutated conversation must load or be dropped with a reason. Anything else is counted as a crash, a hang, or a wrong
 value, and makes the exit code 1. A value is wrong where any of these does not hold:
@@ -32,13 +32,23 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.extend(str(Path(__file__).resolve().parents[2] / folder) for folder in ("", "tools"))
 
+import sample_candor
 from second_reader import FILES, PROBABILITIES, READ, TRANSCRIPT, Refused, reference, reference_seconds
 
 import data_utils
-from cli import REWARD_CLASSES, UserError
-from data_utils import FACES, FEATURES_FILE, MOST_WORDS, SURVEY_FILE, Conversation, Dropped
+from geli.data import candor
+from geli.data.candor import (
+    FACES,
+    FEATURES_FILE,
+    MOST_WORDS,
+    REWARD_CLASSES,
+    SURVEY_FILE,
+    Conversation,
+    Dropped,
+)
+from geli.run.errors import UserError
 
 LIMIT = 10  # seconds a conversation
 BATCH = 50  # conversations that are read as a corpus too, through the cache
@@ -413,7 +423,7 @@ def read(folder: Path) -> tuple[str, object]:
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, LIMIT)
     try:
-        return "loaded", data_utils.read_conversation(folder)
+        return "loaded", candor.read_conversation(folder)
     except Dropped as reason:
         return "dropped", str(reason)
     except TimedOut:
@@ -532,8 +542,6 @@ def main() -> int:
     parser.add_argument("--only", type=int, metavar="I", help="input I alone")
     parser.add_argument("--each", action="store_true", help="a row a mutation, not a kind of mutation")
     args = parser.parse_args()
-    import sample_candor
-
     limit = 12 * 2**30  # bytes of memory, so that a file without end fails here and harms nobody
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     with tempfile.TemporaryDirectory() as folder:

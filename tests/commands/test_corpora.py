@@ -1,18 +1,19 @@
 """CaSiNo in CANDOR's layout, and the sample corpus with its hidden rewards."""
 
 import filecmp
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, run_script
-
-import data_utils
 import sample_candor
-from casino_to_candor import convert_dialogue
-from data_utils import FACES
-from evaluation import spearman
+from conftest import ROOT, run_script
+from scipy.stats import spearmanr
+from tiny_models import build
+
+from data_utils import read_corpus, split
+from geli.data.candor import FACES, read_conversation
+from geli.data.converters import casino_dialogue
+from geli.data.writer import write_conversation
 
 CASINO = ROOT.parent / "shared" / "data" / "casino"
 
@@ -42,8 +43,9 @@ DIALOGUE = {
 
 
 def test_a_dialogue_by_hand(tmp_path):
-    convert_dialogue(DIALOGUE, tmp_path)
-    conversation = data_utils.read_conversation(tmp_path / "casino-0007")
+    new = casino_dialogue(DIALOGUE)
+    write_conversation(tmp_path / new.id, new.turns, new.faces, new.answers)
+    conversation = read_conversation(tmp_path / "casino-0007")
     turns = conversation.turns
     assert [turn.utterance for turn in turns] == [
         "I would like to have all of the food",
@@ -62,8 +64,8 @@ def test_a_dialogue_by_hand(tmp_path):
 
 @pytest.mark.skipif(not CASINO.is_dir(), reason="CaSiNo's files are not beside this repository")
 def test_the_whole_of_casino_is_usable(tmp_path):
-    run_script("casino_to_candor.py", CASINO, tmp_path / "casino")
-    corpus = data_utils.read_corpus(tmp_path / "casino", "overall_affect")
+    run_script("tools/casino_to_candor.py", CASINO, tmp_path / "casino")
+    corpus = read_corpus(tmp_path / "casino", "overall_affect")
     counts = corpus.counts()
     assert counts["conversations"] == 1030 and counts["dropped_conversations"] == 0
     assert counts["trajectories"] == 2060 and counts["turns"] == 11_919 - 9  # nine utterances are an emoticon alone
@@ -71,7 +73,7 @@ def test_the_whole_of_casino_is_usable(tmp_path):
     assert not any(
         emoticon in turn.utterance for c in corpus.conversations for turn in c.turns for emoticon in "🙂☹😡😮"
     )
-    training, validation = data_utils.split(corpus, 500)
+    training, validation = split(corpus, 500)
     assert (len(training), len(validation)) == (1000, 100)
 
 
@@ -87,7 +89,7 @@ def test_a_seed_gives_the_same_sample_and_another_one_another(tmp_path):
 @pytest.fixture(scope="module")
 def planted(sample):
     """(turns with affect and hidden reward, trajectories with score and mean hidden reward) of the sample corpus."""
-    corpus = data_utils.read_corpus(sample, "overall_affect")
+    corpus = read_corpus(sample, "overall_affect")
     truth = pd.read_csv(sample / "truth.csv", dtype={"turn_id": str}).set_index(["conversation_id", "turn_id"])
     turns, trajectories = [], []
     for t in (t for part in corpus.trajectories.values() for t in part):
@@ -100,7 +102,7 @@ def planted(sample):
 
 
 def test_the_sample_is_sound_data(sample):
-    counts = data_utils.read_corpus(sample, "good_for_advice").counts()
+    counts = read_corpus(sample, "good_for_advice").counts()
     assert counts["conversations"] == 40 and counts["trajectories"] == 80
     assert counts["dropped_conversations"] == counts["dropped_trajectories"] == 0
 
@@ -113,7 +115,7 @@ def test_scores_follow_the_hidden_sum_but_not_exactly(planted):
 def test_faces_follow_the_hidden_reward_noisily_and_with_bias(planted):
     turns, _ = planted
     happy = turns["affect"] == "happiness"
-    assert 0.1 < spearman(happy.to_numpy(), turns["hidden"].to_numpy()) < 0.7
+    assert 0.1 < spearmanr(happy, turns["hidden"]).statistic < 0.7
     frowns = turns["affect"].isin(["anger", "contempt", "disgust", "fear", "sadness"])
     assert happy.mean() > 2 * frowns.mean()  # people smile more than they frown
     smiles = happy.groupby(turns["act"]).mean()
@@ -121,13 +123,13 @@ def test_faces_follow_the_hidden_reward_noisily_and_with_bias(planted):
 
 
 def test_no_training_script_knows_of_the_hidden_rewards():
-    readers = [p.name for p in Path(ROOT).glob("*.py") if "truth.csv" in p.read_text()]
+    sources = [path for folder in ("*.py", "geli/**/*.py", "tools/*.py") for path in ROOT.glob(folder)]
+    assert len(sources) > 30  # so that it looks into files that move
+    readers = [path.name for path in sources if "truth.csv" in path.read_text()]
     assert sorted(readers) == ["compare.py", "demo_report.py", "sample_candor.py"]
 
 
 def test_small_models_are_the_same_every_time(sample, tmp_path):
-    from tiny_models import build
-
     for name in ("a", "b"):
         build(sample, tmp_path / name, ("bart", "llama"), seed=0, steps=8)
     for file in ("bart/model.safetensors", "bart/tokenizer.json", "llama/model.safetensors", "llama/tokenizer.json"):

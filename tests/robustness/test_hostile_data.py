@@ -11,15 +11,16 @@ from dataclasses import replace as replaced
 import fuzz_reader
 import numpy as np
 import pytest
+from conversations import HAPPY, NEUTRAL, frames, write
 from fuzz_reader import NO_FILES, csv_of, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from second_reader import FEATURES_FILE, FILES, SURVEY_FILE, TRANSCRIPT, Refused, reference
-from test_data_utils import HAPPY, NEUTRAL, frames, write
 
-import data_utils
-from cli import UserError
-from data_utils import Dropped, affect_of_turns, read_conversation, read_corpus
+from data_utils import read_corpus
+from geli.data import candor
+from geli.data.candor import Dropped, affect_of_turns, read_conversation
+from geli.run.errors import UserError
 
 HEADER = b"turn_id,speaker,start,stop,utterance,n_words\n"
 
@@ -62,7 +63,7 @@ def test_a_file_that_may_not_be_read_is_dropped(folder, file, monkeypatch):  # c
             raise PermissionError(13, "Permission denied")
         return open(path, *how)
 
-    monkeypatch.setattr(data_utils, "open", refuse, raising=False)
+    monkeypatch.setattr(candor, "open", refuse, raising=False)
     with pytest.raises(Dropped, match=r"cannot be read \(permission denied\)"):
         read_conversation(folder)
 
@@ -337,7 +338,7 @@ def erring(change, only_in="data"):
         found = read_conversation(folder, transcript)
         return change(folder, found) if folder.parent.name == only_in else found
 
-    return {"data_utils.read_conversation": read}
+    return {"geli.data.candor.read_conversation": read}
 
 
 def in_both(patches):
@@ -345,7 +346,7 @@ def in_both(patches):
 
     def reference(folder):
         try:
-            return data_utils.read_conversation(folder)
+            return candor.read_conversation(folder)
         except Dropped as reason:
             raise Refused(str(reason)) from None
 
@@ -394,7 +395,8 @@ MARK, ANSWERS = "neutral: byte order mark", "survey: answers that are none"
     (erring(lambda *_: time.sleep(9)), ANSWERS, "hang: "),
     (erring(drop("no")), ANSWERS, "wrong: dropped, other than by the second reader"),
     (erring(drop("no"), only_in="plain"), ANSWERS, "wrong: not even mutated"),
-    ({"data_utils._read_bytes": without_nul}, "bytes: NUL bytes", "wrong: loaded, other than by the second reader"),
+    ({"geli.data.candor._read_bytes": without_nul}, "bytes: NUL bytes",
+     "wrong: loaded, other than by the second reader"),
     (in_both(erring(drop("a\nb"))), ANSWERS, "no reason in one line"),
     (in_both(erring(negative)), ANSWERS, "out of range: "),
     (in_both(erring(one_turn_less)), ANSWERS, "a line that was left alone is no turn"),

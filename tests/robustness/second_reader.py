@@ -1,5 +1,5 @@
-"""A second reader of CANDOR's folders, as slow and plain as can be, written after DESIGN.md: what `fuzz_reader.py` and
-`test_hostile_data.py` compare the first one with."""
+"""A second reader of CANDOR's folders, as slow and plain as can be, that shares no code with the first one:
+`fuzz_reader.py` and `test_hostile_data.py` compare the two."""
 
 import itertools
 import math
@@ -7,9 +7,17 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import data_utils
-from cli import REWARD_CLASSES
-from data_utils import ANSWER_LIMITS, FACES, FEATURES_FILE, MIN_WORDS, MOST_WORDS, SURVEY_FILE, Conversation
+from geli.data import candor
+from geli.data.candor import (
+    ANSWER_LIMITS,
+    FACES,
+    FEATURES_FILE,
+    MIN_WORDS,
+    MOST_WORDS,
+    REWARD_CLASSES,
+    SURVEY_FILE,
+    Conversation,
+)
 
 TRANSCRIPT = "transcription/transcript_cliffhanger.csv"
 FILES = (TRANSCRIPT, FEATURES_FILE, SURVEY_FILE)
@@ -37,7 +45,7 @@ def need(holds: object, what: str) -> None:
 def reference_table(folder: Path, file: str, ids: set[str] = frozenset()) -> tuple[list[str], list[dict]]:
     """The columns that are read, and their rows; a cell of several lines that has an id between commas is refused."""
     path, names = folder / file, READ[file]
-    need(path.is_file() and path.stat().st_size <= data_utils.MOST_BYTES, "a file")
+    need(path.is_file() and path.stat().st_size <= candor.MOST_BYTES, "a file")
     text = path.read_bytes().decode(errors="surrogateescape").removeprefix("\ufeff")
     need(not re.search("[\0\udc80-\udcff]", text), "UTF-8 without NUL")
     rows, row, at = [], [], 0
@@ -88,7 +96,7 @@ def reference(folder: Path) -> Conversation:
             "no speaker": not speaker,
             "start or stop is not a number": math.isnan(start) or math.isnan(stop),
             "starts before 0 or stops before it starts": stop < start or start < 0,
-            f"utterance of more than {data_utils.MOST_CHARACTERS:,} characters": len(said) > data_utils.MOST_CHARACTERS,
+            f"utterance of more than {candor.MOST_CHARACTERS:,} characters": len(said) > candor.MOST_CHARACTERS,
         }
         if any(problems.values()):
             skipped[next(reason for reason, holds in problems.items() if holds)] += 1
@@ -125,12 +133,12 @@ def reference(folder: Path) -> Conversation:
     return Conversation(folder.name, speakers, turns, answers, frozenset(questions), skipped)
 
 
-def reference_turn(turn: tuple, frames: list) -> data_utils.Turn:
+def reference_turn(turn: tuple, frames: list) -> candor.Turn:
     """A turn with its listener's affect, by looking at every frame."""
     shown = [p for second, p in frames if turn[2] <= second <= turn[3]]
     if not shown or turn[5] < MIN_WORDS:
-        return data_utils.Turn(*turn, data_utils.NEUTRAL, 0.0)
+        return candor.Turn(*turn, candor.NEUTRAL, 0.0)
     classes = Counter(max(range(8), key=p.__getitem__) for p in shown)
     sums = [sum(round(p[face] * 1e12) for p in shown) for face in range(8)]
     affect = max(range(8), key=lambda face: (classes[face], sums[face]))
-    return data_utils.Turn(*turn, affect, classes[data_utils.HAPPINESS] / len(shown))
+    return candor.Turn(*turn, affect, classes[candor.HAPPINESS] / len(shown))
