@@ -107,7 +107,7 @@ def count_flops(lengths: np.ndarray) -> list[dict]:
         "as published, encoder alone": draws * flops(LARGE, padded, decoder=False),
         f"ours, {TURNS} distinct turns once": ours,
     }
-    return [{"procedure": name, "FLOP": value, "ratio": value / ours} for name, value in counted.items()]
+    return [{"procedure": name, "FLOP": float(value), "ratio": value / ours} for name, value in counted.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,26 +3,31 @@
     python benchmarks/known_optimum.py --algorithms ppo grpo rloo [--seeds 3] [--picture docs/known_optimum.png]
 
 A response's reward is the share of its words that are in a given half of the vocabulary: 0.5 by chance, 1 at best. The
-policy is a small untrained Llama, which says every word about as often. Prints steps and seconds until the mean reward
-of the last three steps is 0.9, and the KL to the reference there.
+policy is a small untrained Llama, which chooses every word about equally often. Prints steps and seconds until the mean
+reward of the last three steps is 0.9, and the KL to the reference there.
 
 The same for all: 64 responses and one optimizer step a step, LoRA, a constant learning rate, and a KL penalty of 0.005
-standard deviations of the reward a nat (PPO and GRPO normalise rewards; RLOO does not, so its beta is that many times
-the deviation at the start). The learning rate of each is the one of `LEARNING_RATES` that gets there in the fewest
+standard deviations of the reward a nat (PPO and GRPO normalize rewards; RLOO does not, so its beta is that many times
+the deviation at the start). The learning rate of each is the one of `LEARNING_RATES` that reaches 0.9 in the fewest
 steps, in the mean over seeds that are not reported. All else is each one's default: Adafactor, a value head and GAE for
 PPO; AdamW and TRL's own for GRPO and RLOO, in groups of 8 responses to a prompt.
 """
 
 import argparse
 import contextlib
+import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
-import as_published  # noqa: F401 (puts the repository on the path)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
+
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from geli import plots
 from geli.nets.policy import load_policy
@@ -36,7 +41,7 @@ from models import PPO, PPOConfig
 WORDS = [f"w{i:02d}" for i in range(60)]
 GOOD = frozenset(WORDS[: len(WORDS) // 2])
 RESPONSE = 16  # tokens
-INIT = 0.1  # larger than usual: the last layer is frozen, and has to be able to say one word and not another
+INIT = 0.1  # of weights; larger than usual, because the last layer is frozen and must be able to tell words apart
 TARGET = 0.9
 LEARNING_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 SEARCH_SEEDS = (100, 101)  # of the search for the learning rate
@@ -49,10 +54,7 @@ PPO_OPTIONS = dict(
 
 
 def make_model(folder: Path, seed: int) -> Path:
-    """A small Llama that knows nothing yet, and a tokenizer of whole words."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
+    """Writes a small untrained Llama with a tokenizer of whole words; returns the folder."""
     vocabulary = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -80,8 +82,14 @@ def prompts(rng: np.random.Generator, n: int) -> list[Prompt]:
     return [Prompt(" ".join(rng.choice(WORDS, rng.integers(2, 8))), "", "") for _ in range(n)]
 
 
-def run_ppo(model: Path, seed: int, steps: int, score=share_of_good_words, until: float | None = None, **changes):
-    """PPO steps (until the mean of three is `until`): [{score_mean, kl, seconds, ...}]."""
+def run_ppo(
+    model: Path, seed: int, steps: int, score: Callable = share_of_good_words, until: float | None = None, **changes
+) -> list[dict]:
+    """What each PPO step logged (score_mean, kl, ...), with the seconds since the start.
+
+    Args:
+        model: folder. until: the run ends when the mean score of three steps reaches it. changes: of `PPO_OPTIONS`.
+    """
     seed_everything(seed)
     policy = load_policy(str(model), 16, 32, torch.float32)
     ppo = PPO(policy, score, PPOConfig(**{**PPO_OPTIONS, **changes}), make_accelerator("cpu", "float32"), seed)
@@ -124,18 +132,18 @@ def run_trl(algo: str, model: Path, seed: int, steps: int, until: float | None, 
 
 
 def run(algo: str, seed: int, steps: int, learning_rate: float) -> list[dict]:
-    """At most `steps` steps of any of the three, until `TARGET`."""
+    """At most `steps` steps of one of the algorithms, until `TARGET`."""
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder), seed)
         if algo == "ppo":
-            whole = PPO_OPTIONS["batch_size"]  # TRL's trainers too take one optimizer step a batch
+            whole = PPO_OPTIONS["batch_size"]  # one optimizer step a batch, as TRL's trainers take
             return run_ppo(model, seed, steps, until=TARGET, learning_rate=learning_rate, mini_batch_size=whole)
         return run_trl(algo, model, seed, steps, TARGET, learning_rate)
 
 
 def best_learning_rate(algo: str, steps: int) -> float:
-    """That of `LEARNING_RATES` with the fewest steps to `TARGET`, in the mean over `SEARCH_SEEDS`; not to get there
-    counts as `steps`. Prints what it finds."""
+    """The one of `LEARNING_RATES` with the fewest steps to `TARGET`, in the mean over `SEARCH_SEEDS`; a run that does
+    not reach it counts as `steps`. Prints what it finds."""
     means = {}
     for rate in LEARNING_RATES:
         found = [reached(run(algo, seed, steps, rate)) for seed in SEARCH_SEEDS]
@@ -149,13 +157,13 @@ def best_learning_rate(algo: str, steps: int) -> float:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algorithms", nargs="+", choices=("ppo", "grpo", "rloo"), default=["ppo"])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150, help="at most")
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--algorithms", nargs="+", choices=("ppo", "grpo", "rloo"), default=["ppo"], help="what to run")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each")
+    parser.add_argument("--steps", type=int, default=150, help="of a run, at most")
+    parser.add_argument("--picture", type=Path, help="file to draw rewards by step to")
     args = parser.parse_args()
     quiet_transformers()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries among themselves
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries warn each other
     curves, table = {}, []
     for algo in args.algorithms:
         rate = best_learning_rate(algo, args.steps)

@@ -12,13 +12,14 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
 
 import torch
-from ppo_vs_trl import ALPHA, RANK, llama_config, tokenizer_of, word_prompts
 from transformers import LlamaForCausalLM
+from trl_ppo import ALPHA, RANK, llama_config, tokenizer_of, word_prompts
 
 from geli.nets.policy import adapt_policy
 from geli.rl.prompts import Prompt
@@ -27,9 +28,12 @@ from geli.run.console import format_table
 from geli.run.distributed import make_accelerator, seed_everything
 from models import PPO, PPOConfig
 
+SHAPE = {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "vocabulary": 32000}
+WORK = {"batch": 24, "prompt": 512, "new_tokens": 128, "steps": 5}
 
-def seconds_of(work, device, repeats: int = 5) -> float:
-    """The median of some runs, after one that warms up."""
+
+def seconds_of(work: Callable, device: torch.device, repeats: int = 5) -> float:
+    """The median of some runs of `work`, after one that warms up."""
     found = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -40,7 +44,7 @@ def seconds_of(work, device, repeats: int = 5) -> float:
     return statistics.median(found[1:])
 
 
-def limits(device, dtype) -> tuple[float, float]:
+def limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Bytes a second that can be read, and operations a second of matrix products."""
     size = 8192 if device.type == "cuda" else 1024
     square = torch.randn(size, size, device=device, dtype=dtype)
@@ -49,15 +53,20 @@ def limits(device, dtype) -> tuple[float, float]:
     return 2 * len(long) / seconds_of(long.clone, device), rate
 
 
+def median_seconds(ppo: PPO, texts: list[str], batch: int) -> dict[str, float]:
+    """Phase -> median seconds over PPO steps on consecutive batches of `texts`, after one step that warms up."""
+    prompts = [Prompt(text, "", "") for text in texts]
+    rows = [ppo.step(prompts[first : first + batch])[0] for first in range(0, len(prompts), batch)]
+    phases = [name for name in rows[0] if name.startswith("seconds_")]
+    return {name.removeprefix("seconds_"): statistics.median(row[name] for row in rows[1:]) for name in phases}
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shape = {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "vocabulary": 32000}
-    work = {"batch": 24, "prompt": 512, "new_tokens": 128, "steps": 5}
-    for name, value in (shape | work).items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in (SHAPE | WORK).items():
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"default: {value:,}")
     args = parser.parse_args()
-
     seed_everything(0)
     accelerator = make_accelerator("auto", "auto", cpu_dtype="float32")
     device = accelerator.device
@@ -76,28 +85,22 @@ def main() -> None:
     texts = word_prompts(args.batch * (args.steps + 1), args.prompt, args.vocabulary)
 
     query, mask = policy.tokenize(texts[: args.batch])
-    first = seconds_of(lambda: policy.generate(query, mask, draw_uniforms(args.batch, 1, ppo.sampling)), device, 2)
-    rows = []
-    for step in range(args.steps + 1):
-        batch = [Prompt(text, "", "") for text in texts[step * args.batch : (step + 1) * args.batch]]
-        rows.append(ppo.step(batch)[0])
-    seconds = {
-        name.removeprefix("seconds_"): statistics.median(row[name] for row in rows[1:])
-        for name in rows[0]
-        if name.startswith("seconds_")
-    }
-    length = args.prompt + args.new_tokens / 2
-    size = torch.finfo(dtype).bits // 8
-    kept = 2 * args.layers * args.hidden * args.batch * length  # keys and values, half way
-    token = (seconds["generate"] - first) / (args.new_tokens - 1)
-    tokens = args.batch * (args.prompt + args.new_tokens)
+    uniforms = draw_uniforms(args.batch, 1, torch.Generator().manual_seed(0))
+    first = seconds_of(lambda: policy.generate(query, mask, uniforms), device, 2)
+    seconds = median_seconds(ppo, texts, args.batch)
     print(f"{device}, {weights / 1e9:.2f}e9 weights, {dtype}; {bandwidth / 1e9:.0f} GB/s, {rate / 1e12:.2f} TFLOP/s")
     print(format_table([{"phase": name, "seconds a step": value} for name, value in seconds.items()]))
     print(f"a step: {sum(seconds.values()):.3g} s, of which the prompts' first pass {first:.3g} s")
     if device.type == "cuda":
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    print(f"generation, share of the bandwidth: {(weights + kept) * size / bandwidth / token:.2f}")
-    print(f"update, share of the matrix rate: {4 * weights * tokens / rate / seconds['update']:.2f}")
+
+    half_way = args.prompt + args.new_tokens / 2  # tokens whose keys and values are read
+    read = weights + 2 * args.layers * args.hidden * args.batch * half_way  # numbers a generated token
+    token = (seconds["generate"] - first) / (args.new_tokens - 1)
+    multiplied = 4 * weights * args.batch * (args.prompt + args.new_tokens)
+    size = torch.finfo(dtype).bits // 8
+    print(f"generation, share of the bandwidth: {read * size / bandwidth / token:.2f}")
+    print(f"update, share of the matrix rate: {multiplied / rate / seconds['update']:.2f}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Work: conversations of 320 transcript rows, and 1,900 seconds x 2 speakers x 70 columns of features. Peer: the published
 reading and alignment (`as_published.read_conversation`), on a few of the same conversations, since it takes long.
-Prints seconds a conversation, ratios, and the peak memory of all processes together; checks that both give the same
+Prints seconds a conversation, ratios, and the peak memory of all processes together; checks that both find the same
 affects for the same turns.
 """
 
@@ -18,10 +18,9 @@ import as_published
 import numpy as np
 import psutil
 
-from data_utils import read_corpus
+from data_utils import Corpus, read_corpus
 from geli import plots
 from geli.data.candor import FACES
-from geli.data.corpus import split_key
 from geli.run.console import format_table
 from geli.run.distributed import available_cores
 
@@ -94,11 +93,37 @@ def timed(function, *arguments, **options):
     return time.perf_counter() - start, result
 
 
+def read_ours(folder: Path, names: list[str], temporary: Path) -> tuple[dict, Corpus]:
+    """Reads the conversations `names` with an empty and with a filled cache; a row of the table, and the corpus."""
+    n = len(names)
+    part, cache = temporary / f"candor-{n}", temporary / f"cache-{n}"
+    part.mkdir()
+    for name in names:
+        (part / name).symlink_to(folder / name)
+    with PeakMemory() as memory:
+        cold, corpus = timed(read_corpus, part, "overall_affect", cache=cache)
+        warm, again = timed(read_corpus, part, "overall_affect", cache=cache)
+    assert corpus == again and len(corpus.conversations) == n
+    row = {"conversations": n, "cold s": cold, "cold ms each": 1e3 * cold / n, "warm s": warm}
+    return {**row, "warm ms each": 1e3 * warm / n, "peak GiB": memory.peak}, corpus
+
+
+def read_as_published(folder: Path, corpus: Corpus) -> float:
+    """Milliseconds a conversation of the published procedure, on the first conversations of `corpus`; checks that it
+    finds the same affects."""
+    chosen = corpus.conversations[:PEER_CONVERSATIONS]
+    as_published.read_conversation(folder / chosen[0].id)  # warms up
+    seconds, found = timed(lambda: [as_published.read_conversation(folder / c.id) for c in chosen])
+    for conversation, turns in zip(chosen, found, strict=True):
+        assert turns == [(turn.turn_id, turn.speaker, FACES[turn.affect]) for turn in conversation.turns]
+    return 1e3 * seconds / len(chosen)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--conversations", type=int, default=1656)
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--conversations", type=int, default=1656, help="size of the corpus; CANDOR has 1,656")
+    parser.add_argument("--picture", type=Path, help="file to draw milliseconds a conversation to")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "candor"
@@ -106,35 +131,13 @@ def main() -> None:
         write_corpus(folder, args.conversations)
         names = sorted(path.name for path in folder.iterdir())
         sizes = sorted({n for n in (50, 200, 800, args.conversations) if n <= args.conversations})
-
-        rows, peaks = [], []
-        for n in sizes:
-            part = Path(temporary) / f"candor-{n}"
-            part.mkdir()
-            for name in names[:n]:
-                (part / name).symlink_to(folder / name)
-            with PeakMemory() as memory:
-                cold, corpus = timed(read_corpus, part, "overall_affect", cache=Path(temporary) / f"cache-{n}")
-                warm, again = timed(read_corpus, part, "overall_affect", cache=Path(temporary) / f"cache-{n}")
-            assert corpus == again and len(corpus.conversations) == n
-            rows.append({"conversations": n, "cold s": cold, "cold ms each": 1e3 * cold / n, "warm s": warm,
-                         "warm ms each": 1e3 * warm / n, "peak GiB": memory.peak})  # fmt: skip
-            peaks.append(memory.peak)
-
-        kept = {c.id: c for c in corpus.conversations}
-        chosen = sorted(names, key=split_key)[:PEER_CONVERSATIONS]
-        as_published.read_conversation(folder / chosen[0])  # so that imports are not counted
-        seconds, peer = timed(lambda: [as_published.read_conversation(folder / name) for name in chosen])
-        for name, turns in zip(chosen, peer, strict=True):
-            assert turns == [(t.turn_id, t.speaker, FACES[t.affect]) for t in kept[name].turns]
-        published = 1e3 * seconds / len(chosen)
-    last = rows[-1]
+        rows, corpora = zip(*(read_ours(folder, names[:n], Path(temporary)) for n in sizes), strict=True)
+        published = read_as_published(folder, corpora[-1])
+    cold, warm = (published / rows[-1][f"{name} ms each"] for name in ("cold", "warm"))
     print(format_table(rows, f"\nOurs, {available_cores()} cores"))
-    print(f"\nAs published: {published:.0f} ms each (of {len(chosen)}), same affects for the same turns")
-    print(
-        f"Cold: {published / last['cold ms each']:.1f} times faster; warm: {published / last['warm ms each']:.0f} times"
-    )
-    print(f"Peak memory: {max(peaks):.2f} GiB")
+    print(f"\nAs published: {published:.0f} ms each (of {PEER_CONVERSATIONS}), same affects for the same turns")
+    print(f"Cold: {cold:.1f} times faster; warm: {warm:.0f} times")
+    print(f"Peak memory: {max(row['peak GiB'] for row in rows):.2f} GiB")
     if args.picture:
         print(f"Written: {plots.reading(rows, published, args.picture)}")
 

@@ -27,7 +27,7 @@ from typing import Any
 
 def positive_int(text: str) -> int:
     """An integer of at least 1."""
-    value = int(text) if text.lstrip("+-").isdigit() else 0
+    value = int(text) if text.removeprefix("+").isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"a whole number of at least 1 is expected, not {text!r}")
     return value

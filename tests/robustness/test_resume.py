@@ -1,25 +1,32 @@
-"""Nothing is lost: runs that are killed, stopped or run out of disk go on, and end as if nothing had happened."""
+"""Runs that are killed, stopped or run out of disk are resumed, and end with the results of an uninterrupted run."""
 
 import json
+import os
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import sample_candor
+import tiny_models
 import torch
+from accelerate import Accelerator
 from conftest import ROOT, environment_of_its_own
-from hypothesis import given, strategies
 
-import states
-from cli import UserError
+from geli.nets.policy import load_policy
+from geli.rl.prompts import Prompt
+from geli.run.errors import UserError
+from geli.run.gradients import NotFinite
+from geli.run.lock import RunLock, lock_new_run, reward_run_to_resume
+from models import PPO, PPOConfig
 
-KILLS = 20  # of each stage
+# Each stage is killed so often, at random moments and at random points of writing files; .ci/run asks for 20 kills.
+KILLS = int(os.environ.get("GELI_KILLS", "4"))
 STAGES = {
     1: ("train_reward_LI_only.py", "--val --small_model_shrink --epochs 3 --batch_size 8 --learning_rate 1e-3"),
     2: ("train_reward_GELI.py", "--train --val --small_model_shrink --epochs 12 --affect_path li --learning_rate 1e-2"),
@@ -37,7 +44,7 @@ class Server:
         except FileNotFoundError:
             self.mounts = False
         environment = environment_of_its_own(OMP_NUM_THREADS="1", WANDB_MODE="disabled")
-        command = [*(own if self.mounts else []), sys.executable, str(ROOT / "tests" / "fault_server.py")]
+        command = [*(own if self.mounts else []), sys.executable, str(ROOT / "tests" / "support" / "fault_server.py")]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
@@ -58,12 +65,9 @@ def server():
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A corpus of 12 conversations, with small models."""
-    import sample_candor
-    from tiny_models import build
-
     folder = tmp_path_factory.mktemp("faults")
     sample_candor.write_corpus(folder / "candor", conversations=12, n_turns=8, seed=0)
-    build(folder / "candor", folder / "models", ("bart", "llama"), seed=0, steps=4)
+    tiny_models.build(folder / "candor", folder / "models", ("bart", "llama"), seed=0, steps=4)
     return folder
 
 
@@ -130,7 +134,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(stage, s
             how = {"seconds": rng.uniform(0.2, seconds)} if kills % 2 else {"event": rng.randint(1, events // 3)}
         arguments = [*options_of(stage, corpus, out), "--resume"]
         ran = server(script=STAGES[stage][0], arguments=arguments, log=str(tmp_path / "log"), **how)
-        going_on += "Going on after step" in ran["output"]
+        going_on += "Resuming after step" in ran["output"]
         if ran["code"] == -signal.SIGKILL:
             kills += 1
             continue
@@ -152,7 +156,7 @@ def test_a_full_disk_is_named_and_what_was_kept_goes_on(stage, server, corpus, u
     run = {"script": STAGES[stage][0], "log": str(tmp_path / "log")}
     probe, disk = begin(stage, tmp_path / "probe", whole), tmp_path / "disk"
     server(**run, arguments=options_of(stage, corpus, probe), event=uninterrupted[1][stage][1] // 2)
-    state = max(path.stat().st_size for path in probe.rglob("step_*.safetensors"))
+    state = max(path.stat().st_size for path in probe.rglob("step_*.pt"))
     there = sum(path.stat().st_size for folder in earlier(stage, whole) for path in folder.rglob("*"))
     room = there + 100_000 + int(2.5 * state)  # two states fit, and not the third before the first is removed
     disk.mkdir()
@@ -165,10 +169,10 @@ def test_a_full_disk_is_named_and_what_was_kept_goes_on(stage, server, corpus, u
     assert ran["code"] == 2, ran["output"]
     error = next(line for line in ran["output"].splitlines() if ": error: " in line)
     assert str(disk) in error and "No space left on device" in error
-    assert re.search(r"the state after step \d+ of \d+ is kept in .*/state_.*--resume", error)
+    assert re.search(r"the checkpoint after step \d+ of \d+ is kept in .*/state_.*--resume", error)
     assert server(shell=f"mount -o remount,size=1g {disk}")["code"] == 0
     ran = server(**run, arguments=[*arguments, "--resume"])
-    assert ran["code"] == 0 and "Going on after step" in ran["output"], ran["output"]
+    assert ran["code"] == 0 and "Resuming after step" in ran["output"], ran["output"]
     copy = tmp_path / "copy"
     assert server(shell=f"cp -r {disk} {copy} && umount {disk}")["code"] == 0
     assert results(stage, copy) == results(stage, whole)
@@ -184,8 +188,9 @@ def test_a_signal_ends_the_step_and_says_how_to_go_on(stage, number, code, serve
     ran = server(**run, arguments=[*arguments, *more], signal=[number, about[stage][0]])
     assert ran["code"] == code, ran["output"]
     last = ran["output"].splitlines()[-2]  # before the harness' own line
-    assert re.search(rf"stopped by {number.name} after step (\d+) of .*the state after step \1 of .*--resume", last)
-    assert len(list(out.rglob("step_*.safetensors"))) == 2  # the newest two are kept
+    expected = rf"stopped by {number.name} after step (\d+) of .*the checkpoint after step \1 of .*--resume"
+    assert re.search(expected, last)
+    assert len(list(out.rglob("step_*.pt"))) == 2  # the newest two are kept
 
 
 def test_a_damaged_state_is_left_out_for_the_one_before(server, corpus, uninterrupted, tmp_path):
@@ -193,13 +198,13 @@ def test_a_damaged_state_is_left_out_for_the_one_before(server, corpus, uninterr
     out, run = begin(2, tmp_path / "out", whole), {"script": STAGES[2][0], "log": str(tmp_path / "log")}
     arguments = options_of(2, corpus, out)
     server(**run, arguments=arguments, event=about[2][1] // 2)
-    kept = sorted(out.rglob("step_*.safetensors"))
+    kept = sorted(out.rglob("step_*.pt"))
     content = bytearray(kept[-1].read_bytes())
-    content[-1000] ^= 1
+    content[len(content) // 2] ^= 1
     kept[-1].write_bytes(content)
     ran = server(**run, arguments=[*arguments, "--resume"])
     assert ran["code"] == 0, ran["output"]
-    assert f"State: {kept[-1]} is not used (its content is not what was written)" in ran["output"]
+    assert f"Checkpoint {kept[-1]} is skipped" in ran["output"]
     assert f": {kept[-2]}" in ran["output"]
     assert results(2, out) == results(2, whole)
 
@@ -220,7 +225,7 @@ def test_a_run_goes_on_with_its_own_options_and_data_only(server, corpus, uninte
     ran = server(**run, arguments=arguments[:-1])
     assert ran["code"] == 2 and "has a run of that name already" in ran["output"] and "--resume" in ran["output"]
     ran = server(**run, arguments=[word for word in arguments if word not in ("--run_name", "geli")])  # the newest
-    assert ran["code"] == 0 and "Going on after step" in ran["output"]
+    assert ran["code"] == 0 and "Resuming after step" in ran["output"]
     ran = server(**run, arguments=arguments)
     assert ran["code"] == 0 and "the run geli is complete already" in ran["output"]
 
@@ -250,7 +255,7 @@ def test_other_options_go_on_as_well(stage, words, server, corpus, uninterrupted
         assert ran["code"] == 0, ran["output"]
         events = int(re.search(r"EVENTS (\d+)", ran["output"])[1])
         found.append(results(stage, out))
-    assert "Going on after step" in ran["output"]
+    assert "Resuming after step" in ran["output"]
     assert found[0] == found[1]
 
 
@@ -277,11 +282,11 @@ def test_resume_without_a_name_leaves_other_runs_alone(server, corpus, uninterru
 
 
 def test_what_is_left_of_a_finished_runs_states_does_not_begin_it_again(tmp_path):
-    args = SimpleNamespace(resume=True, run_name="mine", seed=0)
+    arguments = {"resume": True, "run_name": "mine", "seed": 0}
     (tmp_path / "state_mine").mkdir()
-    (tmp_path / "reward1_mine.json").write_text(json.dumps({"arguments": vars(args)}))
+    (tmp_path / "reward1_mine.json").write_text(json.dumps({"arguments": arguments}))
     with pytest.raises(SystemExit) as complete:
-        states.reward_run_to_resume(args, tmp_path)
+        reward_run_to_resume(arguments, tmp_path)
     assert complete.value.code == 0
 
 
@@ -298,9 +303,9 @@ def test_what_is_left_of_a_finished_runs_states_does_not_begin_it_again(tmp_path
 def test_a_hostile_description_of_a_run_is_none(content, tmp_path):
     (tmp_path / "state_x").mkdir()
     (tmp_path / "state_x" / "run.json").write_text(json.dumps(content))
-    (tmp_path / "state_x" / "step_00000001.safetensors").touch()
-    assert states.reward_run_to_resume(SimpleNamespace(resume=True, run_name=None, seed=0), tmp_path) is None
-    assert states.Claim(tmp_path, "x", re.compile(""), resume=True).description == {}
+    (tmp_path / "state_x" / "step_00000001.pt").touch()
+    assert reward_run_to_resume({"resume": True, "run_name": None, "seed": 0}, tmp_path) is None
+    assert RunLock(tmp_path, "x", re.compile(""), resume=True).description == {}
 
 
 def test_what_is_not_finite_ends_the_run_and_names_the_batch(server, corpus, uninterrupted, tmp_path):
@@ -310,44 +315,39 @@ def test_what_is_not_finite_ends_the_run_and_names_the_batch(server, corpus, uni
         out, run = begin(stage, tmp_path / str(stage), whole), {"log": str(tmp_path / "log")}
         ran = server(script=STAGES[stage][0], arguments=[*options_of(stage, corpus, out), *words], **run)
         assert ran["code"] == 2, ran["output"]
-        found = re.search(r"not finite at step (\d+) \(batch: .*state after step (\d+) of", ran["output"])
+        found = re.search(r"not finite at step (\d+) \(batch: .*checkpoint after step (\d+) of", ran["output"])
         assert int(found[1]) == int(found[2]) + 1
         batch = json.loads(next(out.rglob("not_finite.json")).read_text())["batch"]
         assert batch and all(name.split("/")[0] in {p.name for p in (corpus / "candor").iterdir()} for name in batch)
 
 
 def test_a_reward_that_is_not_finite_leaves_the_policy_alone(tiny):
-    from accelerate import Accelerator
-
-    from models import load_policy
-    from ppo import PPO, NotFinite, PPOConfig, Prompt
-
     policy = load_policy(str(tiny / "llama"), 4, 8, torch.float32)
     scores = iter([torch.ones(4), torch.ones(4), torch.tensor([1.0, float("nan"), 1.0, 1.0]), torch.ones(4)])
     ppo = PPO(policy, lambda *_: next(scores), PPOConfig(batch_size=4, max_new_tokens=33), Accelerator(cpu=True), 0)
     prompts = [Prompt(" User: hi AI:", "", "hello")] * 4
     ppo.step(prompts)
-    before = {name: value.clone() for name, value in states.Trained(policy).state_dict().items()}
+    before = [p.detach().clone() for p in policy.trainable()]
     with pytest.raises(NotFinite, match="score"):
         ppo.step(prompts)
-    assert all(torch.equal(value, before[name]) for name, value in states.Trained(policy).state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(policy.trainable(), before, strict=True))
     assert np.isfinite(ppo.moments.mean)
 
 
 def test_a_name_belongs_to_one_living_run(tmp_path):
-    first = states.claim_run(tmp_path, "mine")
+    first = lock_new_run(tmp_path, "mine")
     with pytest.raises(UserError, match="is being trained by another process"):
-        states.claim_run(tmp_path, "mine")
+        lock_new_run(tmp_path, "mine")
     with pytest.raises(UserError, match="is being trained by another process"):
-        states.Claim(tmp_path, "mine", re.compile(""), resume=True)
-    names = {states.claim_run(tmp_path).name for _ in range(30)}
+        RunLock(tmp_path, "mine", re.compile(""), resume=True)
+    names = {lock_new_run(tmp_path).name for _ in range(30)}
     assert len(names) == 30 and "mine" not in names
     runs_record = tmp_path / "reward1_mine.json"
     runs_record.write_text("{}")
     first.remove()  # finished
     (tmp_path / "state_mine").mkdir()  # or killed while it was removing this
     with pytest.raises(UserError, match="has a run of that name already"):
-        states.claim_run(tmp_path, "mine")
+        lock_new_run(tmp_path, "mine")
 
 
 def test_two_runs_in_one_folder_at_once_do_not_disturb_each_other(corpus, uninterrupted, tmp_path):
@@ -371,42 +371,15 @@ def test_stage_3_leaves_a_living_runs_files_alone_and_moves_a_dead_ones_aside(se
     arguments = options_of(3, corpus, out)
     server(**run, arguments=arguments, event=about[3][1] // 2)
     folder = out / "rlmf_weights"
-    living = states.Claim(folder, "GELI_llama", re.compile(""), resume=True)
+    living = RunLock(folder, "GELI_llama", re.compile(""), resume=True)
     ran = server(**run, arguments=arguments)
     assert ran["code"] == 2 and "is being trained by another process" in ran["output"], ran["output"]
     left = sorted(path.name for path in living.unfinished())
     assert left[0] == "run.json" and left[-1].startswith("step_")
     living.release()  # it dies
     ran = server(**run, arguments=arguments)
-    assert ran["code"] == 0 and "its states (it never finished) are now in" in ran["output"], ran["output"]
+    assert ran["code"] == 0 and "its checkpoints (it is unfinished) are now in" in ran["output"], ran["output"]
     aside = folder / "GELI_llama.earlier-1" / "state_GELI_llama"
     assert sorted(path.name for path in aside.iterdir()) == left
     found = results(3, out)
     assert {name: found[name] for name in results(3, whole)} == results(3, whole)
-
-
-PLAIN = strategies.recursive(
-    strategies.none() | strategies.booleans() | strategies.integers() | strategies.text()
-    | strategies.floats(allow_nan=False),
-    lambda inner: strategies.lists(inner) | strategies.tuples(inner, inner)
-    | strategies.dictionaries(strategies.text() | strategies.integers(), inner),
-    max_leaves=20,
-)  # fmt: skip
-
-
-@given(PLAIN)
-def test_a_states_file_gives_back_what_was_put_in(value):
-    tensors = {}
-    tree = json.loads(json.dumps(states._packed(value, tensors)))
-    assert states._unpacked(tree, tensors) == value
-
-
-def test_a_states_tensors_come_back_bit_for_bit(tmp_path):
-    odd = torch.tensor([float("nan"), -0.0, float("inf"), 1e-45])
-    values = {"a": odd, "b": [torch.arange(3), (np.arange(2), odd.bfloat16())], "c": {0: torch.tensor(2.5)}}
-    states._write(tmp_path / "s", 7, values, [{}], {"data": "x"})
-    step, found, randoms, inputs = states._read(tmp_path / "s")
-    assert (step, randoms, inputs) == (7, [{}], {"data": "x"})
-    assert found["a"].view(torch.int32).tolist() == odd.view(torch.int32).tolist()
-    assert found["b"][1][0].tolist() == [0, 1] and isinstance(found["b"][1][0], np.ndarray)
-    assert found["b"][1][1].dtype == torch.bfloat16 and found["c"] == {0: torch.tensor(2.5)}

@@ -1,16 +1,18 @@
-"""Run in two processes by test_processes.py: models of several architectures, spread, against whole copies, where one
-process has fewer rows or none, and in one pass or several. Usage: spread_kinds.py FOLDER_OF_SMALL_MODELS"""
+"""Run in two processes by test_processes.py: models of several architectures, sharded, against whole copies, where one
+process has fewer rows or none, and in one pass or several. Usage: sharded_kinds.py FOLDER_OF_SMALL_MODELS"""
 
 import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from models import load_encoder, load_policy
-from runs import make_accelerator, sum_gradients
-from sharding import spread
+from geli.nets.encoder import load_encoder
+from geli.nets.policy import load_policy
+from geli.run.distributed import make_accelerator
+from geli.run.gradients import sum_gradients
+from geli.run.sharding import shard
 
 ENCODERS, POLICIES = ("longformer", "longt5", "llama-encoder"), ("gpt2", "t5-tied")
 PAIRS = [(" User: hello there", "AI: I am fine"), (" User: a", "AI: b c d"), (" User: what is it", "AI: nothing much")]
@@ -37,7 +39,7 @@ def main() -> None:
     rank = accelerator.process_index
     for kind in ENCODERS:
         whole = load_encoder(str(folder / kind)).eval()
-        other = spread(load_encoder(str(folder / kind)), accelerator).eval()
+        other = shard(load_encoder(str(folder / kind)), accelerator).eval()
         parameters = whole.trainable(), other.trainable()
         tokens = whole.tokenize(PAIRS)
         weights = torch.linspace(-1, 1, whole.hidden_size)
@@ -54,7 +56,7 @@ def main() -> None:
         whole = load_policy(str(folder / kind), 4, 8, torch.float32)
         other = load_policy(str(folder / kind), 4, 8, torch.float32)
         other.load_state_dict(whole.state_dict())
-        spread(other, accelerator)
+        shard(other, accelerator)
         mine = [[0], [1, 2]][rank]
         query = whole.tokenize([("hello there", "a b c d e", "what is it now")[i] for i in mine])
         uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[mine]

@@ -2,10 +2,13 @@
 
 Reads a JSON request a line and answers with one. A request is {"shell": COMMAND}, or {"script", "arguments", "log"}
 with one of {"seconds": s} (SIGKILL after that time), {"event": n} (SIGKILL at the n-th step of writing a file: before
-and after each flush and rename, and in the middle of each safetensors file), {"signal": [number, s]} or neither.
+and after each flush and rename, and in the middle of each safetensors file and checkpoint; a run that ends prints how
+many steps there were, and which of them tear a file), {"signal": [number, s]} or
+neither.
 Started under `unshare`, it has mounts of its own.
 """
 
+import atexit
 import importlib
 import json
 import os
@@ -14,25 +17,27 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+import safetensors.torch
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (lazy there)
+
+from geli.run.errors import run as run_main
+
 HEAVY = (
     "torch numpy pandas peft accelerate.utils safetensors.torch sklearn.metrics matplotlib.figure wandb transformers"
 )
-OURS = "evaluation cache published plots models ppo runs states train_reward_GELI train_reward_LI_only train_rl_GELI"
+OURS = "train_reward_GELI train_reward_LI_only train_rl_GELI"  # they import all other modules of ours
 
 
 def arm(event: int | None) -> None:
     """Counts the steps of writing files from now on, and dies at number `event`; else tells the count at the end."""
-    import atexit
-
-    import safetensors.torch
-
-    import runs
-
-    count = 0
+    count, torn_files = 0, []
 
     def reached() -> bool:
         nonlocal count
@@ -49,16 +54,25 @@ def arm(event: int | None) -> None:
 
         return wrapper
 
-    def torn(tensors, path, *arguments, save_file=safetensors.torch.save_file, **named):
-        save_file(tensors, path, *arguments, **named)
-        if reached():
-            os.truncate(path, os.path.getsize(path) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+    def torn(save):
+        def wrapper(content, path, *arguments, **named):
+            save(content, path, *arguments, **named)
+            torn_files.append(count + 1)
+            if reached():
+                os.truncate(path, os.path.getsize(path) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    safetensors.torch.save_file = torn
-    os.fsync, os.replace, runs._exchange = map(watched, (os.fsync, os.replace, runs._exchange))
+        return wrapper
+
+    # under every name that a loaded module has for them, because most are imported at the top of a file
+    saves = {id(save): torn(save) for save in (safetensors.torch.save_file, torch.save)}
+    for module in list(sys.modules.values()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if id(value) in saves:
+                setattr(module, name, saves[id(value)])
+    os.fsync, os.replace = map(watched, (os.fsync, os.replace))
     Path.rename = watched(Path.rename)
-    atexit.register(lambda: print(f"EVENTS {count}"))
+    atexit.register(lambda: print(f"EVENTS {count} TORN {' '.join(map(str, torn_files))}"))
 
 
 def child(script: str, arguments: list[str], log: str, event: int | None) -> None:
@@ -67,21 +81,15 @@ def child(script: str, arguments: list[str], log: str, event: int | None) -> Non
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.argv = [script, *arguments]
-    import cli
-
     arm(event)
-    code = 0
+    module, code = importlib.import_module(Path(script).stem), 0
     try:
-        cli.run(importlib.import_module(Path(script).stem).main)
+        run_main(lambda: module.main(module.parse_options()))
     except SystemExit as exit_:
         code = exit_.code or 0
     except BaseException:
-        import traceback
-
         traceback.print_exc()
         code = 1
-    import atexit
-
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -111,9 +119,6 @@ def main() -> None:
     """Requests until stdin ends."""
     for name in f"{HEAVY} {OURS}".split():
         importlib.import_module(name)
-    import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (lazy there)
-
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

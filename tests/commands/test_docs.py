@@ -1,0 +1,204 @@
+"""The pages say what the code does: their examples run, their links lead somewhere, their tables are up to date."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, environment_of_its_own
+from options_table import PAGE, options_page
+
+FOLDER_PAGES = [ROOT / "candor/README.md", ROOT / "rlmf_weights/README.md"]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *FOLDER_PAGES]
+OUTSIDE = {".git", ".venv", ".venv-trl", "wandb", ".ruff_cache", ".pytest_cache", ".hypothesis"}
+BLOCK = re.compile(r"^```python\n# (\S+), below (\w+)\n.*?^```$", re.MULTILINE | re.DOTALL)
+
+
+def sources() -> list:
+    """The text files of the repository."""
+    endings = (".py", ".md", ".sh", ".toml", ".yaml", ".txt")
+    found = [path for path in ROOT.rglob("*") if path.suffix in endings and path.is_file()]
+    return [path for path in found if not OUTSIDE & set(path.relative_to(ROOT).parts)]
+
+
+def test_options_page_is_up_to_date():
+    assert PAGE.read_text() == options_page(), "run python tests/support/options_table.py"
+
+
+def test_nothing_refers_to_documents_that_are_not_in_the_repository():
+    names = [f"{word}.md" for word in ("DESIGN", "HOUSE", "STYLE")]  # assembled, so that this file has none of them
+    assert len(sources()) > 60
+    assert not [(path, name) for path in sources() for name in names if name in path.read_text(errors="replace")]
+
+
+def test_readme_is_short():
+    assert (ROOT / "README.md").stat().st_size <= 10_240
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        linked = page.parent / path if path else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in anchors, f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_pages_name_exist(page):
+    text = page.read_text()
+    tests = set(re.findall(r"\b(test_\w+|fuzz_reader|fault_server)\.py", text))
+    assert tests <= {path.stem for path in (ROOT / "tests").rglob("*.py")}
+    scripts = re.findall(r"\b((?:tools|benchmarks|tests|geli|accelerate_configs)/[\w/]+\.(?:py|yaml|sh))\b", text)
+    assert not [name for name in scripts if not (ROOT / name).is_file()]
+
+
+def test_pages_use_options_that_exist():
+    known = {*re.findall(r"`(--\w+)`", options_page())}
+    for script in ("sample_candor", "compare", "tiny_models"):
+        known |= {*re.findall(r'"(--\w+)"', (ROOT / f"tools/{script}.py").read_text())}
+    for script in ROOT.glob("benchmarks/*.py"):
+        known |= {*re.findall(r'"(--\w+)"', script.read_text())}
+    known |= {"--help", "--wide", "--config_file", "--standalone", "--nproc_per_node"}  # argparse, extending.md, torch
+    for page in PAGES:
+        found = set(re.findall(r"(?<![\w-])(--[a-zA-Z]\w*)", page.read_text()))
+        if page.name not in ("hostile_inputs.md", "hostile_data.md"):
+            assert found <= known, f"{page.name}: {sorted(found - known)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The examples of docs/extending.md, pasted into a copy of the repository
+
+DRIVER = """
+import importlib, json, sys
+from pathlib import Path
+sys.path[:0] = ["", "tools", "tests/support"]
+from accelerate.state import AcceleratorState
+from geli.data.converters import convert
+convert("chats", Path("."), Path("converted"))
+from options_table import options_page
+Path("options.md").write_text(options_page())
+import compare
+Path("compare.json").write_text(json.dumps([row for row, *_ in compare.commands("encoder")]))
+for script, *arguments in json.loads(sys.argv[1]):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    module = importlib.import_module(script)
+    module.main(module.parse_options(arguments))
+for code in json.loads(sys.argv[2]):
+    exec(code, {})
+"""
+# what stands in the README's examples -> what the commands of this test write
+TRAINED = {
+    "visual_feedback_baselines_convo_overall_affect_baseline_RRD_K_160/reward1_RUN": (
+        "out/visual_feedback_baselines_bart_overall_affect_baseline_HUBER_K_160/reward1_geli"
+    ),
+    "rlmf_weights/GELI_llama_200": "out/rlmf_weights/GELI_pythia_2",
+    "huggyllama/llama-7b": "EleutherAI/pythia-160m",
+}
+
+
+def paste(repository, block: re.Match) -> None:
+    """Puts a block below the table that it names."""
+    file = repository / block[1]
+    lines = file.read_text().splitlines(keepends=True)
+    places = [
+        node.end_lineno
+        for node in ast.parse("".join(lines)).body
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [block[2]]
+    ]
+    assert len(places) == 1, f"{block[1]} has no table {block[2]}"
+    code = block[0].removeprefix("```python\n").removesuffix("```")
+    lines.insert(places[0], f"\n\n{code}\n\n")
+    file.write_text("".join(lines))
+
+
+def hub_copy(folder, hub_id: str, model) -> None:
+    """A model as the hub's cache holds it, so that an alias can be loaded without a network."""
+    revision, repository = "0" * 40, folder / "hub" / f"models--{hub_id.replace('/', '--')}"
+    shutil.copytree(model, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory, sample, tiny):
+    """A copy of the repository with every example pasted into it, after the commands that use them."""
+    folder = tmp_path_factory.mktemp("extended") / "geli"
+    for name in ("geli", "tools", "tests/support"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    for block in BLOCK.finditer((ROOT / "docs/extending.md").read_text()):
+        paste(folder, block)
+    hub_copy(folder / "hf", "facebook/bart-base", tiny / "bart")
+    hub_copy(folder / "hf", "EleutherAI/pythia-160m", tiny / "llama")
+    chat = {"messages": [["a", "Hello there, how are you today?"], ["b", "Fine."]], "ratings": {"a": 7, "b": 3}}
+    (folder / "chats.jsonl").write_text(f"{json.dumps(chat)}\n{json.dumps(chat)}\n")
+    common = f"--data_dir {sample} --output_dir out --context_turns 2 --no_cache --device cpu".split()
+    reward = "--model bart --wide --epochs 1 --batch_size 16 --val --train".split()
+    commands = [
+        ["train_reward_LI_only", *reward, *"--train_size 4 --li_signal reply --run_name li".split()],
+        ["train_reward_GELI", *reward, *"--redist_type HUBER --affect_path li --run_name geli".split()],
+        ["train_rl_GELI", *"--train --val --model_name pythia --algo reinforce --rf_model HUBER".split(),
+         *"--steps 2 --batch_size 2 --val_prompts 2".split()],
+    ]  # fmt: skip
+    examples = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(examples) == 2
+    for written, trained in TRAINED.items():
+        assert sum(written in example for example in examples) == 1
+        examples = [example.replace(written, trained) for example in examples]
+    environment = environment_of_its_own(HF_HOME=str(folder / "hf"), WANDB_MODE="disabled", OMP_NUM_THREADS="1")
+    environment.pop("PYTHONPATH", None)
+    result = subprocess.run(
+        [sys.executable, "-c", DRIVER, json.dumps([[*command, *common] for command in commands]), json.dumps(examples)],
+        cwd=folder, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder, result.stdout
+
+
+def test_every_code_block_is_an_example_of_a_table():
+    page = (ROOT / "docs/extending.md").read_text()
+    tables = [(block[1], block[2]) for block in BLOCK.finditer(page)]
+    assert len(tables) == page.count("```python") == len(set(tables)) == 8
+    assert max(block[0].count("\n") for block in BLOCK.finditer(page)) < 25
+
+
+def test_examples_train_through_the_three_commands(extended):
+    folder, printed = extended
+    li = next(folder.glob("out/SINGLE_INDEX_reward_function_bart_*/reward1_li.json"))
+    assert json.loads(li.read_text())["arguments"]["li_signal"] == "reply"
+    geli = folder / "out/visual_feedback_baselines_bart_overall_affect_baseline_HUBER_K_160"
+    record = json.loads((geli / "reward1_geli.json").read_text())
+    assert record["arguments"]["li_signal"] == "reply"  # follows stage 1's head
+    assert "Stage 2 (GELI, HUBER)" in printed
+    assert "HUBER, LI from the reply" in printed
+    assert (folder / "out/rlmf_weights/GELI_pythia_2/adapter_model.safetensors").is_file()
+    assert "Stage 3 (REINFORCE)" in printed
+
+
+def test_readmes_examples_use_what_was_trained(extended):
+    assert re.search(r"tensor\(\[\[-?[01]\.\d+\]\]", extended[1])  # the reward that the first one prints
+
+
+def test_parsers_help_and_compare_read_the_examples(extended):
+    folder, _ = extended
+    page = (folder / "options.md").read_text()
+    for said in ("HUBER: as RRD", "reply: the length", "`--wide`", "LLAMA2, bart", "dialogpt, pythia", "REINFORCE, a"):
+        assert said in page
+    rows = json.loads((folder / "compare.json").read_text())
+    assert {"LI:reply", "GE:HUBER", "GELI:HUBER×reply", "GELI:RRD×reply"} <= set(rows)
+
+
+def test_converted_example_is_in_candors_layout(extended):
+    folder, _ = extended
+    assert sorted(path.name for path in (folder / "converted").iterdir()) == ["chat-00000", "chat-00001"]
+    assert (folder / "converted/chat-00001/transcription/transcript_cliffhanger.csv").read_text().count("\n") == 3

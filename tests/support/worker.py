@@ -1,0 +1,75 @@
+"""Runs commands one after another in every process of a launch, so that modules are imported once.
+
+Usage: worker.py JOBS.json FOLDER. A job is {"name", "script", "arguments"} with, if wanted, "environment" (variables
+for this job; null removes one) and "dies_at" (a step after which process 1 kills itself). What a process saw of a job
+is written to FOLDER/NAME.RANK.json.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from unittest import mock
+
+for folder in (Path(__file__).parents[2], Path(__file__).parent):
+    sys.path.insert(0, str(folder))
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from geli.rl import outputs
+from geli.run import tracking
+from geli.run.checkpoint import Checkpointer
+
+
+def run_job(script: str, arguments: list, environment: dict | None = None, dies_at: int | None = None) -> dict:
+    """Runs a command in this process.
+
+    Returns:
+        "printed": to stdout. "logged": what was given to wandb. "wandb_runs": how many were started.
+    """
+    printed, seen = io.StringIO(), {"logged": [], "wandb_runs": 0}
+
+    def log(self, values: dict, step: int) -> None:
+        seen["logged"].append({"step": step} | {name: float(x) for name, x in values.items() if isinstance(x, float)})
+
+    def start(*arguments, start=tracking._init):
+        seen["wandb_runs"] += 1
+        return start(*arguments)
+
+    def done(self, step: int, save: bool = False, done=Checkpointer.done) -> None:
+        if step == dies_at and self.accelerator.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done(self, step, save)
+
+    AcceleratorState._reset_state(reset_partial_state="RANK" not in os.environ)  # a launch keeps its process group
+    variables, stdout = mock.patch.dict(os.environ), contextlib.redirect_stdout(printed)
+    with variables, stdout, pytest.MonkeyPatch.context() as patch:  # `check_sharding` changes variables too
+        for name, value in {"WANDB_MODE": "disabled", **(environment or {})}.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        patch.setattr(outputs, "SAVE_EVERY", 1)
+        patch.setattr(tracking, "_init", start)
+        patch.setattr(tracking.Tracker, "log", log)
+        patch.setattr(Checkpointer, "done", done)
+        module = importlib.import_module(Path(script).stem)
+        module.main(module.parse_options([*map(str, arguments), "--device", "cpu", "--dtype", "float32"]))
+    return {"printed": printed.getvalue(), **seen}
+
+
+def main() -> None:
+    """Runs the jobs."""
+    jobs, folder, rank = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), os.environ["RANK"]
+    (folder / f"pid.{rank}").write_text(str(os.getpid()))
+    for job in jobs:
+        name = job.pop("name")
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(run_job(**job)))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Metrics on validation turns, and the files that report them."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from turn_sets import trajectory, turn_set
+
+from data_utils import Corpus
+from geli.report import (
+    RewardRun,
+    affect_means,
+    choose_turns,
+    conversations_seen,
+    evaluate,
+    finish_run,
+    spearman,
+    turn_table,
+    wandb_validation,
+    warn_of_leaks,
+    write_validation,
+)
+from geli.run.errors import UserError
+from models import RewardHeadConfig
+
+# 2 and 4 agent turns; R = 80 and 40; LI targets 1, 0 and 0, 1, 0, 0
+TURNS = turn_set(
+    trajectory("a", 80.0, ["happiness", "neutral"]),
+    trajectory("b", 40.0, ["surprise", "happiness", "neutral", "anger"]),
+)
+REWARDS = np.array([0.5, 0.1, 0.2, 0.4, 0.3, 0.0])
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def test_metrics_by_hand():
+    assert evaluate(TURNS, REWARDS, np.array([70.0, 60.0])) == {
+        "ge_loss": pytest.approx(250),  # (10^2 + 20^2) / 2
+        # errors -0.5, 0.1 and 0.2, -0.6, 0.3, 0: means 0.13 and 0.49 / 4; over turns it would be another number
+        "li_loss": pytest.approx((0.13 + 0.1225) / 2),
+        "roc_auc_happy": 1,  # 0.5 and 0.4 are above all others
+        "delta_li": pytest.approx(0.45 - 0.15),
+        "return_correlation": pytest.approx(1),
+        "reward_neg_mean": 0,
+        "reward_pos_mean": pytest.approx(0.45),
+        "reward_neut_mean": pytest.approx(0.2),
+        "reward_sup_mean": pytest.approx(0.2),
+    }
+
+
+def test_metrics_of_chosen_turns_by_hand():
+    chosen = np.array([True, False, False, True, True, False])
+    metrics = evaluate(TURNS, REWARDS, np.array([60.0, 80.0]), chosen)
+    assert metrics["li_loss"] == pytest.approx((0.25 + (0.36 + 0.09) / 2) / 2)
+    assert metrics["delta_li"] == pytest.approx(0.45 - 0.3) and metrics["return_correlation"] == pytest.approx(-1)
+    assert "reward_neg_mean" not in metrics and "reward_sup_mean" not in metrics
+    assert metrics["reward_neut_mean"] == pytest.approx(0.3)
+
+
+def test_metrics_that_are_undefined_are_none():
+    alone = turn_set(trajectory("a", 80.0, ["neutral", "neutral"]))
+    metrics = evaluate(alone, np.array([0.1, 0.2]), np.array([70.0]))
+    assert [metrics[name] for name in ("roc_auc_happy", "delta_li", "return_correlation")] == [None] * 3
+    assert wandb_validation(metrics) == {
+        "val/epoch_loss": 100, "val/epoch_shaped_loss": pytest.approx(0.025),
+        "val_shape_epoch/epoch_running_neut_mean": pytest.approx(0.15),
+    }  # fmt: skip
+
+
+def test_rewards_that_are_not_finite_are_refused():
+    with pytest.raises(UserError, match="training has diverged; try a lower --learning_rate"):
+        evaluate(TURNS, np.where(REWARDS == 0, np.nan, REWARDS), np.array([70.0, 60.0]))
+
+
+def test_spearman_by_hand():
+    assert spearman(np.array([1, 2, 3, 4]), np.array([1.0, 20, 3, 400])) == pytest.approx(0.8)  # 1 - 6 * 2 / 60
+    assert spearman(np.array([1, 1]), np.array([1, 2])) is None
+
+
+def test_affect_means_leave_out_absent_groups():
+    found = affect_means(np.array([1.0, 3.0, 5.0]), np.array([4, 4, 0]), "x")  # happiness, happiness, anger
+    assert found == {"x_neg_mean": 5, "x_pos_mean": 2}
+
+
+def test_chosen_turns_are_k_of_each_trajectory_by_the_seed():
+    turns = turn_set(*(trajectory(name, 50.0, ["neutral"] * n) for name, n in (("a", 9), ("b", 2), ("c", 9))))
+    chosen = choose_turns(turns, 3, seed=0)
+    assert [chosen[turns.turns_of(i)].sum() for i in range(3)] == [3, 2, 3]
+    assert np.array_equal(choose_turns(turns, 3, seed=0), chosen)
+    assert not np.array_equal(choose_turns(turns, 3, seed=1), chosen)
+
+
+def test_wandb_gets_the_published_names():
+    logged = wandb_validation(evaluate(TURNS, REWARDS, np.array([70.0, 60.0])))
+    assert {"val/epoch_loss": 250, "val/roc_auc_happy": 1}.items() <= logged.items()
+    assert logged["val/epoch_shaped_loss"] == pytest.approx(0.12625)
+    assert {name for name in logged if "running" in name} == {
+        f"val_shape_epoch/epoch_running_{name}_mean" for name in ("neg", "pos", "neut", "sup")
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_the_table_has_a_row_for_each_turn_and_no_text():
+    table = turn_table(TURNS, REWARDS)
+    assert table.columns.tolist() == [
+        "conversation_id", "flip", "user_id", "agent_id", "turn_id", "start", "stop", "affect", "target", "reward"
+    ]  # fmt: skip
+    assert table.iloc[3].tolist() == ["b", False, "u", "v", "3", 6.0, 7.0, "happiness", 1.0, 0.4]
+    assert table["reward"].tolist() == REWARDS.tolist() and table["target"].tolist() == [1, 0, 0, 1, 0, 0]
+    assert "turn 1" not in table.to_csv()
+
+
+def test_validation_is_written_as_a_table_and_two_pictures(tmp_path):
+    paths = write_validation(tmp_path, "x", TURNS, REWARDS, np.array([70.0, 60.0]))
+    assert [path.name for path in paths] == ["val_turn_rewards_x.csv", "val_turn_rewards_x.png", "val_returns_x.png"]
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+    assert paths[0].read_bytes().splitlines()[1] == b"a,False,u,v,1,2.000000,3.000000,happiness,1.000000,0.500000"
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[1:])
+
+
+class Logged:
+    """A tracker that keeps what it is given."""
+
+    name = "x"
+
+    def __init__(self):
+        self.tables, self.bars, self.summaries, self.finished = {}, {}, {}, False
+
+    def log_table(self, key, table, step):
+        self.tables[key, step] = table
+
+    def log_bars(self, key, heights):
+        self.bars[key] = heights
+
+    def summary(self, values):
+        self.summaries.update(values)
+
+    def finish(self):
+        self.finished = True
+
+
+def reward_run(**arguments):
+    corpus = Corpus([], {"broken": "no survey.csv"}, {}, {})
+    arguments = {"seed": 3, "log_text": False, "bar_chart": False, **arguments}
+    metrics = {"steps": 7, "validation": {"ge_loss": 250.0, "delta_li": None}}
+    return RewardRun("Stage 2", 2, "bart", arguments, corpus, TURNS, TURNS, metrics, REWARDS, [])
+
+
+def test_the_record_and_the_closing_table(tmp_path, capsys):
+    tracker = Logged()
+    finish_run(reward_run(), tracker, tmp_path)
+    record = json.loads((tmp_path / "reward1_x.json").read_text())
+    assert (record["run"], record["stage"], record["encoder"], record["seed"]) == ("x", 2, "bart", 3)
+    assert record["metrics"] == {"steps": 7, "validation": {"ge_loss": 250.0, "delta_li": None}}
+    assert record["training_conversations"] == record["validation_conversations"] == ["a", "b"]
+    assert record["dropped_conversations"] == {"broken": "no survey.csv"}
+    assert record["versions"]["torch"] and record["data"]["dropped_conversations"] == 1
+    printed = capsys.readouterr().out
+    assert "Stage 2, run x" in printed and "250" in printed and str(tmp_path / "reward1_x.json") in printed
+    assert tracker.finished and tracker.summaries == {"final/ge_loss": 250.0, "final/delta_li": None}
+    assert not tracker.tables and not tracker.bars
+
+
+def test_text_and_bar_charts_are_logged_only_when_asked_for(tmp_path):
+    tracker = Logged()
+    finish_run(reward_run(log_text=True, bar_chart=True), tracker, tmp_path)
+    assert tracker.tables["val/turns", 8]["response"].tolist()[0] == "AI: a turn 1"
+    assert tracker.bars == {
+        "val/rewards_by_turn_1": {1: 0.5, 2: 0.1},
+        "val/rewards_by_turn_2": {1: 0.2, 2: 0.4, 3: 0.3, 4: 0.0},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What an earlier stage was trained on
+
+
+def test_conversations_seen_are_those_of_the_head_and_of_its_encoder(tmp_path, capsys):
+    config = RewardHeadConfig("default", 4, "../s/lang_model_li", True, 9, 2, 2, None)
+    path = tmp_path / "g" / "reward1_ge"
+    for name, metrics, conversations in (("g/reward1_ge", {"steps": 1}, ["a", "c"]), ("s/reward1_li", {"steps": 1}, ["d"])):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.json").write_text(json.dumps({"metrics": metrics, "training_conversations": conversations}))
+    assert conversations_seen(path, config) == {"a", "c", "d"}
+    assert conversations_seen(path, replace(config, encoder="org/name", encoder_is_folder=False)) == {"a", "c"}
+    (tmp_path / "s/reward1_li.json").write_text(json.dumps({"metrics": {}, "training_conversations": ["d"]}))
+    assert conversations_seen(path, config) == {"a", "c"}  # that run only evaluated
+    warn_of_leaks(frozenset({"c"}), TURNS)
+    assert capsys.readouterr().out == ""
+    warn_of_leaks(frozenset({"a", "c"}), TURNS)
+    assert capsys.readouterr().out.startswith("Warning: 1 of this run's validation conversations were trained on")
+    (tmp_path / "s/reward1_li.json").write_text('{"metrics": []}')
+    with pytest.raises(UserError, match="expected the record of a run"):
+        conversations_seen(path, config)
