@@ -325,11 +325,14 @@ class Head(NamedTuple):
     Attributes:
         make: hidden size -> the head's layers. help: one line for `--help`.
         selectable: whether an option `--{name}` chooses it; else it is the default or belongs to a decomposition.
+        sequential: whether a turn's reward depends on the turns before it. Its input rows are then one trajectory's
+            turns, in order.
     """
 
     make: Callable[[int], nn.Sequential]
     help: str
     selectable: bool = True
+    sequential: bool = False
 
 
 HEADS = {
@@ -338,7 +341,7 @@ HEADS = {
     "small_model": Head(small_head, "h-128-32-1, ReLU"),
     "batch_norm": Head(batch_norm_head, "the default head with LayerNorm after each hidden layer"),
     "hard_shrink": Head(hard_shrink_head, "the default head with a GELU at the end"),
-    "rudder": Head(rudder_head, "16 LSTM cells", selectable=False),
+    "rudder": Head(rudder_head, "16 LSTM cells", selectable=False, sequential=True),
 }
 
 
@@ -418,9 +421,8 @@ class RewardHead(nn.Module):
 
     @property
     def sequential(self) -> bool:
-        """Whether a turn's reward depends on the turns before it: its input rows are then one trajectory's turns, in
-        order."""
-        return isinstance(self.layers[0], RudderCells)
+        """Whether a turn's reward depends on the turns before it (see `Head`)."""
+        return HEADS[self.config.head].sequential
 
     @torch.no_grad()
     def init_constant(self, value: float) -> None:

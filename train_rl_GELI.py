@@ -71,17 +71,21 @@ class Algorithm(NamedTuple):
     Attributes:
         train: (policy, score, prompts, recorder, accelerator, options, inputs), trains the policy in place.
         help: one line for `--help`.
-        by_trl: TRL's trainers take `--trl` and `--num_generations`. They cannot resume, train a sharded policy, or
-            generate without updating (`--ppo_off`).
+        by_trl: takes `--trl` and `--num_generations`, options of TRL's trainers.
+        resumes: writes checkpoints that `--resume` starts from. shards: can train a sharded policy.
+        skips_updates: can generate and score without updating (`--ppo_off`).
     """
 
     train: Callable
     help: str
     by_trl: bool = False
+    resumes: bool = False
+    shards: bool = False
+    skips_updates: bool = False
 
 
 ALGORITHMS = {
-    "ppo": Algorithm(train_ppo, "this project's own loop"),
+    "ppo": Algorithm(train_ppo, "this project's own loop", resumes=True, shards=True, skips_updates=True),
     "rloo": Algorithm(partial(train_by_trl, algo="rloo"), "TRL's RLOO trainer", by_trl=True),
     "grpo": Algorithm(partial(train_by_trl, algo="grpo"), "TRL's GRPO trainer", by_trl=True),
 }
@@ -211,20 +215,20 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     rl, run_options = options.rl, options.run
     if not (rl.train or rl.val or rl.generate):
         parser.error("nothing to do: give --train, --val or --generate")
-    by_trl = ALGORITHMS[rl.algo].by_trl
-    if rl.trl and not by_trl:
+    algorithm = ALGORITHMS[rl.algo]
+    if rl.trl and not algorithm.by_trl:
         parser.error("--trl are options of TRL's trainers: give --algo rloo or --algo grpo")
     if not run_options.log_text:
         for word in rl.trl or ():  # options by which TRL sends prompts and responses elsewhere
             if word.partition("=")[0].startswith(("report_to", "log_completions", "push_to_hub", "hub_")):
                 parser.error(f"--trl {word}: it can send conversations elsewhere: give --log_text if they may")
-    if rl.ppo_off and by_trl:
+    if rl.ppo_off and not algorithm.skips_updates:
         parser.error("--ppo_off is for --algo ppo")
     for name, given in {"ppo_off": rl.ppo_off, "resume": run_options.resume, "sft_steps": rl.sft_steps}.items():
         if given and not rl.train:
             parser.error(f"--{name} changes training: give --train")
-    if run_options.resume and by_trl:
-        parser.error(f"--resume is for --algo ppo: TRL's {rl.algo} writes no checkpoints here")
+    if run_options.resume and not algorithm.resumes:
+        parser.error(f"--resume is for --algo ppo: {rl.algo} writes no checkpoints here")
     if rl.sft_steps and rl.ppo_off:
         parser.error("--ppo_off updates nothing, and --sft_steps does: give one of them")
     if options.reward.rf_model == BASE:
@@ -424,7 +428,7 @@ def build_policy(options: Options, accelerator, source: str) -> Policy:
     and float32 elsewhere."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     policy = shard(load_policy(source, *options.policy.lora, dtype, options.run.trust_remote_code), accelerator)
-    if policy.max_over_ranks and (ALGORITHMS[options.rl.algo].by_trl or options.rl.sft_steps):
+    if policy.max_over_ranks and (not ALGORITHMS[options.rl.algo].shards or options.rl.sft_steps):
         option_name = "--sft_steps" if options.rl.sft_steps else f"--algo {options.rl.algo}"
         raise UserError(f"{option_name}: TRL cannot train a sharded policy here; use --algo ppo alone, or do not shard")
     return policy

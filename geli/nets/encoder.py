@@ -144,7 +144,7 @@ class TurnEncoder(nn.Module):
 
     def forward(self, input_ids, attention_mask, **segments) -> torch.Tensor:
         """(n, hidden) representations of right-padded rows (n, longest), each ending with an end token."""
-        run = self._compiled or self.encoder
+        run = self.encoder if self._compiled is None else self._compiled  # a compiled module has no truth value
         hidden = run(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
         last = attention_mask.sum(dim=1) - 1
         return hidden[torch.arange(len(last), device=hidden.device), last]

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -190,9 +191,11 @@ class Checkpointer:
             header = {"format": _FORMAT, "step": step, "random": random_states, "inputs": self.inputs}
             with atomic_path(self.folder / f"step_{step:08}.pt") as temporary:
                 try:
-                    torch.save(_plain(header | state, lambda tensor: tensor.detach().cpu()), temporary)
-                except RuntimeError as error:  # how torch reports a full disk
-                    raise OSError(first_line(error)) from None
+                    with open(temporary, "wb") as file:
+                        torch.save(_plain(header | state, lambda tensor: tensor.detach().cpu()), file)
+                except RuntimeError as error:  # torch raises it after the OSError that says why, such as a full disk
+                    cause = error.__context__
+                    raise cause if isinstance(cause, OSError) else OSError(first_line(error)) from None
             for path in list_checkpoints(self.folder)[:-CHECKPOINTS_KEPT]:
                 path.unlink(missing_ok=True)
         self.saved = step
@@ -270,7 +273,10 @@ def _read(path: Path) -> dict:
     with zipfile.ZipFile(path) as file:  # torch.save writes a checksum of every part, which torch.load does not check
         if file.testzip():
             raise ValueError("its content is not what was written")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError:  # torch's own message recommends to load it unsafely
+        raise ValueError("it holds more than tensors and plain values; nothing of it was run") from None
     if checkpoint["format"] != _FORMAT or {key: type(checkpoint[key]) for key in _TYPES} != _TYPES:
         raise ValueError(f"its format is not {_FORMAT}")
     return checkpoint

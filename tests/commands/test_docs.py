@@ -2,10 +2,12 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment_of_its_own
@@ -17,11 +19,14 @@ OUTSIDE = {".git", ".venv", ".venv-trl", "wandb", ".ruff_cache", ".pytest_cache"
 BLOCK = re.compile(r"^```python\n# (\S+), below (\w+)\n.*?^```$", re.MULTILINE | re.DOTALL)
 
 
-def sources() -> list:
+def sources() -> list[Path]:
     """The text files of the repository."""
     endings = (".py", ".md", ".sh", ".toml", ".yaml", ".txt")
-    found = [path for path in ROOT.rglob("*") if path.suffix in endings and path.is_file()]
-    return [path for path in found if not OUTSIDE & set(path.relative_to(ROOT).parts)]
+    found = []
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [name for name in folders if name not in OUTSIDE]
+        found += [Path(folder, name) for name in files if name.endswith(endings)]
+    return found
 
 
 def test_options_page_is_up_to_date():

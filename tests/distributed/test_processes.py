@@ -4,220 +4,241 @@ one process, one process writes, and none hangs when another dies."""
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-import time
+from pathlib import Path
+from types import SimpleNamespace
 
-import pandas as pd
 import psutil
 import pytest
+import sample_candor
 import torch
-from conftest import ROOT, environment_of_its_own, run_script, small_model
+from accelerate.commands import launch as accelerate_launch
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from conftest import ROOT, call_script, environment_of_its_own, small_model
 from safetensors.torch import load_file
+from sharded_kinds import ENCODERS, POLICIES
+from transformers import AutoModelForCausalLM, BartModel
+from worker import run_job
 
 from geli.run.sharding import check_sharding
 
 CONFIGS = ROOT / "accelerate_configs"
-OPTIONS = {  # heads without dropout: its random numbers are each process' own
-    "train_reward_LI_only.py": "--val --epochs 1 --batch_size 31 --learning_rate 1e-3 --run_name li",
-    "train_reward_GELI.py": "--train --val --affect_path li --epochs 2 --batch_size 1 --K 3 --run_name geli",
-    # of the minibatches and of the held-out prompts one process has fewer, and of the last ones none; the learning rate
-    # is so high that an update moves the adapter
-    "train_rl_GELI.py": "--train --val --steps 2 --batch_size 9 --val_prompts 10 --rf_model GELI --learning_rate 1e-2",
+LI, GELI, RL = "train_reward_LI_only.py", "train_reward_GELI.py", "train_rl_GELI.py"
+OPTIONS = {  # heads without dropout, whose random numbers are each process' own; rates that move what is trained
+    "li": (LI, "--val --epochs 2 --batch_size 15 --learning_rate 1e-3 --save_steps 3"),
+    "geli": (GELI, "--train --val --epochs 1 --batch_size 1 --K 3 --learning_rate 1e-2"),
+    # as many tokens at once as make the processes' numbers of passes differ
+    "unfrozen": (
+        GELI,
+        "--train --val --epochs 1 --batch_size 1 --K 3 --unfreeze --encoder_learning_rate 1e-3 --tokens_per_batch 120",
+    ),
+    # of the minibatches and of the held-out prompts one process has fewer, and of the last ones none
+    "ppo": (RL, "--train --val --steps 2 --batch_size 9 --val_prompts 5 --learning_rate 1e-2"),
 }
-UNFROZEN = "--train --val --epochs 1 --batch_size 1 --K 3 --unfreeze --encoder_learning_rate 1e-3 --run_name unfrozen"
+# what `accelerate launch` sets for a DeepSpeed file, where DeepSpeed is installed; None removes what it sets for FSDP
+ZERO_2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_USE_FSDP": None}
+WHOLE = {"ACCELERATE_USE_FSDP": None}
 
 
-def launch(processes: int, script: str, *options, config: str | None = None, wait=True, **environment):
-    """Runs a script in one process, or in several that talk over gloo; with `config` as `accelerate launch` does with
-    that file of accelerate_configs/."""
-    command = [sys.executable]
-    if config:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
-        command += ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
-        command += ["--num_processes", str(processes), "--main_process_port", str(port)]
-    elif processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(ROOT / script), *map(str, options)]
-    if script.startswith("train"):
-        command += ["--device", "cpu"]
-    environment = environment_of_its_own(**{"OMP_NUM_THREADS": "1", **environment})
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    if not wait:
-        return process
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == 0, out + error
-    return out
-
-
-def common(sample, out) -> list:
-    return ["--data_dir", sample, "--output_dir", out, "--context_turns", 2, "--dtype", "float32"]
+def launch(jobs: list[dict], folder: Path, *launcher: str) -> subprocess.CompletedProcess:
+    """Runs `worker.py` with these jobs in two processes that talk over gloo."""
+    folder.mkdir()
+    (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
+    worker = ROOT / "tests" / "support" / "worker.py"
+    command = [sys.executable, "-m", *launcher, str(worker), str(folder / "jobs.json"), str(folder)]
+    environment = environment_of_its_own(OMP_NUM_THREADS="1")
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
 
 
 @pytest.fixture(scope="module")
-def runs(sample, tiny, tmp_path_factory):
-    """{processes: (output folder, {script: what it printed})}"""
-    found = {}
-    for processes in (1, 2):
-        out = tmp_path_factory.mktemp(f"processes{processes}")
-        printed = {}
-        for script, options in OPTIONS.items():
-            data = common(sample, out)
-            if script == "train_reward_LI_only.py":
-                data += ["--lang_model_path", tiny / "bart"]
-            elif script == "train_rl_GELI.py":
-                data += ["--model_name", tiny / "llama"]
-            printed[script] = launch(processes, script, *options.split(), *data)
-        found[processes] = (out, printed)
+def inputs(tmp_path_factory):
+    """A corpus of 12 conversations, and small models."""
+    folder = tmp_path_factory.mktemp("inputs")
+    sample_candor.write_corpus(folder / "candor", conversations=12, n_turns=8, seed=0)
+    for kind in ("bart", "llama", *ENCODERS, *POLICIES):
+        small_model(kind, folder / kind, folder / "candor")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(inputs, tmp_path_factory):
+    """What the stages left and showed in one process and in two. Stages 2 and 3 start everywhere from what one process
+    trained in the stages before.
+
+    Attributes:
+        one, two, sharded: output folders of one process, of two with whole copies and of two with sharded models.
+        resumed: that of a sharded run that was resumed. killed: the launch in which a process of that run died, with
+            its folder `killed_in`.
+        shown: name of a job -> what each process saw of it.
+    """
+    folder = tmp_path_factory.mktemp("processes")
+    found = SimpleNamespace(shown={}, killed_in=folder / "killed")
+    found.one, found.two, found.sharded, found.resumed = (folder / n for n in ("one", "two", "sharded", "resumed"))
+    starts = {"li": ["--lang_model_path", inputs / "bart"], "ppo": ["--model_name", inputs / "llama"]}
+
+    def job(name: str, run: str, out: Path, environment: dict | None = None, *more: str, **rest) -> dict:
+        script, words = OPTIONS[run]
+        arguments = [*words.split(), "--data_dir", inputs / "candor", "--output_dir", out, "--context_turns", 2]
+        arguments += ["--no_cache", *starts[run], *([] if run == "ppo" else ["--run_name", run]), *more]
+        return {"name": name, "script": script, "arguments": arguments, "environment": environment, **rest}
+
+    for run in OPTIONS:
+        alone = job(run, run, found.one)
+        del alone["name"]
+        found.shown[run] = [run_job(**alone)]
+        if run == "li":
+            head = next(found.one.glob("*/reward1_li"))
+            starts |= {"geli": ["--affect_path", head], "unfrozen": ["--affect_path", head]}
+        elif run == "geli":
+            starts["ppo"] += ["--reward_path", next(found.one.glob("*/reward1_geli"))]
+    dying = job("killed", "li", found.resumed, ZERO_2, dies_after=4)  # between two checkpoints
+    found.killed = launch([dying], found.killed_in, "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+    jobs = [job(f"two {run}", run, found.two, WHOLE) for run in ("li", "geli", "ppo")]
+    jobs += [job("sharded li", "li", found.sharded, ZERO_2), job("resumed", "li", found.resumed, ZERO_2, "--resume")]
+    jobs += [job(f"sharded {run}", run, found.sharded) for run in ("unfrozen", "ppo")]
+    jobs += [{"name": "kinds", "script": "sharded_kinds", "arguments": [inputs]}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    config = ["--config_file", str(CONFIGS / "fsdp.yaml"), "--num_processes", "2", "--main_process_port", port]
+    done = launch(jobs, folder / "jobs", "accelerate.commands.launch", *config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in (job["name"] for job in jobs):
+        found.shown[name] = [json.loads((folder / "jobs" / f"{name}.{rank}.json").read_text()) for rank in (0, 1)]
     return found
 
 
-@pytest.fixture(scope="module")
-def sharded(sample, tiny, runs, tmp_path_factory):
-    """(output folder of one process, of two with sharded models, {script: what those two printed})
-
-    Stages 2 and 3 start in both from what one process trained in the stages before.
-    """
-    one, out = runs[1][0], tmp_path_factory.mktemp("sharded")
-    li, geli = (next(one.glob(f"*/reward1_{run}")) for run in ("li", "geli"))
-    scripts = list(OPTIONS)
-    printed = {}
-    # ZeRO 2, as `accelerate launch` passes it on: it needs DeepSpeed installed, which the scripts do not
-    zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
-    options = [*OPTIONS[scripts[0]].split(), "--lang_model_path", tiny / "bart", *common(sample, out)]
-    printed[scripts[0]] = launch(2, scripts[0], *options, **zero)
-    # as many tokens at once as make the processes' numbers of passes differ
-    options = [*UNFROZEN.split(), "--affect_path", li, "--tokens_per_batch", 120]
-    launch(1, scripts[1], *options, *common(sample, one))
-    printed[scripts[1]] = launch(2, scripts[1], *options, *common(sample, out), config="fsdp")
-    options = [*OPTIONS[scripts[2]].split(), "--reward_path", geli, "--model_name", tiny / "llama"]
-    printed[scripts[2]] = launch(2, scripts[2], *options, *common(sample, out), config="fsdp")
-    return one, out, printed
+# ---------------------------------------------------------------------------------------------------------------------
+# The same results
 
 
-def assert_same_validation(outs, run: str) -> None:
-    """The validation metrics of a reward run are the same in both output folders."""
-    first, second = (
-        json.loads(next(out.glob(f"*/reward1_{run}.json")).read_text())["metrics"]["validation"] for out in outs
-    )
+def assert_same_log(first: list[dict], second: list[dict]) -> None:
+    """What was logged at every step, such as losses and gradient norms, is the same."""
+    assert [row.keys() for row in first] == [row.keys() for row in second] and len(first) > 1
+    for a, b in zip(first, second, strict=True):
+        for name in (name for name in a if "seconds" not in name):
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), f"{name} at step {a['step']}"
+
+
+def assert_same_weights(first: Path, second: Path, start: dict, atol: float, least: float) -> None:
+    """The weights in two files are the same to `atol`, and training moved most of them by more than `least`."""
+    first, second = load_file(first), load_file(second)
     assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert second[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+    names = [name for name in first if not name.endswith("k_proj.bias")]  # gradient 0 but for rounding, scaled by Adam
+    for name in names:
+        difference = (second[name] - first[name]).abs().max()
+        assert difference < atol, f"{name} differs by {difference:.2g}"
+    moved = [name for name in names if (first[name] - start.get(name, 0)).abs().max() > least]
+    assert len(moved) > len(names) / 2, moved
 
 
-def assert_same_ppo(outs) -> None:
-    """Both steps, the weights after them, and what was measured before are the same in both output folders."""
-    first, second = (pd.read_csv(out / "rlmf_weights" / "GELI_llama_steps.csv") for out in outs)
-    columns = ("score_mean", "human_score_mean", "kl", "policy_loss", "value_loss", "entropy", "response_length_mean")
-    for column in columns:
-        assert second[column].tolist() == pytest.approx(first[column].tolist(), abs=2e-3), column
-    assert second["gradient_norm"].tolist() == pytest.approx(first["gradient_norm"].tolist(), rel=1e-3)
-    for name in ("adapter_model.safetensors", "value_head.safetensors"):
-        one, two = (load_file(out / "rlmf_weights" / "GELI_llama_2" / name) for out in outs)
-        moved = {key: value for key, value in one.items() if "lora_A" not in key}  # these start at 0
-        assert all(value.abs().max() > 1e-3 for value in moved.values())
-        difference = sum(((two[key] - value) ** 2).sum() for key, value in moved.items()) ** 0.5
-        assert difference < 0.02 * sum((value**2).sum() for value in moved.values()) ** 0.5
-    before = [json.loads((out / "rlmf_weights" / "GELI_llama.json").read_text())["metrics"] for out in outs]
-    assert before[1]["before"] == pytest.approx(before[0]["before"], abs=1e-3)
+def metrics_of(folder: Path, pattern: str) -> dict:
+    return json.loads(next(folder.glob(pattern)).read_text())["metrics"]
 
 
-@pytest.mark.parametrize("run", ["li", "geli"])
-def test_reward_stages_give_what_one_process_gives(runs, run):
-    outs = [out for out, _ in runs.values()]
-    assert_same_validation(outs, run)
-    one, two = (load_file(next(out.glob(f"*/reward1_{run}"))) for out in outs)
-    for name, value in one.items():
-        assert torch.allclose(two[name], value, atol=2e-3), name
+@pytest.mark.parametrize(("name", "run"), [("two", "li"), ("two", "geli"), ("sharded", "li"), ("sharded", "unfrozen")])
+def test_a_reward_run_gives_what_one_process_gives(runs, name, run):
+    out = getattr(runs, name)
+    assert_same_log(runs.shown[run][0]["logged"], runs.shown[f"{name} {run}"][0]["logged"])
+    first, second = (metrics_of(folder, f"*/reward1_{run}.json")["validation"] for folder in (runs.one, out))
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert second[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
+    heads = [next(folder.glob(f"*/reward1_{run}")) for folder in (runs.one, out)]
+    start = {} if run == "li" else load_file(next(runs.one.glob("*/reward1_li")))
+    assert_same_weights(*heads, start, atol=1e-4, least=1e-3)
 
 
-def test_stage_3_gives_what_one_process_gives(runs):
-    assert_same_ppo([out for out, _ in runs.values()])
+@pytest.mark.parametrize(("name", "run"), [("two", "li"), ("sharded", "li"), ("sharded", "unfrozen")])
+def test_an_encoder_that_trains_becomes_what_one_process_makes_of_it(runs, inputs, name, run):
+    encoders = [next(f.glob(f"*/lang_model_{run}")) / "model.safetensors" for f in (runs.one, getattr(runs, name))]
+    start = {"li": inputs / "bart", "unfrozen": next(runs.one.glob("*/lang_model_li"))}[run]
+    assert_same_weights(*encoders, load_file(start / "model.safetensors"), atol=1e-3, least=3e-3)
 
 
-@pytest.mark.parametrize("run", ["li", "unfrozen"])
-def test_sharded_encoders_give_what_one_process_gives(sharded, tiny, run):
-    assert_same_validation(sharded[:2], run)
-    whole, gathered = (load_file(next(out.glob(f"*/lang_model_{run}")) / "model.safetensors") for out in sharded[:2])
-    start = load_file(tiny / "bart" / "model.safetensors")
-    assert whole.keys() == gathered.keys()
-    moved = 0
-    for name, weights in whole.items():
-        if name.endswith("k_proj.bias"):
-            continue  # its gradient is 0 but for rounding, which Adam makes steps of
-        assert torch.allclose(gathered[name], weights, atol=1e-3), name
-        moved += "encoder.layers" in name and not torch.allclose(weights, start[name], atol=3e-3)
-    assert moved > 10  # else their equality would say little
+@pytest.mark.parametrize("name", ["two", "sharded"])
+def test_ppo_gives_what_one_process_gives(runs, name):
+    assert_same_log(runs.shown["ppo"][0]["logged"], runs.shown[f"{name} ppo"][0]["logged"])
+    folders = [out / "rlmf_weights" for out in (runs.one, getattr(runs, name))]
+    first, second = (metrics_of(folder, "GELI_llama.json") for folder in folders)
+    for when in ("before", "after"):
+        assert second[when] == pytest.approx(first[when], rel=1e-3, abs=1e-3)
+    for step in (1, 2):
+        for file in ("adapter_model.safetensors", "value_head.safetensors"):
+            assert_same_weights(*(f / f"GELI_llama_{step}" / file for f in folders), {}, atol=1e-4, least=1e-3)
 
 
-def test_a_sharded_policy_gives_what_one_process_gives(sharded):
-    assert_same_ppo(sharded[:2])
+def test_sharded_models_of_several_architectures_compute_what_whole_copies_do(runs):
+    assert "compared: " + " ".join((*ENCODERS, *POLICIES)) in runs.shown["kinds"][0]["printed"]
 
 
-def test_sharded_models_write_the_same_files_which_load_in_one_process(sharded, sample, tiny):
-    one, out, _ = sharded
-    for pattern in ("*/lang_model_li/*", "*/lang_model_unfrozen/*", "rlmf_weights/*", "rlmf_weights/GELI_llama_2/*"):
-        names = [{path.name for path in folder.glob(pattern)} for folder in (one, out)]
-        assert names[0] == names[1] and names[0], pattern
-    assert not list(out.rglob("*.tmp*"))
-    options = ["--val", "--val_prompts", 3, "--reward_path", next(out.glob("*/reward1_unfrozen"))]
-    launch(1, "train_rl_GELI.py", *options, "--model_name", tiny / "llama", *common(sample, out))
-
-
-def test_a_process_holds_half_of_the_layers_weights(sharded, tiny):
-    from transformers import AutoModelForCausalLM, BartModel
-
-    bart, llama = BartModel.from_pretrained(tiny / "bart"), AutoModelForCausalLM.from_pretrained(tiny / "llama")
-    layers = (
-        [*bart.encoder.layers, *bart.decoder.layers],
-        [*bart.encoder.layers, *bart.decoder.layers],
-        llama.model.layers,
-    )
-    for text, parts in zip(sharded[2].values(), layers, strict=True):
-        total, mine = (
-            int(n.replace(",", "")) for n in re.search(r"of ([\d,]+) weights .* holds ([\d,]+) ", text).groups()
-        )
+def test_a_process_holds_half_of_the_layers_weights(runs, inputs):
+    bart, llama = BartModel.from_pretrained(inputs / "bart"), AutoModelForCausalLM.from_pretrained(inputs / "llama")
+    bart_layers = [*bart.encoder.layers, *bart.decoder.layers]
+    for run, parts in {"li": bart_layers, "unfrozen": bart_layers, "ppo": llama.model.layers}.items():
+        text = runs.shown[f"sharded {run}"][0]["printed"]
+        numbers = re.search(r"of ([\d,]+) weights .* holds ([\d,]+) ", text).groups()
+        total, mine = (int(number.replace(",", "")) for number in numbers)
         assert total - mine == sum(p.numel() for part in parts for p in part.parameters()) / 2
+    assert "weights each of" not in runs.shown["two li"][0]["printed"]
 
 
-def test_a_sharded_run_resumes_after_a_kill(sharded, sample, tiny, tmp_path):
-    script, zero = "train_reward_LI_only.py", {"ACCELERATE_USE_DEEPSPEED": "true"}
-    zero["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = "2"
-    options = [*OPTIONS[script].split(), "--lang_model_path", tiny / "bart", *common(sample, tmp_path)]
-    options += ["--save_steps", 3, "--resume"]
-    launcher = launch(2, script, *options, wait=False, **zero)
-    while not list(tmp_path.glob("*/state_li/step_*")):
-        assert launcher.poll() is None
-        time.sleep(0.05)
-    for process in [*psutil.Process(launcher.pid).children(recursive=True), launcher]:
-        process.kill()
-    launcher.communicate()
-    assert "Resuming after step" in launch(2, script, *options, **zero)
-    assert_same_validation([sharded[1], tmp_path], "li")
+# ---------------------------------------------------------------------------------------------------------------------
+# One process writes
 
 
-def test_several_architectures_can_be_sharded(sample, tmp_path):
-    from sharded_kinds import ENCODERS, POLICIES
+def test_one_process_writes_and_speaks(runs):
+    one, two = ({path.relative_to(out).as_posix() for path in out.rglob("*")} for out in (runs.one, runs.two))
+    assert {name for name in one if "unfrozen" not in name} == two  # whole copies did not run that
+    for run in ("li", "geli", "ppo"):
+        shown = runs.shown[f"two {run}"]
+        assert [found["printed"].count("Written:") for found in shown] == [1, 0]
+        assert [found["wandb_runs"] for found in shown] == [1, 0]
+        assert shown[1]["printed"] == ""
 
-    for kind in (*ENCODERS, *POLICIES):
-        small_model(kind, tmp_path / kind, sample)
-    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    assert "compared: " + " ".join((*ENCODERS, *POLICIES)) in launch(
-        2, "tests/support/sharded_kinds.py", tmp_path, **fsdp
-    )
+
+def test_what_sharded_runs_leave_has_the_same_names_and_loads_in_one_process(runs, inputs):
+    for pattern in ("*/lang_model_li/*", "*/lang_model_unfrozen/*", "rlmf_weights/*", "rlmf_weights/GELI_llama_2/*"):
+        names = [{path.name for path in folder.glob(pattern)} for folder in (runs.one, runs.sharded)]
+        assert names[0] == names[1] and names[0], pattern
+    assert not list(runs.sharded.rglob("*.tmp*"))
+    data = ["--data_dir", inputs / "candor", "--output_dir", runs.sharded, "--device", "cpu", "--no_cache"]
+    head = next(runs.sharded.glob("*/reward1_unfrozen"))
+    call_script(RL, "--val", "--val_prompts", 3, "--reward_path", head, "--model_name", inputs / "llama", *data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When one dies
+
+
+def test_when_one_process_is_killed_the_others_end_with_an_error(runs):
+    assert runs.killed.returncode != 0
+    for rank in (0, 1):
+        pid = int((runs.killed_in / f"pid.{rank}").read_text())
+        assert not psutil.pid_exists(pid) or "worker.py" not in " ".join(psutil.Process(pid).cmdline())
+        assert not (runs.killed_in / f"killed.{rank}.json").exists()
+
+
+def test_a_sharded_run_is_resumed_after_a_kill(runs):
+    resumed, whole = (runs.shown[name][0] for name in ("resumed", "sharded li"))
+    assert "Resuming after step 3 of " in resumed["printed"]
+    assert resumed["logged"] == whole["logged"][3:] and resumed["logged"]
+    for name in ("reward1_li", "lang_model_li/model.safetensors"):
+        first, second = (load_file(next(out.glob(f"*/{name}"))) for out in (runs.sharded, runs.resumed))
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configurations
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_the_configurations(path, monkeypatch):
-    from accelerate.commands import launch as launcher
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-
-    args = launcher.launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
-    args, *_ = launcher._validate_launch_command(args)
+    args = accelerate_launch.launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+    args, *_ = accelerate_launch._validate_launch_command(args)
     args.deepspeed_fields_from_accelerate_config = ""
     found = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
     with monkeypatch.context() as patch:
@@ -237,36 +258,7 @@ def test_accelerate_reads_the_configurations(path, monkeypatch):
         ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM"),
     ],
 )
-def test_what_is_not_done_is_refused(variable, value, says):
-    result = run_script("train_rl_GELI.py", "--val", "--device", "cpu", check=2, **{variable: value})
-    assert says in result.stderr and len(result.stderr.splitlines()) == 1
-
-
-def test_one_process_writes_and_speaks(runs):
-    names = [
-        {path.relative_to(out).as_posix() for path in out.rglob("*") if "wandb" not in path.parts and path.is_file()}
-        for out, _ in runs.values()
-    ]
-    # "unfrozen" is `sharded`'s, of one process alone
-    kept = [{n for n in found if not n.startswith("cache/features") and "unfrozen" not in n} for found in names]
-    assert kept[0] == kept[1]
-    assert not [name for name in names[1] if ".tmp" in name]
-    for _, printed in runs.values():
-        for text in printed.values():
-            assert text.count("Written:") == 1 and text.count("conversations, ") >= 1
-    assert len(list((runs[2][0] / "wandb").glob("offline-run-*"))) == 3  # one a stage
-
-
-def test_when_one_process_is_killed_the_others_end_with_an_error(sample, tiny, tmp_path):
-    options = ["--data_dir", sample, "--output_dir", tmp_path, "--lang_model_path", tiny / "bart", "--epochs", 500]
-    options += ["--run_name", "killed", "--save_steps", 2]
-    launcher = launch(2, "train_reward_LI_only.py", *options, wait=False)
-    while not list(tmp_path.glob("*/state_killed/step_*")):  # training has begun
-        assert launcher.poll() is None
-        time.sleep(0.1)
-    workers = [p for p in psutil.Process(launcher.pid).children() if "train_reward_LI_only.py" in " ".join(p.cmdline())]
-    assert len(workers) == 2
-    workers[1].send_signal(signal.SIGKILL)
-    launcher.communicate(timeout=120)
-    assert launcher.returncode != 0
-    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+def test_a_configuration_that_is_not_supported_is_refused(variable, value, says, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    refused = call_script(RL, "--val", "--device", "cpu", check=2)
+    assert says in refused.stderr and len(refused.stderr.splitlines()) == 1

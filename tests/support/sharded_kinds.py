@@ -1,32 +1,33 @@
-"""Run in two processes by test_processes.py: models of several architectures, sharded, against whole copies, where one
-process has fewer rows or none, and in one pass or several. Usage: sharded_kinds.py FOLDER_OF_SMALL_MODELS"""
+"""A job of worker.py: models of several architectures, sharded, against whole copies, where one process has fewer rows
+or none, and in one pass or several."""
 
-import sys
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from geli.nets.encoder import load_encoder
 from geli.nets.policy import load_policy
 from geli.run.distributed import make_accelerator
 from geli.run.gradients import sum_gradients
-from geli.run.sharding import shard
+from geli.run.sharding import full_tensor, shard
 
 ENCODERS, POLICIES = ("longformer", "longt5", "llama-encoder"), ("gpt2", "t5-tied")
 PAIRS = [(" User: hello there", "AI: I am fine"), (" User: a", "AI: b c d"), (" User: what is it", "AI: nothing much")]
 
 
-def gradients(model, parameters, loss, accelerator) -> list[torch.Tensor]:
-    """Gradients of `loss`, added up over the processes; zeros where there are none."""
+def parse_options(argv: list[str]) -> Path:
+    """The folder of the small models."""
+    return Path(argv[0])
+
+
+def gradients(parameters, loss, accelerator) -> list[torch.Tensor]:
+    """Gradients of `loss`, summed over the processes; zeros where there are none."""
     for p in parameters:
         p.grad = None
     if loss.requires_grad:
         loss.backward()
     sum_gradients(parameters, accelerator)
-    found = [torch.zeros(p.shape) if p.grad is None else p.grad for p in parameters]
-    return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in found]
+    return [torch.zeros(p.shape) if p.grad is None else full_tensor(p.grad) for p in parameters]
 
 
 def compare(kind: str, found, expected) -> None:
@@ -34,44 +35,45 @@ def compare(kind: str, found, expected) -> None:
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, msg=lambda text: f"{kind}: {text}")
 
 
-def main() -> None:
-    folder, accelerator = Path(sys.argv[1]), make_accelerator("cpu", "float32")
-    rank = accelerator.process_index
-    for kind in ENCODERS:
-        whole = load_encoder(str(folder / kind)).eval()
-        other = shard(load_encoder(str(folder / kind)), accelerator).eval()
-        parameters = whole.trainable(), other.trainable()
-        tokens = whole.tokenize(PAIRS)
-        weights = torch.linspace(-1, 1, whole.hidden_size)
-        for budget in (None, 12):
-            whole.tokens_per_batch = other.tokens_per_batch = budget
-            for mine in (tokens[rank::2], tokens if rank else []):
-                features = whole.encode_with_gradients(mine), other.encode_with_gradients(mine)
-                compare(kind, (features[1], other.encode(mine)), (features[0], features[0].detach()))
-                both = zip((whole, other), parameters, features, strict=True)
-                first, second = (gradients(m, p, (f @ weights).sum(), accelerator) for m, p, f in both)
-                compare(kind, second, first)
-    for kind in POLICIES:
-        torch.manual_seed(0)
-        whole = load_policy(str(folder / kind), 4, 8, torch.float32)
-        other = load_policy(str(folder / kind), 4, 8, torch.float32)
-        other.load_state_dict(whole.state_dict())
-        shard(other, accelerator)
-        mine = [[0], [1, 2]][rank]
-        query = whole.tokenize([("hello there", "a b c d e", "what is it now")[i] for i in mine])
-        uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[mine]
-        response, _ = whole.generate(*query, uniforms)
-        assert torch.equal(other.generate(*query, uniforms)[0][:, : response.shape[1]], response), kind
-        for rows in (slice(None), slice(0, 0 if rank else None)):
-            inputs = [x[rows] for x in (*query, response, torch.ones_like(response))]
-            seen = [m(*inputs) for m in (whole, other)]
-            compare(kind, seen[1], seen[0])
-            losses = [s[0].sum() + s[1].sum() for s in seen]
-            both = zip((whole, other), losses, strict=True)
-            first, second = (gradients(m, m.trainable(), loss, accelerator) for m, loss in both)
+def compare_encoder(kind: str, path: str, accelerator) -> None:
+    whole, other = load_encoder(path).eval(), shard(load_encoder(path), accelerator).eval()
+    parameters = whole.trainable(), other.trainable()
+    tokens, rank = whole.tokenize(PAIRS), accelerator.process_index
+    weights = torch.linspace(-1, 1, whole.hidden_size)
+    for budget in (None, 12):
+        whole.tokens_per_batch = other.tokens_per_batch = budget
+        for mine in (tokens[rank::2], tokens if rank else []):
+            features = whole.encode_with_gradients(mine), other.encode_with_gradients(mine)
+            compare(kind, (features[1], other.encode(mine)), (features[0], features[0].detach()))
+            both = zip(parameters, features, strict=True)
+            first, second = (gradients(p, (f @ weights).sum(), accelerator) for p, f in both)
             compare(kind, second, first)
+
+
+def compare_policy(kind: str, path: str, accelerator) -> None:
+    torch.manual_seed(0)
+    whole, other = (load_policy(path, 4, 8, torch.float32) for _ in range(2))
+    other.load_state_dict(whole.state_dict())
+    shard(other, accelerator)
+    mine = [[0], [1, 2]][accelerator.process_index]
+    query = whole.tokenize([("hello there", "a b c d e", "what is it now")[i] for i in mine])
+    uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[mine]
+    response, _ = whole.generate(*query, uniforms)
+    assert torch.equal(other.generate(*query, uniforms)[0][:, : response.shape[1]], response), kind
+    for rows in (slice(None), slice(0, 0 if accelerator.process_index else None)):
+        inputs = [x[rows] for x in (*query, response, torch.ones_like(response))]
+        seen = [m(*inputs) for m in (whole, other)]
+        compare(kind, seen[1], seen[0])
+        losses = [s[0].sum() + s[1].sum() for s in seen]
+        both = zip((whole, other), losses, strict=True)
+        first, second = (gradients(m.trainable(), loss, accelerator) for m, loss in both)
+        compare(kind, second, first)
+
+
+def main(folder: Path) -> None:
+    accelerator = make_accelerator("cpu", "float32")
+    for kind in ENCODERS:
+        compare_encoder(kind, str(folder / kind), accelerator)
+    for kind in POLICIES:
+        compare_policy(kind, str(folder / kind), accelerator)
     print("compared: " + " ".join((*ENCODERS, *POLICIES)))
-
-
-if __name__ == "__main__":
-    main()

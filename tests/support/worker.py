@@ -1,8 +1,8 @@
 """Runs commands one after another in every process of a launch, so that modules are imported once.
 
 Usage: worker.py JOBS.json FOLDER. A job is {"name", "script", "arguments"} with, if wanted, "environment" (variables
-for this job; null removes one) and "dies_at" (a step after which process 1 kills itself). What a process saw of a job
-is written to FOLDER/NAME.RANK.json.
+for this job; null removes one) and "dies_after" (a step after which process 1 kills itself). What a process saw of a
+job is written to FOLDER/NAME.RANK.json.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from geli.run import tracking
 from geli.run.checkpoint import Checkpointer
 
 
-def run_job(script: str, arguments: list, environment: dict | None = None, dies_at: int | None = None) -> dict:
+def run_job(script: str, arguments: list, environment: dict | None = None, dies_after: int | None = None) -> dict:
     """Runs a command in this process.
 
     Returns:
@@ -43,7 +43,7 @@ def run_job(script: str, arguments: list, environment: dict | None = None, dies_
         return start(*arguments)
 
     def done(self, step: int, save: bool = False, done=Checkpointer.done) -> None:
-        if step == dies_at and self.accelerator.process_index == 1:
+        if step == dies_after and self.accelerator.process_index == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         done(self, step, save)
 

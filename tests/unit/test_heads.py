@@ -194,9 +194,10 @@ def test_a_head_is_found_by_its_path_or_its_runs_name(tmp_path):
         save_reward_head(make_head(), tmp_path / name)
     (tmp_path / "a" / "reward1_one.json").touch()
     assert {path.name for path in saved_heads(tmp_path)} == {"reward1_one", "reward1_two"}
-    assert find_head("one", tmp_path) == find_head(str(tmp_path / "a" / "reward1_one"), "/") == tmp_path / "a/reward1_one"
+    one = tmp_path / "a/reward1_one"
+    assert find_head("one", tmp_path) == find_head(str(one), "/") == one
     assert find_head("two", tmp_path, "b*") == tmp_path / "b/reward1_two"
     with pytest.raises(UserError, match="two: 2 runs have that name"):
         find_head("two", tmp_path)
-    with pytest.raises(UserError, match="three: expected a run name .*; runs there: one, two, two"):
+    with pytest.raises(UserError, match=r"three: expected a run name .*; runs there: one, two, two"):
         find_head("three", tmp_path)

@@ -184,22 +184,22 @@ def test_a_restored_state_goes_on_alike(model):
 
 
 def test_it_reaches_90_percent_of_a_known_optimum_with_bounded_kl(model):
-    rows = run_ppo(model, seed=0, steps=90, until=0.9)
+    rows = run_ppo(model, seed=0, steps=90, until=0.9, learning_rate=1e-2)
     assert reached(rows, 0.9)
     # no policy gets there for less than 16 * (0.9 ln(0.9/0.5) + 0.1 ln(0.1/0.5)) = 5.9 nats
-    assert 5 < np.mean([row["kl"] for row in rows[-3:]]) < 40
+    assert 5 < np.mean([row["kl"] for row in rows[-3:]]) < 60
 
 
 def test_with_a_large_beta_it_stays_at_the_reference(model):
-    rows = run_ppo(model, seed=0, steps=15, beta=20.0)
-    assert np.mean([row["kl"] for row in rows[-5:]]) < 0.5
+    rows = run_ppo(model, seed=0, steps=12, beta=20.0, learning_rate=1e-2)
+    assert np.mean([row["kl"] for row in rows[-5:]]) < 1  # with the usual beta it is above 4 by then
     assert np.mean([row["score_mean"] for row in rows[-5:]]) < 0.6
 
 
 def test_with_a_random_reward_it_does_not_drift(model):
     rng = torch.Generator().manual_seed(0)
-    rows = run_ppo(model, seed=0, steps=15, score=lambda _, responses: torch.rand(len(responses), generator=rng))
-    assert np.mean([row["kl"] for row in rows[-5:]]) < 3  # with the real reward it is above 10 later on
+    rows = run_ppo(model, seed=0, steps=25, score=lambda _, responses: torch.rand(len(responses), generator=rng))
+    assert np.mean([row["kl"] for row in rows[-5:]]) < 3  # with the real reward it is above 10 by then
     assert rows[-1]["entropy"] > 0.8 * rows[0]["entropy"]
 
 

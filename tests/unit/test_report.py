@@ -183,9 +183,10 @@ def test_text_and_bar_charts_are_logged_only_when_asked_for(tmp_path):
 def test_conversations_seen_are_those_of_the_head_and_of_its_encoder(tmp_path, capsys):
     config = RewardHeadConfig("default", 4, "../s/lang_model_li", True, 9, 2, 2, None)
     path = tmp_path / "g" / "reward1_ge"
-    for name, metrics, conversations in (("g/reward1_ge", {"steps": 1}, ["a", "c"]), ("s/reward1_li", {"steps": 1}, ["d"])):
+    for name, conversations in (("g/reward1_ge", ["a", "c"]), ("s/reward1_li", ["d"])):
         (tmp_path / name).parent.mkdir()
-        (tmp_path / f"{name}.json").write_text(json.dumps({"metrics": metrics, "training_conversations": conversations}))
+        record = {"metrics": {"steps": 1}, "training_conversations": conversations}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
     assert conversations_seen(path, config) == {"a", "c", "d"}
     assert conversations_seen(path, replace(config, encoder="org/name", encoder_is_folder=False)) == {"a", "c"}
     (tmp_path / "s/reward1_li.json").write_text(json.dumps({"metrics": {}, "training_conversations": ["d"]}))

@@ -1,19 +1,61 @@
 """Every option of the three commands, by what it does: each test fails if its option did nothing."""
 
 import json
+import os
 import re
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, call_script, run_script, small_model
+from accelerate import Accelerator
+from conftest import ROOT, call_script, small_model
+from options_table import options_page
+from textblob import TextBlob
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from turn_sets import trajectory, turn_set
 
-import models
-from data_utils import read_corpus, split, told_share
+import train_rl_GELI
+from data_utils import make_trajectory, read_corpus, split, turn_text
+from geli import plots
+from geli.data.candor import REWARD_CLASSES, read_conversation
+from geli.data.writer import write_conversation
+from geli.nets import encoder as encoder_module
+from geli.nets import policy as policy_module
+from geli.nets.encoder import TurnEncoder, encoder_of_head, load_encoder
+from geli.nets.options import ENCODERS, POLICIES
+from geli.rl.prompts import Prompt
+from geli.rl.rollout import RewardScorer
+from geli.run.errors import UserError
+from models import HEADS, RewardHead, RewardHeadConfig, load_reward_head, save_reward_head
+from train_reward_GELI import GELITraining, GELITrainingOptions
+from train_rl_GELI import RF_MODELS
 
 QUICK = ("--context_turns", 2, "--learning_rate", 1e-3, "--train_size", 6, "--small_model_shrink", "--model", "convo")
+
+
+SHORT = dict(min_new_tokens=4, max_new_tokens=8)  # responses
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Without wandb and pictures, and with short responses."""
+    parse = train_rl_GELI.parse_options
+
+    def parse_short(argv=None):
+        options = parse(argv)
+        return replace(options, ppo=replace(options.ppo, **SHORT))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.setattr(train_rl_GELI, "parse_options", parse_short)
+        for picture in ("turn_rewards", "returns", "ppo"):
+            patch.setattr(plots, picture, lambda *arguments: arguments[-1])
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +82,23 @@ def stages(sample, tiny, tmp_path_factory):
             options = ("--model_name", tiny / "llama", "--steps", 1, "--batch_size", 2, "--val_prompts", 4)
             return call_script("train_rl_GELI.py", *data, *options, "--context_turns", 2, *more, check=check)
 
-        def head(self, run):
-            return models.load_reward_head(self.path(run))
+        def config(self, run):
+            return load_reward_head(self.path(run)).config
 
         def path(self, run):
-            return next(path for path in out.glob(f"*/reward1_{run}"))
+            return next(out.glob(f"*/reward1_{run}"))
+
+        def encoder_folder(self, run):
+            return encoder_of_head(self.config(run), self.path(run))
 
         def record(self, run):
             return json.loads(next(out.glob(f"*/reward1_{run}.json")).read_text())
 
+        def table(self, run):
+            return pd.read_csv(self.path(run).with_name(f"val_turn_rewards_{run}.csv"))
+
         def weights(self, run):
-            return torch.cat([p.flatten() for p in self.head(run).parameters()])
+            return torch.cat([p.flatten() for p in load_reward_head(self.path(run)).parameters()])
 
     stages = Stages()
     stages.li("--run_name", "li", "--val")
@@ -69,7 +117,7 @@ def test_each_head_trains_in_both_stages(stages, option):
     stages.li("--run_name", f"li-{option}", quick=quick)
     stages.ge("--train", "--affect_path", f"li-{option}", "--run_name", f"geli-{option}", encoder=(), quick=quick)
     for run in (f"li-{option}", f"geli-{option}"):
-        assert stages.head(run).config.head == option
+        assert stages.config(run).head == option
     folder = stages.path(f"li-{option}").parent.name
     assert ("shrink_True" in folder) == (option == "hard_shrink")
 
@@ -92,14 +140,14 @@ def test_contrastive_changes_training_from_the_second_epoch_on(stages):
 
 def test_the_curriculum_shows_the_answer_to_training_turns_only(stages, sample, monkeypatch):
     seen = {True: 0, False: 0}
-    tokenize = models.TurnEncoder.tokenize
+    tokenize = TurnEncoder.tokenize
 
     def count(self, pairs):
         for _, response in pairs:
             seen["User's rating: " in response] += 1
         return tokenize(self, pairs)
 
-    monkeypatch.setattr(models.TurnEncoder, "tokenize", count)
+    monkeypatch.setattr(TurnEncoder, "tokenize", count)
     for run, options in {
         "curriculum": ("--curriculum",),
         "exposure": ("--curriculum_exposure",),
@@ -119,21 +167,15 @@ def test_the_curriculum_shows_the_answer_to_training_turns_only(stages, sample, 
     assert len({tuple(stages.weights(run).tolist()) for run in ("li", "li-told", "li-exposed")}) == 3
 
 
-def test_exposure_falls_linearly_from_1_to_0():
-    assert [told_share(False, True, epoch, 5) for epoch in range(1, 6)] == [1, 0.75, 0.5, 0.25, 0]
-    assert [told_share(True, False, epoch, 3) for epoch in range(1, 4)] == [1, 1, 1]
-    assert told_share(False, False, 1, 3) == 0 and told_share(False, True, 1, 1) == 1
-
-
 def test_unfreeze_trains_saves_and_hands_on_the_encoder(stages):
     stages.geli("--train", "--val", "--run_name", "thawed", "--unfreeze", "--encoder_learning_rate", 1e-3)
     path = stages.path("thawed")
-    name = models.encoder_of_head(stages.head("thawed"), path)
+    name = stages.encoder_folder("thawed")
     assert name == str(path.parent / "lang_model_thawed")
-    start = models.load_encoder(models.encoder_of_head(stages.head("li"), stages.path("li")))
+    start = load_encoder(stages.encoder_folder("li"))
     moved = [
         not torch.equal(a, b)
-        for a, b in zip(start.encoder.parameters(), models.load_encoder(name).encoder.parameters(), strict=True)
+        for a, b in zip(start.encoder.parameters(), load_encoder(name).encoder.parameters(), strict=True)
     ]
     assert sum(moved) > len(moved) / 2
     stages.geli("--train", "--run_name", "thawed-slowly", "--unfreeze")
@@ -149,7 +191,7 @@ def test_unfreeze_names_stage_1s_folder_as_published(stages):
     stages.li("--run_name", "li-thawed", "--unfreeze")
     assert stages.path("li-thawed").parent.name == "reward_function_convo_160_scaled_overall_affect"
     stages.ge("--train", "--affect_path", "li-thawed", "--run_name", "after-thawed", encoder=())  # and stage 2 finds it
-    assert stages.head("after-thawed").config.li
+    assert stages.config("after-thawed").li
 
 
 def test_loss_scale_lambda_and_ep_len_change_what_is_learned(stages):
@@ -167,15 +209,44 @@ def test_loss_scale_lambda_and_ep_len_change_what_is_learned(stages):
     assert found["actual"]["ge_loss"] > found["geli"]["ge_loss"]  # a return of seven turns of at most 1 is too small
 
 
-def test_bar_chart_logs_rewards_by_turn_without_text_or_ids(stages):
-    stages.geli("--train", "--val", "--bar_chart", "--run_name", "bars")
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("redist_type", ["RRD", "IRCR"])
+def test_the_geli_loss_of_a_trajectory_by_hand(redist_type, normalized):
+    """Turns of rewards 0.25 and 0.5, LI targets 1 and 0, R = 80, lambda 0.25; RRD draws both."""
+    # of the training set, R is 80 and 40 and the LI targets are 1, 0, 0, 1, 0, 0
+    turns = turn_set(
+        trajectory("a", 80.0, ["happiness", "neutral"]),
+        trajectory("b", 40.0, ["neutral", "happiness", "neutral", "anger"]),
+    )
+    scale = "normalized" if normalized else "raw"
+    options = GELITrainingOptions(ge_weight=0.25, redist_type=redist_type, loss_scale=scale, ep_len=160, epochs=1)
+    rewards = torch.tensor([[0.25], [0.5]])
+    features = SimpleNamespace(
+        prepare=lambda *_: None, training=lambda *_: rewards, encoder=torch.nn.Module(), held_out=None
+    )
+    features.encoder.max_over_ranks = None
+    head = torch.nn.Linear(1, 1)
+    head.forward, head.config = lambda features, with_hidden: (features, features), SimpleNamespace(li=True)
+    stage = GELITraining(head, features, turns, None, options, Accelerator(cpu=True), 0, lambda: None)
+    loss, _, (_, ge, li, _) = stage.trajectory_loss(0, np.arange(2), np.zeros(2, dtype=bool), 160.0, 1)
+    # LI: (0.75^2 + 0.5^2) / 2; the return is 160 * 0.375 = 60, so that L_GE is (80 - 60)^2
+    assert (ge, li) == (pytest.approx(400), pytest.approx(0.40625))
+    # RRD regresses to R; IRCR's loss is ((0.5 - 0.25)^2 + 0) / 2, of R/L = 0.5
+    decomposed, variance = {"RRD": (400, 400), "IRCR": (0.03125, 0.125**2)}[redist_type]
+    scales = (variance, 2 / 9) if normalized else (1, 1)
+    assert loss.item() == pytest.approx(0.25 * decomposed / scales[0] + 0.75 * 0.40625 / scales[1])
+
+
+def test_bar_chart_logs_rewards_by_turn_without_text_or_ids(stages, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    stages.geli("--train", "--val", "--bar_chart", "--epochs", 1, "--run_name", "bars")
     tables = [json.loads(path.read_text()) for path in (stages.folder / "wandb").rglob("*.table.json")]
-    rewards = pd.read_csv(stages.path("bars").with_name("val_turn_rewards_bars.csv"))
     assert len(tables) == 4  # the first four trajectories
     bars = [[row[1] for row in table["data"]] for table in tables]
-    expected = [rows["reward"].tolist() for _, rows in rewards.groupby(["conversation_id", "flip"], sort=False)][:4]
-    for table, heights in zip(sorted(bars), sorted(expected), strict=True):
-        assert table == pytest.approx(heights, abs=1e-5)
+    rewards = stages.table("bars").groupby(["conversation_id", "flip"], sort=False)["reward"]
+    expected = [heights.tolist() for _, heights in rewards][:4]
+    for found, heights in zip(sorted(bars), sorted(expected), strict=True):
+        assert found == pytest.approx(heights, abs=1e-5)
     for table in tables:
         assert table["columns"] == ["turn", "predicted reward"]
         assert [row[0] for row in table["data"]] == [str(n + 1) for n in range(len(table["data"]))]
@@ -192,7 +263,7 @@ def test_each_decomposition_alone_and_with_li(stages, kind):
     printed = stages.geli("--train", "--val", "--redist_type", kind, "--run_name", f"geli-{kind}").stdout
     assert ("RUDDER has a network of its own" in printed) == (kind == "RUDDER")
     for run, li in ((f"ge-{kind}", False), (f"geli-{kind}", True)):
-        config = stages.head(run).config
+        config = stages.config(run)
         assert (config.redist_type, config.li) == (kind, li)
         prefix = "visual_feedback_baselines" if li else "baselines"
         assert stages.path(run).parent.name == f"{prefix}_convo_overall_affect_baseline_{kind}_K_160"
@@ -203,7 +274,7 @@ def test_each_decomposition_alone_and_with_li(stages, kind):
 
 def test_rudders_l_ge_compares_the_sum_of_rewards_with_the_score(stages, sample):
     stages.ge("--train", "--val", "--redist_type", "RUDDER", "--run_name", "rudder")
-    table = pd.read_csv(stages.path("rudder").with_name("val_turn_rewards_rudder.csv"))
+    table = stages.table("rudder")
     scores = {
         (t.conversation.id, t.user): t.score
         for part in read_corpus(sample, "overall_affect").trajectories.values()
@@ -221,10 +292,8 @@ def test_k_is_how_many_turns_rrd_draws(stages):
 
 
 def test_sentiment_targets_are_those_of_the_users_next_turn(stages, sample):
-    from textblob import TextBlob
-
     stages.li("--run_name", "said", "--val", "--li_signal", "sentiment", "--negative_affect", "negative")
-    table = pd.read_csv(stages.path("said").with_name("val_turn_rewards_said.csv"), dtype={"turn_id": str})
+    table = stages.table("said")
     for conversation, rows in table.groupby("conversation_id"):
         transcript = pd.read_csv(
             sample / conversation / "transcription" / "transcript_cliffhanger.csv", dtype={"turn_id": str}
@@ -234,14 +303,12 @@ def test_sentiment_targets_are_those_of_the_users_next_turn(stages, sample):
             polarity = TextBlob(later["utterance"].iloc[0]).sentiment.polarity if len(later) else 0.0
             assert row.target == (polarity > 0.05) - (polarity < -0.05)
     assert set(table["target"]) == {-1, 0, 1}
-    assert stages.head("said").config.li_signal == "sentiment"
+    assert stages.config("said").li_signal == "sentiment"
     stages.ge("--train", "--affect_path", "said", "--run_name", "geli-said", encoder=())
-    assert stages.head("geli-said").config.li_signal == "sentiment"  # stage 2 follows its stage-1 run
+    assert stages.config("geli-said").li_signal == "sentiment"  # stage 2 follows its stage-1 run
 
 
 def test_sentiment_can_come_from_a_classifier(stages, sample, tiny, tmp_path):
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
     labels = {0: "NEGATIVE", 1: "neutral", 2: "POSITIVE"}
     for name, id2label in (("good", labels), ("stars", {0: "1 star", 1: "2 stars", 2: "3 stars"})):
         torch.manual_seed(0)
@@ -252,13 +319,13 @@ def test_sentiment_can_come_from_a_classifier(stages, sample, tiny, tmp_path):
         AutoTokenizer.from_pretrained(tiny / "bart").save_pretrained(tmp_path / name)
     sentiment = ("--li_signal", "sentiment", "--sentiment_model")
     stages.li("--run_name", "classified", "--val", *sentiment, tmp_path / "good")
-    table = pd.read_csv(stages.path("classified").with_name("val_turn_rewards_classified.csv"))
+    table = stages.table("classified")
     last = table.groupby(["conversation_id", "flip"])["start"].transform("max") == table["start"]
     assert (table["target"][~last] == 1).all()  # this one finds everything positive
     assert set(table["target"][last]) == {0, 1}  # but where nobody answered it finds nothing
     stages.ge("--train", "--val", "--affect_path", "classified", "--run_name", "geli-classified", encoder=())
-    assert stages.head("geli-classified").config.sentiment_model == str(tmp_path / "good")
-    again = pd.read_csv(stages.path("geli-classified").with_name("val_turn_rewards_geli-classified.csv"))
+    assert stages.config("geli-classified").sentiment_model == str(tmp_path / "good")
+    again = stages.table("geli-classified")
     assert (again["target"] == table["target"]).all()  # stage 2 asks the same classifier
     assert "and this run learns from the face" in stages.geli("--train", *sentiment[2:], "x", check=2).stderr
     refused = stages.li(*sentiment, tmp_path / "stars", check=2).stderr
@@ -281,8 +348,7 @@ def test_reaction_type_and_negative_affect_change_the_targets(stages, sample, tm
         "negative": ("--negative_affect", "negative"),
     }.items():
         stages.li("--run_name", f"target-{run}", "--val", "--epochs", 1, "--data_dir", data, *options)
-        table = pd.read_csv(stages.path(f"target-{run}").with_name(f"val_turn_rewards_target-{run}.csv"))
-        targets[run] = set(table["target"])
+        targets[run] = set(stages.table(f"target-{run}")["target"])
     assert targets["class"] == {0, 1} and targets["negative"] == {-1, 0, 1}
     assert len(targets["mean"]) > 2 and all(0 <= value <= 1 for value in targets["mean"])
 
@@ -305,7 +371,7 @@ def test_each_transcript_is_the_one_that_is_read(stages, sample, tmp_path, trans
 
 def test_max_length_cuts_what_the_encoder_sees_and_is_remembered(stages):
     stages.li("--run_name", "short", "--max_length", 24)
-    assert stages.head("short").config.max_length == 24
+    assert stages.config("short").max_length == 24
     assert not torch.equal(stages.weights("short"), stages.weights("li"))
     assert "at least 5 tokens are needed" in stages.li("--max_length", 4, check=2).stderr
 
@@ -322,7 +388,7 @@ def test_val_all_validates_on_every_conversation_that_is_not_trained_on(stages):
 
 def test_dtype_and_device_are_those_that_are_asked_for(stages):
     for dtype in ("float32", "bfloat16"):
-        stages.li("--run_name", dtype, "--dtype", dtype, "--device", "cpu")
+        stages.li("--run_name", dtype, "--dtype", dtype, "--device", "cpu", "--train_size", 2, "--epochs", 1)
     assert not torch.equal(stages.weights("float32"), stages.weights("bfloat16"))
     if not torch.cuda.is_available():
         assert "--device cuda: this machine has none" in stages.li("--device", "cuda", check=2).stderr
@@ -335,7 +401,10 @@ def test_llama2_is_adapted_not_rewritten(stages, sample, tmp_path):
     saved = stages.path("lora").with_name("lang_model_lora")
     assert (saved / "adapter_model.safetensors").is_file() and not (saved / "model.safetensors").exists()
     stages.ge("--train", "--val", "--affect_path", "lora", "--run_name", "geli-lora", encoder=())
-    assert stages.record("geli-lora")["metrics"]["validation"]["li_loss"] >= 0
+    table = stages.table("geli-lora")
+    errors = (table["reward"] - table["target"]) ** 2
+    li_loss = errors.groupby([table["conversation_id"], table["flip"]]).mean().mean()
+    assert stages.record("geli-lora")["metrics"]["validation"]["li_loss"] == pytest.approx(li_loss, rel=1e-3)
     stages.ge("--train", "--affect_path", "lora", "--unfreeze", "--run_name", "lora-thawed", encoder=())
     assert stages.path("lora-thawed").with_name("lang_model_lora-thawed").joinpath("adapter_config.json").is_file()
 
@@ -358,14 +427,10 @@ def test_other_encoders_train_and_freeze(stages, sample, tmp_path, kind):
 
 
 def test_every_reward_class_has_its_scale(tmp_path):
-    from candor_format import write_conversation
-    from cli import REWARD_CLASSES
-    from data_utils import make_trajectory, read_conversation
-
+    """Answers of 1 to 10 are scaled to points, and two questions are answered in points."""
     answers = {name: 60 + i if scale == 1 else 1 + i % 7 for i, (name, scale) in enumerate(REWARD_CLASSES.items())}
     turns = [("u", 0, 3, "hello there my good old friend"), ("v", 3, 6, "hi")]
-    faces = [("u", 0, 6, "neutral"), ("v", 0, 6, "happiness")]
-    write_conversation(tmp_path / "c", turns, faces, {"u": answers, "v": answers})
+    write_conversation(tmp_path / "c", turns, [], {"u": answers, "v": answers})
     conversation = read_conversation(tmp_path / "c")
     assert len(REWARD_CLASSES) == 17
     for name, answer in answers.items():
@@ -391,43 +456,48 @@ def test_a_saved_head_is_not_measured_against_another_question(stages):
 # Stage 3
 
 
-def test_every_choice_of_reward_finds_its_head_and_says_which(stages):
-    from train_rl_GELI import RF_MODELS
-
-    stages.li("--run_name", "rl-said", "--li_signal", "sentiment")
-    stages.li("--run_name", "rl-li", "--epochs", 1)
-    stages.ge("--train", "--run_name", "rl-ge")
-    vfrrd = {
-        "VFRRD_funny": "you_are_funny",
-        "VFRRD_intelligent": "you_are_intelligent",
-        "VFRRD_humble": "you_are_humble",
-        "VFRRD_sync": "our_thoughts_synced_up_sr1",
+def test_every_choice_of_reward_takes_the_newest_head_of_its_kind(tmp_path, capsys):
+    stage_1 = RewardHeadConfig("small_model_shrink", 4, "x", False, 9, 2, 1, "overall_affect")
+    stage_2 = replace(stage_1, stage=2, redist_type="RRD")
+    heads = {
+        "sentiment": ("SINGLE_INDEX_reward_function_a", replace(stage_1, li_signal="sentiment"), "sentiment"),
+        "LI": ("SINGLE_INDEX_reward_function_b", stage_1, "face"),
+        "GE": ("baselines_convo_overall_affect_baseline_RRD_K_160", replace(stage_2, li=False), None),
+        "VFRRD_funny": ("visual_feedback_baselines_convo_you_are_funny_baseline_RRD_K_160", stage_2, "face"),
+        "VFRRD_intelligent": ("visual_feedback_baselines_x_you_are_intelligent_baseline_RRD_K_160", stage_2, "face"),
+        "VFRRD_humble": ("visual_feedback_baselines_convo_you_are_humble_baseline_RRD_K_160", stage_2, "face"),
+        "VFRRD_sync": ("visual_feedback_baselines_x_our_thoughts_synced_up_sr1_baseline_RRD_K_1", stage_2, "face"),
+        "GELI": ("visual_feedback_baselines_convo_overall_affect_baseline_RRD_K_160", stage_2, "face"),
     }
-    runs = {"sentiment": "rl-said", "LI": "rl-li", "GE": "rl-ge", **{name: f"rl-{name}" for name in vfrrd}}
-    for choice, reward_class in vfrrd.items():
-        assert (
-            f"--rf_model {choice}: expected a reward head visual_"
-            in stages.ppo("--val", "--train", "--rf_model", choice, check=2).stderr
-        )
-        stages.geli("--train", "--run_name", runs[choice], "--reward_class", reward_class)
-    stages.geli("--train", "--run_name", "rl-geli")
-    runs["GELI"] = "rl-geli"
-    assert set(runs) == set(RF_MODELS)
-    for choice, run in runs.items():
-        printed = stages.ppo("--train", "--ppo_off", "--rf_model", choice).stdout
-        assert f"Reward head: {stages.path(run)} (" in printed
+    assert set(heads) == set(RF_MODELS)
+
+    def find(choice, name=None):
+        options = train_rl_GELI.Options()
+        reward = replace(options.reward, rf_model=choice, reward_path=name)
+        run = replace(options.run, output_dir=str(tmp_path))
+        return train_rl_GELI.find_reward(replace(options, reward=reward, run=run), None)
+
+    for choice in heads:
+        with pytest.raises(UserError, match=f"--rf_model {choice}: expected a reward head .* train one with train_"):
+            find(choice)
+    for number, (choice, (folder, config, learned)) in enumerate(heads.items()):
+        path = tmp_path / folder / f"reward1_run{number}"
+        path.parent.mkdir()
+        save_reward_head(RewardHead(config), path)
+        os.utime(path, (number, number))
+        assert find(choice) == path
+        said = f"(stage {config.stage}, {config.redist_type or 'no decomposition'}, "
+        said += f"{f'LI from the {learned}' if learned else 'no LI'}, overall_affect)"
+        assert f"Reward head: {path} {said}" in capsys.readouterr().out
+    assert find("base") == find("GELI")  # the reference policy is measured with GELI's reward
+    assert find("GELI", "run1") == tmp_path / heads["LI"][0] / "reward1_run1"
 
 
 def test_rudder_scores_a_response_given_the_agent_turns_before_it(stages, sample):
-    from contextlib import nullcontext
-
-    from data_utils import turn_text
-    from ppo import Prompt, RewardScorer
-
     stages.ge("--train", "--redist_type", "RUDDER", "--run_name", "rudder-rl")
     path = stages.path("rudder-rl")
-    head = models.load_reward_head(path)
-    encoder = models.load_encoder(models.encoder_of_head(head, path)).eval()
+    head = load_reward_head(path)
+    encoder = load_encoder(encoder_of_head(head.config, path)).eval()
     trajectory = next(iter(read_corpus(sample, "overall_affect").trajectories.values()))[0]
     turns = tuple(turn_text(trajectory.conversation, i, trajectory.user, 2) for i in trajectory.agent_turns)
     prompts = [Prompt("", context, response[4:], turns, t) for t, (context, response) in enumerate(turns)]
@@ -517,10 +587,7 @@ def test_other_policies_train_from_the_command_line(stages, sample, tmp_path, ki
 
 
 def test_aliases_stand_for_the_published_models(monkeypatch, sample, tmp_path):
-    from cli import ENCODERS
-    from train_rl_GELI import POLICIES
-
-    assert ENCODERS == {
+    assert {name: alias.hub_id for name, alias in ENCODERS.items()} == {
         "convo": "kabita-choudhary/finetuned-bart-for-conversation-summary",
         "longformer": "allenai/longformer-base-4096",
         "longT5": "Stancld/longt5-tglobal-large-16384-pubmed-3k_steps",
@@ -532,12 +599,13 @@ def test_aliases_stand_for_the_published_models(monkeypatch, sample, tmp_path):
         asked.append(name)
         raise KeyboardInterrupt  # far enough
 
-    monkeypatch.setattr(models, "load_pretrained", load)
+    for module in (encoder_module, policy_module):
+        monkeypatch.setattr(module, "load_pretrained", load)
     monkeypatch.chdir(tmp_path)
     data = ("--data_dir", sample, "--output_dir", tmp_path)
     for alias in ENCODERS:
         call_script("train_reward_LI_only.py", "--model", alias, *data, check=130)
-    assert asked == list(ENCODERS.values())
+    assert asked == [alias.hub_id for alias in ENCODERS.values()]
     asked.clear()
     names = {
         "llama2": "meta-llama/Llama-2-7b-chat-hf",
@@ -556,25 +624,14 @@ def test_aliases_stand_for_the_published_models(monkeypatch, sample, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The README's table
+# All of them
 
 
-def test_the_readmes_table_of_options_is_that_of_the_parsers():
-    from options_table import options_table
-
-    assert options_table() in (ROOT / "README.md").read_text()
-
-
-def test_every_option_is_known_to_this_file_or_the_other_tests():
+def test_every_option_is_named_by_a_test():
     """An option that no test names is an option that no test would miss."""
-    from options_table import all_options
-
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    parametrized = {"--hard_shrink", "--batch_norm", "--small_model"}  # built from a list of names
-    missing = [o for o in all_options() if not re.search(rf'"{o}"|\b{o[2:]} |[" ]{o}[" ]', tests)]
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    parametrized = {f"--{name}" for name, head in HEADS.items() if head.selectable}  # built from a list of names
+    options = re.findall(r"^\| `(--\w+)`", options_page(), re.MULTILINE)
+    assert len(options) > 60
+    missing = [o for o in options if not re.search(rf'"{o}"|\b{o[2:]} |[" ]{o}[" ]', tests)]
     assert set(missing) <= parametrized
-
-
-def test_a_mistaken_option_is_one_line():
-    result = run_script("train_reward_LI_only.py", "--small_model", "--hard_shrink", check=2)
-    assert "not allowed with argument" in result.stderr and result.stderr.count("\n") == 1

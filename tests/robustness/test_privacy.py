@@ -15,11 +15,12 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import tiny_models
 import wandb
 from conftest import ROOT, call_script, environment_of_its_own, run_script
 
-from candor_format import write_conversation
-from cli import REWARD_CLASSES
+from geli.data.candor import REWARD_CLASSES
+from geli.data.writer import write_conversation
 
 TEXT, USER, CONVERSATION = MARKERS = ("zqtextqz", "zquserqz", "zqconvqz")
 
@@ -98,11 +99,9 @@ def found_in(*folders: Path) -> dict[str, set[str]]:
 @pytest.fixture(scope="module")
 def marked(tmp_path_factory):
     """The corpus, models trained on it, and the folders that wandb keeps elsewhere."""
-    from tiny_models import build
-
     folder = tmp_path_factory.mktemp("marked")
     write_marked(folder / "candor", 15)
-    build(folder / "candor", folder / "models", ("bart", "llama"), seed=0, steps=40)
+    tiny_models.build(folder / "candor", folder / "models", ("bart", "llama"), seed=0, steps=40)
     elsewhere = {name: str(folder / name.lower()) for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR")}
     # what a user may have set for other programs
     elsewhere |= {"WANDB_CONSOLE": "wrap", "WANDB_SAVE_CODE": "true", "WANDB_DISABLE_CODE": "false"}
@@ -198,12 +197,13 @@ def test_with_log_text_it_is_found(ran, marked, tmp_path, monkeypatch):
 
 
 FAILING = f"""
-import sys, cli, evaluation, train_reward_LI_only
+import sys, train_reward_LI_only as stage
+from geli.run.errors import run
 def fail(*_, **__):
     raise RuntimeError("{CONVERSATION}: {TEXT} of {USER}")
-evaluation.write_validation = fail
+stage.write_validation = fail
 sys.argv[0] = "train_reward_LI_only.py"
-cli.run(train_reward_LI_only.main)
+run(lambda: stage.main(stage.parse_options()))
 """
 
 
