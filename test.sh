@@ -6,7 +6,7 @@ source tools/setup_env.sh
 setup_env requirements.txt tests/requirements.txt
 
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 # a core for each worker
-cores=$(nproc)
+cores=$(nproc --all)
 ruff check .
 ruff format --check .
 lint-imports --no-cache
