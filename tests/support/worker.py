@@ -65,13 +65,11 @@ def run_job(script: str, arguments: list, environment: dict | None = None, dies_
             short = dataclasses.replace(options.ppo, min_new_tokens=6, max_new_tokens=12)
             options = dataclasses.replace(options, ppo=short)
         module.main(options)
-    open("/tmp/w/times.log","a").write(f"{os.environ.get('RANK')} {script} {arguments[:3]} {os.times()[:2]}\n")
     return {"printed": printed.getvalue(), **seen}
 
 
 def main() -> None:
     """Runs the jobs."""
-    open("/tmp/w/times.log","a").write(f"start {os.times()[:2]}\n")
     jobs, folder, rank = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), os.environ["RANK"]
     (folder / f"pid.{rank}").write_text(str(os.getpid()))
     for job in jobs:
