@@ -26,7 +26,6 @@ from geli.run.lock import RunLock, lock_new_run, reward_run_to_resume
 from models import PPO, PPOConfig
 
 RANDOM_KILLS = int(os.environ.get("GELI_KILLS", "0"))  # of each stage, beside the chosen ones; `.ci/run` sets 20
-pytestmark = pytest.mark.slow
 STAGES = {
     1: ("train_reward_LI_only.py", "--val --small_model_shrink --epochs 3 --batch_size 16 --learning_rate 1e-3"),
     2: (

@@ -1,8 +1,9 @@
-"""Runs commands one after another in every process of a launch, so that modules are imported once.
+"""Runs commands in two forked processes that talk over gloo, so that modules are imported once.
 
-Usage: worker.py JOBS.json FOLDER. A job is {"name", "script", "arguments"} with, if wanted, "environment" (variables
-for this job; null removes one) and "dies_after" (a step after which process 1 kills itself). What a process saw of a
-job is written to FOLDER/NAME.RANK.json.
+Usage: worker.py LAUNCHES.json FOLDER. A launch is {"jobs": [...], "environment": {...}}. Its processes run the jobs one
+after another: {"name", "script", "arguments"} with, if wanted, "environment" (variables for this job; null removes one)
+and "dies_after" (a step after which process 1 kills itself). What a process saw of a job is written to
+FOLDER/NAME.RANK.json, and the exit codes of all processes to FOLDER/codes.json.
 """
 
 import contextlib
@@ -12,7 +13,9 @@ import io
 import json
 import os
 import signal
+import socket
 import sys
+import traceback
 from pathlib import Path
 from unittest import mock
 
@@ -22,6 +25,8 @@ for folder in (Path(__file__).parents[2], Path(__file__).parent):
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (lazy there)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from geli import plots
 from geli.rl import outputs
@@ -68,14 +73,42 @@ def run_job(script: str, arguments: list, environment: dict | None = None, dies_
     return {"printed": printed.getvalue(), **seen}
 
 
-def main() -> None:
-    """Runs the jobs."""
-    jobs, folder, rank = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), os.environ["RANK"]
-    (folder / f"pid.{rank}").write_text(str(os.getpid()))
+def run_jobs(jobs: list[dict], folder: Path) -> None:
+    """Runs the jobs of a launch in this process."""
     for job in jobs:
         name = job.pop("name")
-        (folder / f"{name}.{rank}.json").write_text(json.dumps(run_job(**job)))
+        (folder / f"{name}.{os.environ['RANK']}.json").write_text(json.dumps(run_job(**job)))
     torch.distributed.destroy_process_group()
+
+
+def launch(jobs: list[dict], environment: dict, folder: Path) -> list[int]:
+    """Runs the jobs in two processes; returns their exit codes, negative for a signal."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    workers = []
+    for rank in ("0", "1"):
+        workers.append(os.fork())
+        if workers[-1] == 0:
+            os.environ.update(environment, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            try:
+                run_jobs(jobs, folder)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+    return [os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) for worker in workers]
+
+
+def main() -> None:
+    """Starts the launches one after another."""
+    folder = Path(sys.argv[2])
+    for script in ("train_reward_LI_only", "train_reward_GELI", "train_rl_GELI"):
+        importlib.import_module(script)
+    get_checkpoint_conversion_mapping("bart")  # compiles all models' patterns, which takes a second
+    codes = [launch(**request, folder=folder) for request in json.loads(Path(sys.argv[1]).read_text())]
+    (folder / "codes.json").write_text(json.dumps(codes))
 
 
 if __name__ == "__main__":
