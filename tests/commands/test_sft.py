@@ -1,22 +1,46 @@
-"""`--sft_steps`: the warm start of stage 3 on the human answers, and what RL then starts from."""
+"""`--sft_steps`: the warm start of stage 3 on the human answers, and what RL then starts from.
+
+The loss itself is tested in unit/rl/test_trl_algorithms.py.
+"""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+import wandb
 from conftest import call_script, run_script, small_model
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM
 
+import train_rl_GELI
 from data_utils import make_prompts, read_corpus, split
+from geli import plots
 from geli.nets.policy import load_policy
 
-WARM = ("--train", "--sft_steps", 6, "--sft_learning_rate", 5e-3)
+WARM = ("--train", "--sft_steps", 3, "--sft_learning_rate", 5e-3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Without wandb and pictures, and with short responses."""
+    parse = train_rl_GELI.parse_options
+
+    def parse_short(argv=None):
+        options = parse(argv)
+        return replace(options, ppo=replace(options.ppo, min_new_tokens=4, max_new_tokens=8))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.setattr(train_rl_GELI, "parse_options", parse_short)
+        patch.setattr(plots, "ppo", lambda *arguments: arguments[-1])
+        yield
 
 
 @pytest.fixture(scope="module")
-def prompts(sample):
-    """Training and held-out prompts."""
-    corpus = read_corpus(sample, "overall_affect")
-    return tuple(make_prompts(part, 2) for part in split(corpus, 40))
+def held_out(sample):
+    """Held-out prompts with their human answers."""
+    return make_prompts(split(read_corpus(sample, "overall_affect"), 40)[1], 2)
 
 
 @pytest.fixture
@@ -25,7 +49,7 @@ def stage_3(sample, tiny, tmp_path):
 
     def stage_3(*more, out=tmp_path, check=0):
         options = ("--data_dir", sample, "--output_dir", out, "--model_name", tiny / "llama", "--reward", "random")
-        sizes = ("--steps", 2, "--batch_size", 6, "--val_prompts", 4, "--context_turns", 2, "--learning_rate", 1e-2)
+        sizes = ("--steps", 2, "--batch_size", 4, "--val_prompts", 4, "--context_turns", 2, "--learning_rate", 1e-2)
         return call_script("train_rl_GELI.py", *options, *sizes, *more, check=check)
 
     return stage_3
@@ -37,7 +61,7 @@ def policy_of(folder):
 
 @torch.no_grad()
 def nats_a_token(policy, prompts) -> float:
-    """Of the human answers and the end tokens behind them, by the policy that rolls out and learns."""
+    """The policy's own cross-entropy of the human answers and the end tokens behind them."""
     query, query_mask = policy.tokenize([prompt.text for prompt in prompts])
     answers = [[*policy.tokenizer(f" {p.human}", add_special_tokens=False).input_ids, policy.end] for p in prompts]
     response, mask = (torch.zeros(len(prompts), max(map(len, answers)), dtype=torch.long) for _ in range(2))
@@ -46,31 +70,29 @@ def nats_a_token(policy, prompts) -> float:
     return -(policy(query, query_mask, response, mask)[0].sum() / mask.sum()).item()
 
 
-def test_sft_alone_makes_held_out_human_answers_likelier(stage_3, prompts, tiny, tmp_path):
-    printed = stage_3("--rf_model", "base", "--val", *WARM, "--sft_steps", 40).stdout
+def test_sft_alone_makes_held_out_human_answers_likelier(stage_3, held_out, tiny, tmp_path):
+    printed = stage_3("--rf_model", "base", "--val", *WARM, "--sft_steps", 30).stdout
     assert "no RL" in printed and "SFT: " in printed
     weights = tmp_path / "rlmf_weights"
     names = sorted(path.name for path in weights.iterdir())
     assert names == ["GELI_llama_base.json", "GELI_llama_sft"]
-    before, after = (nats_a_token(policy_of(path), prompts[1]) for path in (tiny / "llama", weights / "GELI_llama_sft"))
-    assert after < before - 0.05  # the tokens that it hardly knows yet are frozen: there is little to gain
+    folders = (tiny / "llama", weights / "GELI_llama_sft")
+    before, after = (nats_a_token(policy_of(path), held_out[:24]) for path in folders)
+    assert after < before - 0.02  # the tokens that it hardly knows yet are frozen: there is little to gain
     assert set(json.loads((weights / names[0]).read_text())["metrics"]) == {"before", "human"}
     assert json.loads((weights / "GELI_llama_sft" / "config.json").read_text())["use_cache"]
 
 
 @pytest.mark.parametrize("algo", ["ppo", "rloo", "grpo"])
-def test_the_reference_is_the_saved_model_and_the_adapter_loads_by_plain_peft(algo, stage_3, prompts, tmp_path):
-    from peft import AutoPeftModelForCausalLM, PeftModel
-    from transformers import AutoModelForCausalLM
-
+def test_the_reference_is_the_saved_model_and_the_adapter_loads_by_plain_peft(algo, stage_3, held_out, tmp_path):
     short = () if algo == "ppo" else ("--num_generations", 2, "--trl", "max_completion_length=8")
     stage_3("--val", *WARM, "--algo", algo, *short)
     weights = tmp_path / "rlmf_weights"
     warm, checkpoint = weights / "GELI_llama_sft", weights / "GELI_llama_2"
     policy = policy_of(warm)
-    ids, mask = policy.tokenize([prompts[1][0].text])
-    query, response = ids[:, :-5], ids[:, -5:]
-    seen = (query, mask[:, :-5], response, mask[:, -5:])
+    ids, mask = policy.tokenize([held_out[0].text])
+    response = ids[:, -5:]
+    seen = (ids[:, :-5], mask[:, :-5], response, mask[:, -5:])
     plain = AutoModelForCausalLM.from_pretrained(warm)
 
     def logprobs(model):
@@ -95,66 +117,65 @@ def test_the_reference_is_the_saved_model_and_the_adapter_loads_by_plain_peft(al
         assert found[when]["response_words"] == trained[when]["response_words"]
 
 
-def test_the_same_bytes_twice(stage_3, tmp_path):
-    for run in "ab":
-        stage_3(*WARM, out=tmp_path / run)
+def test_a_seed_gives_the_same_bytes_and_another_seed_others(stage_3, tmp_path):
+    for run, seed in (("a", 0), ("b", 0), ("c", 1)):
+        stage_3(*WARM, "--seed", seed, out=tmp_path / run)
     for name in ("sft/model.safetensors", "2/adapter_model.safetensors", "2/value_head.safetensors"):
-        first, second = ((tmp_path / run / "rlmf_weights" / f"GELI_llama_{name}").read_bytes() for run in "ab")
-        assert first == second, name
+        first, same, other = ((tmp_path / run / "rlmf_weights" / f"GELI_llama_{name}").read_bytes() for run in "abc")
+        assert first == same != other, name
 
 
 def test_an_earlier_runs_adapters_keep_the_model_that_they_belong_to(stage_3, tmp_path):
     weights = tmp_path / "rlmf_weights"
     stage_3(*WARM)
     model = (weights / "GELI_llama_sft" / "model.safetensors").read_bytes()
-    for steps, more in ((6, ("--sft_steps", 3)), (3, ("--sft_steps", 0))):
-        stage_3(*WARM, *more)
-        aside = weights / f"GELI_llama.earlier-{1 if steps == 6 else 2}"
+    for number, steps in ((1, 2), (2, 0)):  # a run with another warm start, then one without
+        stage_3(*WARM, "--sft_steps", steps)
+        aside = weights / f"GELI_llama.earlier-{number}"
         recorded = json.loads((aside / "GELI_llama_2" / "adapter_config.json").read_text())["base_model_name_or_path"]
         assert recorded == str((aside / "GELI_llama_sft").resolve())
-        assert ((aside / "GELI_llama_sft" / "model.safetensors").read_bytes() == model) == (steps == 6)
+        assert ((aside / "GELI_llama_sft" / "model.safetensors").read_bytes() == model) == (number == 1)
     assert not (weights / "GELI_llama_sft").exists()
     (weights / "GELI_llama_2").rename(weights / "GELI_llama_9")
     (aside / "GELI_llama_2").rename(weights / "GELI_llama_10")
     assert "which is not there: put it back" in stage_3("--val", check=2).stderr
 
 
-def test_losses_are_logged_and_wandbs_steps_only_go_up(stage_3, monkeypatch):
-    import wandb
-
+def test_losses_are_logged_and_wandbs_steps_only_increase(stage_3, monkeypatch):
     logged = []
+    monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(wandb.Run, "log", lambda self, values, step: logged.append((step, set(values))))
     stage_3(*WARM)
-    assert [step for step, _ in logged] == list(range(1, 9))
-    assert all(keys == {"sft/loss"} for _, keys in logged[:6])
-    assert all("ppo/kl" in keys for _, keys in logged[6:])
+    assert [step for step, _ in logged] == list(range(1, 6))
+    assert all(keys == {"sft/loss"} for _, keys in logged[:3])
+    assert all("ppo/kl" in keys for _, keys in logged[3:])
 
 
-def test_lower_precision_is_kept_by_the_policy_that_goes_on(stage_3, tmp_path):
-    stage_3(*WARM, "--dtype", "bfloat16")
+def test_a_lower_precision_is_kept(stage_3, tmp_path):
+    stage_3(*WARM, "--dtype", "bfloat16", "--steps", 1)
     assert json.loads((tmp_path / "rlmf_weights/GELI_llama_sft/config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_no_text_is_left_behind(sample, tiny, tmp_path):
-    """No file at all where TRL and what it stands on keep theirs."""
+    """No file at all where TRL and the libraries below it keep theirs."""
     places = {name: tmp_path / name for name in ("TMPDIR", "HF_HOME", "XDG_CACHE_HOME")}
     for place in places.values():
         place.mkdir()
     run_script(
         "train_rl_GELI.py", *WARM, "--rf_model", "base", "--data_dir", sample, "--output_dir", tmp_path / "out",
         "--model_name", tiny / "llama", "--batch_size", 2, "--context_turns", 2,
-        **{name: str(place) for name, place in places.items()},
+        **{name: str(place) for name, place in places.items()}, WANDB_MODE="offline",
     )  # fmt: skip
     assert (tmp_path / "out/rlmf_weights/GELI_llama_sft").is_dir()
     found = [path for place in places.values() for path in place.rglob("*") if path.is_file()]
-    assert not [path for path in found if "wandb" not in path.parts]  # whose logs test_privacy.py searches
+    assert not [path for path in found if "wandb" not in path.parts]  # its logs are searched in test_privacy.py
 
 
 def test_what_cannot_be_is_refused_before_any_work(stage_3, sample, tmp_path):
     encoder_decoder = small_model("t5", tmp_path / "t5", sample)
     refused = {
         ("--train", "--model_name", encoder_decoder): "TRL trains decoder-only models",
-        ("--val",): "--sft_steps changes training",
+        ("--val",): "--sft_steps changes training: give --train",
         ("--train", "--ppo_off"): "--ppo_off updates nothing",
     }
     for options, message in refused.items():
