@@ -170,7 +170,8 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(number, best, begin, whole
 @pytest.mark.skipif(not RANDOM_KILLS, reason="takes minutes: set GELI_KILLS=20")
 @pytest.mark.parametrize("number", STAGES)
 def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(number, begin, whole):
-    rng, stage, kills, resumed = random.Random(number), begin(number, folder="0"), 0, 0
+    rng, kills, resumed, finished = random.Random(number), 0, 0, 0
+    stage = begin(number, folder="0")
     while True:
         how = {}
         if kills < RANDOM_KILLS:
@@ -184,7 +185,8 @@ def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(number, 
         assert not [path for path in stage.out.rglob(".*") if path.is_file()]
         if kills == RANDOM_KILLS:
             break
-        stage = begin(number, folder=f"after {kills}")
+        finished += 1
+        stage = begin(number, folder=str(finished))
     assert resumed >= RANDOM_KILLS // 3
 
 
