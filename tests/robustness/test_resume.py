@@ -167,7 +167,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(number, best, begin, whole
     assert not [path for path in stage.out.rglob(".*") if path.is_file()]  # nothing temporary stays
 
 
-@pytest.mark.skipif(not RANDOM_KILLS, reason="takes minutes: set GELI_KILLS=20")
+@pytest.mark.skipif(not RANDOM_KILLS, reason="takes minutes: set GELI_KILLS=20, as .ci/run does")
 @pytest.mark.parametrize("number", STAGES)
 def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(number, begin, whole):
     rng, kills, resumed, finished = random.Random(number), 0, 0, 0
