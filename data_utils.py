@@ -143,16 +143,22 @@ def sentiment_reactions(
 
 
 class LISignal(NamedTuple):
-    """A choice of `--li_signal`: (trajectories, `SignalOptions`, trust_remote_code) -> reactions to all their agent
-    turns, one trajectory after the other; and its help text."""
+    """A choice of `--li_signal`.
+
+    Attributes:
+        reactions: (trajectories, `SignalOptions`, trust_remote_code) -> reactions to all their agent turns, one
+            trajectory after the other.
+        help: one line for `--help`. uses_model: whether `--sentiment_model` is for it.
+    """
 
     reactions: Callable[..., Reactions]
     help: str
+    uses_model: bool = False
 
 
 LI_SIGNALS = {
     "face": LISignal(face_reactions, "the listener's face during the turn"),
-    "sentiment": LISignal(sentiment_reactions, "the sentiment of the user's next turn"),
+    "sentiment": LISignal(sentiment_reactions, "the sentiment of the user's next turn", uses_model=True),
 }
 
 

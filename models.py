@@ -240,7 +240,7 @@ def check_reward_options(error: Callable[[str], None], training: RewardTrainingO
         error("--val_all says on what --val evaluates: give --val too")
     if training.bar_chart and not training.val:
         error("--bar_chart draws the validation turns: give --val too")
-    if signal.sentiment_model and signal.li_signal == "face":
+    if signal.sentiment_model and signal.li_signal and not LI_SIGNALS[signal.li_signal].uses_model:
         error("--sentiment_model is for --li_signal sentiment")
 
 

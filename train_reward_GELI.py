@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from data_utils import DataOptions, SignalOptions, TurnSet, fingerprint, load_turns, rating_probability
+from data_utils import LI_SIGNALS, DataOptions, SignalOptions, TurnSet, fingerprint, load_turns, rating_probability
 from geli.nets.options import EncoderOptions
 from geli.run.errors import UserError, run
 from geli.run.options import RunOptions, build_parser, flat, fraction, option, parse, positive_float, positive_int
@@ -30,6 +30,7 @@ from models import (
 )
 
 _DECOMPOSITIONS = "; ".join(f"{name}: {row.help}" for name, row in DECOMPOSITIONS.items())
+_SUBSET_DECOMPOSITIONS = [name for name, row in DECOMPOSITIONS.items() if row.uses_subset]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,12 @@ class GELITrainingOptions(RewardTrainingOptions):
         None, "with --val alone: the saved head to evaluate (run name or path)", metavar="HEAD"
     )
     batch_size: int = option(1, "conversations a step", type=positive_int)
-    K: int = option(160, "RRD: turns of a trajectory in a step (all when there are fewer)", type=positive_int)
+    K: int = option(
+        160,
+        f"turns drawn of a trajectory in a step (all when there are fewer), for {', '.join(_SUBSET_DECOMPOSITIONS)}; "
+        "the others use all turns",
+        type=positive_int,
+    )
     unfreeze: bool = option(False, "train the encoder too, and save it as lang_model_RUN")
     encoder_learning_rate: float = option(5e-6, "the encoder's, with --unfreeze", type=positive_float)
 
@@ -111,6 +117,7 @@ from geli.report import (
     evaluate,
     finish_run,
     wandb_validation,
+    warn_of_constant_targets,
     warn_of_leaks,
     write_validation,
 )
@@ -134,7 +141,14 @@ from models import (
 
 
 def main(options: Options) -> None:
-    """Reads the data, trains a head (or takes a saved one), evaluates it, and writes what was measured."""
+    """Reads the data, trains a head (or takes a saved one), evaluates it, and writes what was measured.
+
+    | options | head and encoder start from | what is done |
+    |---|---|---|
+    | `--train --affect_path RUN` | that stage-1 run | GELI: the score and the LI signal |
+    | `--train` | a fresh head on `--model` | GE: the score alone |
+    | `--val --reward_path RUN` | that run | evaluation |
+    """
     seed_everything(options.run.seed)
     accelerator = make_accelerator(options.run.device, options.run.dtype)
     saved, saved_path = load_saved(options)
@@ -142,12 +156,14 @@ def main(options: Options) -> None:
     arguments, training_options = flat(options), options.training
     folder = output_folder(options, saved_path)
     lock = reward_run_to_resume(arguments, folder)
-    seen = conversations_seen(saved_path, saved.config) if saved else frozenset()
+    trained_on = conversations_seen(saved_path, saved.config) if saved else frozenset()
     corpus, training, validation = load_turns(
-        options.data, options.signal, cache=options.run.cache_dir, val_all=training_options.val_all, seen=seen,
+        options.data, options.signal, cache=options.run.cache_dir, val_all=training_options.val_all, seen=trained_on,
         validate=training_options.val, trust_remote_code=options.run.trust_remote_code,
     )  # fmt: skip
-    warn_of_leaks(seen, validation)
+    warn_of_leaks(trained_on, validation)
+    if training_options.affect_path:
+        warn_of_constant_targets(training, options.signal)
     encoder = find_encoder(options, accelerator, saved, saved_path)
     source = encoder.name
     tracker = Tracker(folder.name, folder, {**arguments, "data": corpus.numbers()}, options.run, accelerator, lock)
@@ -212,8 +228,8 @@ def follow_saved(options: Options, saved: RewardHead | None, path: Path | None) 
         if saved and saved.config.sentiment_model and not model:
             model = named_by_file(saved.config.sentiment_model, path)
         signal = replace(signal, li_signal=saved.config.li_signal if saved else "face", sentiment_model=model)
-    if signal.sentiment_model and signal.li_signal == "face":
-        raise UserError("--sentiment_model is for --li_signal sentiment, and this run learns from the face")
+    if signal.sentiment_model and not LI_SIGNALS[signal.li_signal].uses_model:
+        raise UserError(f"--sentiment_model is for --li_signal sentiment, and this run's is {signal.li_signal}")
     options = replace(options, signal=signal)
     if saved and not options.training.train:
         return replace(
@@ -376,8 +392,8 @@ class GELITraining:
         groups = [{"params": list(head.parameters()), "lr": options.learning_rate}]
         if options.unfreeze:
             groups.append({"params": features.encoder.trainable(), "lr": options.encoder_learning_rate})
-        # foreach cannot mix sharded parameters with whole ones
-        self.optimizer = torch.optim.AdamW(groups, foreach=False if features.encoder.max_over_ranks else None)
+        sharded = features.encoder.max_over_ranks is not None  # foreach cannot mix sharded parameters with whole ones
+        self.optimizer = torch.optim.AdamW(groups, foreach=False if sharded else None)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=self.steps)
         self.best = {"steps": self.steps, "best_epoch": 0, "best_ge_loss": None}
         head.train()
@@ -414,8 +430,8 @@ class GELITraining:
         return drawn
 
     def batch_loss(self, epoch: int) -> tuple[torch.Tensor, dict[str, float]]:
-        """This process' part of the loss () of the batch, which sums to the batch's mean over all processes, and what
-        is logged of the whole batch."""
+        """This process' part of the batch's loss (), scaled so that its sum over processes is the batch's mean, and
+        what is logged of the whole batch."""
         drawn = self.sample(epoch)
         mine = local_share(drawn, self.accelerator)
         losses, hidden_layers, seen = [torch.zeros(())], [], []
@@ -442,7 +458,12 @@ class GELITraining:
         return loss, logged | affect_means(np.concatenate(rewards), affects, "train_shape/train")
 
     def trajectory_loss(self, i: int, turns: np.ndarray, rated: np.ndarray, length: float, parts: int):
-        """The loss () of trajectory i on these turns, the head's hidden layer, and (turns, GE, LI, rewards) to log."""
+        """The loss () of trajectory i on these turns, the head's hidden layer, and (turns, GE, LI, rewards) to log.
+
+        Args:
+            turns: (k,) indices. rated: (k,) bool, which of them show the user's rating. length: L in turns.
+            parts: trajectories of this process in the batch, which share the encoder's memory.
+        """
         decomposition = DECOMPOSITIONS[self.options.redist_type]
         rewards, hidden = self.head(self.features.training(turns, rated, parts), with_hidden=True)
         rewards, score = rewards.squeeze(1), self.training.scores[i]

@@ -1,4 +1,6 @@
-"""Stage 1 (LI): learns a reward for every turn from the listener's face alone, by distilling the face into the text.
+"""Stage 1 (LI): learns a reward for every turn from the listener's reaction alone, by predicting it from the text.
+
+The reaction is the listener's face, or what another `--li_signal` says.
 
     python train_reward_LI_only.py --reward_class overall_affect --model convo --batch_size 32 --K 32 \\
         --train_size 500 --val --small_model_shrink
@@ -66,6 +68,7 @@ from geli.report import (
     evaluate,
     finish_run,
     wandb_validation,
+    warn_of_constant_targets,
     write_validation,
 )
 from geli.run.checkpoint import Checkpointer
@@ -102,6 +105,7 @@ def main(options: Options) -> None:
         options.data, options.signal, cache=options.run.cache_dir, val_all=training_options.val_all,
         validate=training_options.val, trust_remote_code=options.run.trust_remote_code,
     )  # fmt: skip
+    warn_of_constant_targets(training, options.signal)
     source, option_name = options.encoder.source()
     load = partial(
         load_encoder, max_length=options.encoder.max_length, dtype=frozen_dtype(accelerator),
@@ -221,8 +225,8 @@ class LITraining:
         if validation is not None:
             self.chosen = choose_turns(validation, options.K, seed)
             self.chosen_pairs = encoder.tokenize([validation.texts[i] for i in np.flatnonzero(self.chosen)])
-        # foreach cannot mix sharded parameters with whole ones
-        foreach = False if encoder.max_over_ranks else None
+        sharded = encoder.max_over_ranks is not None  # foreach cannot mix sharded parameters with whole ones
+        foreach = False if sharded else None
         parameters = [*encoder.trainable(), *head.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, foreach=foreach)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=self.steps)

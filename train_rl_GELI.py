@@ -271,18 +271,18 @@ def main(options: Options) -> None:
     check_processes(options, accelerator)
     names = OutputNames.of(options)
     lock = lock_names(arguments, names) if options.run.resume else None
-    resumed = broadcast_object_list([lock.description if lock else {}])[0]  # how it was started, if it is resumed
+    started = broadcast_object_list([lock.description if lock else {}])[0]  # of a run that is resumed; else empty
     needs_score = rl.train or rl.val
     head_path = None
     if needs_score and options.reward.reward == "redistributed_reward":
-        head_path = find_reward(options, resumed.get("arguments", {}).get("reward_head"))
+        head_path = find_reward(options, started.get("arguments", {}).get("reward_head"))
     prompts, held_out, counts = load_prompts(
         options.data, cache=options.run.cache_dir, seed=options.run.seed, val_prompts=rl.val_prompts,
         needs_training=bool(rl.train or rl.sft_steps), needs_held_out=rl.val or rl.generate,
     )  # fmt: skip
     score = load_score(options, accelerator, head_path) if needs_score else None
-    policy, checkpoint, warmed = start_policy(options, accelerator, names, bool(resumed))
-    if not resumed and (rl.train or rl.sft_steps) and is_main_process():
+    policy, checkpoint, warmed = start_policy(options, accelerator, names, resumed=bool(started))
+    if not started and (rl.train or rl.sft_steps) and is_main_process():
         lock = lock_outputs(names.folder, names.stem, lock)
     stem = names.report_stem(options, checkpoint)
     described = {**arguments, "data": counts, "reward_head": head_path and str(head_path)}
@@ -291,7 +291,7 @@ def main(options: Options) -> None:
     if rl.sft_steps:
         if not warmed:
             policy = warm_start(options, accelerator, policy, prompts, tracker, names.sft_model)
-        tracker.offset = rl.sft_steps
+        tracker.offset = rl.sft_steps  # PPO's step 1 is logged after SFT's last
         paths.append(names.sft_model)
 
     evaluate = partial(
@@ -475,7 +475,7 @@ def hash_inputs(prompts: list[Prompt], head_path: Path | None) -> dict[str, str]
 
 
 class PPOTraining:
-    """PPO steps over shuffled prompts (a `training.Stage`)."""
+    """PPO steps (`models.PPO.step`) over shuffled prompts (a `training.Stage`)."""
 
     def __init__(self, ppo: PPO, prompts: list[Prompt], recorder: Recorder, options: Options):
         self.ppo, self.prompts, self.recorder, self.options = ppo, prompts, recorder, options

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data_utils import Corpus, TurnSet
+from data_utils import Corpus, SignalOptions, TurnSet
 from geli import plots
 from geli.data.candor import AFFECT_GROUPS, FACES, HAPPINESS
 from geli.nets.encoder import encoder_of_head
@@ -218,4 +218,13 @@ def warn_of_leaks(seen: frozenset[str], validation: TurnSet) -> None:
         print(
             f"Warning: {len(both)} of this run's validation conversations were trained on before: the data has changed "
             "since. Validation results will look better than they are; train stage 1 again."
+        )
+
+
+def warn_of_constant_targets(training: TurnSet, signal: SignalOptions) -> None:
+    """Prints a warning if all LI targets are the same, so that there is nothing to learn from them."""
+    if training.targets.min() == training.targets.max():
+        print(
+            f"Warning: all {len(training):,} LI targets are {training.targets[0]:g}: --li_signal {signal.li_signal} "
+            "found no reaction that differs; another signal may, or train GE alone"
         )

@@ -16,10 +16,13 @@ from geli.run.files import atomic_path, private_folder, remove_stale_temporaries
 CHECKSUM_BYTES = 32  # of SHA-256, in front of the table
 # list items are named as Parquet names them, so that the schema that is read equals the one that was written
 _TEXTS, _NUMBERS, _INTEGERS = (pa.list_(pa.field("element", kind)) for kind in (pa.string(), pa.float64(), pa.int32()))
-COLUMNS = pa.schema({
-    "folder": pa.binary(), "signature": pa.string(), "about": pa.string(),  # about: JSON of all but the turns
+TURN_COLUMNS = {  # type of each field of `Turn`; a speaker is a number
     "turn_id": _TEXTS, "speaker": _INTEGERS, "start": _NUMBERS, "stop": _NUMBERS, "utterance": _TEXTS,
     "n_words": _INTEGERS, "affect": _INTEGERS, "happy_share": _NUMBERS,
+}  # fmt: skip
+COLUMNS = pa.schema({
+    "folder": pa.binary(), "signature": pa.string(), "about": pa.string(),  # about: JSON of all but the turns
+    **{name: TURN_COLUMNS[name] for name in Turn._fields},
 })  # fmt: skip
 
 

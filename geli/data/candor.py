@@ -170,7 +170,8 @@ def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversa
         id=folder.name,
         speakers=speakers,
         turns=tuple(
-            Turn(*turn[:-2], *face) for turn, *face in zip(turns, affect.tolist(), share.tolist(), strict=True)
+            turn._replace(affect=face, happy_share=happy)
+            for turn, face, happy in zip(turns, affect.tolist(), share.tolist(), strict=True)
         ),
         answers={user: answers[user] for user in speakers if user in answers},
         questions=questions,
@@ -297,7 +298,7 @@ def _read_transcript(path: Path) -> tuple[list[Turn], Counter]:
             skipped[f"utterance of more than {MOST_CHARACTERS:,} characters"] += 1
         else:
             n_words = int(n) if 0 <= n <= MOST_WORDS else len(utterance.split())
-            turns.append(Turn(turn_id, speaker, start, stop, utterance, n_words, NEUTRAL, 0.0))
+            turns.append(Turn(turn_id, speaker, start, stop, utterance, n_words, affect=NEUTRAL, happy_share=0.0))
     if not turns:
         raise Dropped("the transcript has no usable turn")
     order = np.array([_number(turn.turn_id) for turn in turns])

@@ -22,8 +22,9 @@ class NewConversation(NamedTuple):
     Attributes:
         id: name of its folder.
         turns: (user id, start, stop, utterance), in order, in seconds.
-        faces: (user id, start, stop, face class): the user's face from start to stop; it is neutral at other times.
-        answers: user id -> survey question -> answer, for both users.
+        faces: (user id, start, stop, face class of `FACES`): the user's face from start to stop; it is neutral at other
+            times.
+        answers: user id -> survey question of `REWARD_CLASSES` -> answer, of the users who rated.
     """
 
     id: str

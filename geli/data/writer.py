@@ -4,7 +4,7 @@ import csv
 import os
 from pathlib import Path
 
-from geli.data.candor import FACES, FEATURES_FILE, REWARD_CLASSES, SURVEY_FILE, TRANSCRIPTS
+from geli.data.candor import ANSWER_LIMITS, FACES, FEATURES_FILE, REWARD_CLASSES, SURVEY_FILE, TRANSCRIPTS
 
 TRANSCRIPT_COLUMNS = (
     "turn_id speaker start stop utterance interval delta questions end_question overlap n_words".split()
@@ -25,10 +25,14 @@ def write_conversation(
     Args:
         folder: the conversation's folder; its name is the conversation's id.
         turns: (user id, start, stop, utterance), in order, seconds.
-        faces: (user id, start, stop, face class): that face from start to stop; neutral at all other times.
-        answers: user id -> question -> answer; questions left out are empty cells.
+        faces: (user id, start, stop, face class of `FACES`): that face from start to stop; neutral at all other times.
+        answers: user id -> question of `REWARD_CLASSES` -> answer; questions left out are empty cells.
         lost: (user id, second) of frames whose face was lost: empty cells.
+
+    Raises:
+        ValueError: for a face class or a question that CANDOR does not have, or an answer out of the question's range.
     """
+    _check(faces, answers)
     (folder / "transcription").mkdir(parents=True, exist_ok=True)
     rows = list(_transcript_rows(turns))
     for name in TRANSCRIPTS:  # the three differ in how they cut speech into turns, which is given here
@@ -38,7 +42,7 @@ def write_conversation(
 
     columns = ["user_id", "timedelta", *(f"prob_face_{face}" for face in FACES)]
     rows = []
-    for user in answers:
+    for user in dict.fromkeys([*answers, *(turn[0] for turn in turns)]):
         spans = [span for span in faces if span[0] == user]
         for second in range(int(turns[-1][2]) + 1 if turns else 0):
             shown = next((face for _, start, stop, face in spans if start <= second <= stop), "neutral")
@@ -48,6 +52,18 @@ def write_conversation(
 
     survey = [[user, *(given.get(question, "") for question in REWARD_CLASSES)] for user, given in answers.items()]
     _write(folder / SURVEY_FILE, ["user_id", *REWARD_CLASSES], survey)
+
+
+def _check(faces, answers: dict[str, dict[str, float]]) -> None:
+    for *_, face in faces:
+        if face not in FACES:
+            raise ValueError(f"face class {face!r}, expected one of {', '.join(FACES)}")
+    for question, answer in (item for given in answers.values() for item in given.items()):
+        if question not in REWARD_CLASSES:
+            raise ValueError(f"survey question {question!r}, expected one of {', '.join(REWARD_CLASSES)}")
+        low, high = ANSWER_LIMITS[REWARD_CLASSES[question]]
+        if not low <= answer <= high:
+            raise ValueError(f"{question}: answer {answer!r}, expected {low} to {high}")
 
 
 def _transcript_rows(turns):

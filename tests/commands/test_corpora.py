@@ -1,6 +1,7 @@
 """CaSiNo in CANDOR's layout, and the sample corpus with its hidden rewards."""
 
 import filecmp
+import re
 
 import numpy as np
 import pandas as pd
@@ -11,9 +12,11 @@ from scipy.stats import spearmanr
 from tiny_models import build
 
 from data_utils import read_corpus, split
+from geli.data import converters
 from geli.data.candor import FACES, read_conversation
 from geli.data.converters import casino_dialogue
 from geli.data.writer import write_conversation
+from geli.run.errors import UserError
 
 CASINO = ROOT.parent / "shared" / "data" / "casino"
 
@@ -134,3 +137,25 @@ def test_small_models_are_the_same_every_time(sample, tmp_path):
         build(sample, tmp_path / name, ("bart", "llama"), seed=0, steps=8)
     for file in ("bart/model.safetensors", "bart/tokenizer.json", "llama/model.safetensors", "llama/tokenizer.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("faces", "answers", "said"),
+    [
+        ([("a", 0.0, 1.0, "happy")], {}, "face class 'happy', expected one of anger"),
+        ([], {"a": {"stars": 5}}, "survey question 'stars', expected one of"),
+        ([], {"a": {"overall_affect": 80}}, "overall_affect: answer 80, expected 0 to 10"),
+    ],
+)
+def test_what_candor_does_not_have_is_refused_when_it_is_written(faces, answers, said, tmp_path, monkeypatch):
+    new = converters.NewConversation("c", [("a", 0.0, 1.0, "hi"), ("b", 1.0, 2.0, "hello")], faces, answers)
+    monkeypatch.setitem(converters.CONVERTERS, "one", converters.Converter(lambda _: [new], (), "one"))
+    with pytest.raises(UserError, match=re.escape(said)):
+        converters.convert("one", tmp_path, tmp_path / "out")
+
+
+def test_people_who_did_not_rate_have_faces(tmp_path):
+    turns = [("a", 0.0, 1.0, "hi there you"), ("b", 1.0, 2.0, "hello to you too")]
+    write_conversation(tmp_path / "c", turns, [("b", 0.0, 1.0, "happiness")], {"a": {"overall_affect": 5}})
+    conversation = read_corpus(tmp_path, "overall_affect").conversations[0]
+    assert conversation.turns[0].affect == FACES.index("happiness")

@@ -190,6 +190,10 @@ def test_examples_train_through_the_three_commands(extended):
     assert "Stage 3 (REINFORCE)" in printed
 
 
+def test_examples_pass_the_linter(extended):
+    subprocess.run(["ruff", "check", "--config", ROOT / "pyproject.toml", "."], cwd=extended[0], check=True)
+
+
 def test_readmes_examples_use_what_was_trained(extended):
     assert re.search(r"tensor\(\[\[-?[01]\.\d+\]\]", extended[1])  # the reward that the first one prints
 
