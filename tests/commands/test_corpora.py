@@ -155,7 +155,7 @@ def test_what_candor_does_not_have_is_refused_when_it_is_written(faces, answers,
 
 
 def test_people_who_did_not_rate_have_faces(tmp_path):
-    turns = [("a", 0.0, 1.0, "hi there you"), ("b", 1.0, 2.0, "hello to you too")]
-    write_conversation(tmp_path / "c", turns, [("b", 0.0, 1.0, "happiness")], {"a": {"overall_affect": 5}})
+    turns = [("a", 0.0, 4.0, "hi there, how are you today"), ("b", 5.0, 9.0, "I am very well, thank you")]
+    write_conversation(tmp_path / "c", turns, [("b", 0.0, 4.0, "happiness")], {"a": {"overall_affect": 5}})
     conversation = read_corpus(tmp_path, "overall_affect").conversations[0]
     assert conversation.turns[0].affect == FACES.index("happiness")
