@@ -229,7 +229,8 @@ def follow_saved(options: Options, saved: RewardHead | None, path: Path | None) 
             model = named_by_file(saved.config.sentiment_model, path)
         signal = replace(signal, li_signal=saved.config.li_signal if saved else "face", sentiment_model=model)
     if signal.sentiment_model and not LI_SIGNALS[signal.li_signal].uses_model:
-        raise UserError(f"--sentiment_model is for --li_signal sentiment, and this run learns from the {signal.li_signal}")
+        learned = signal.li_signal
+        raise UserError(f"--sentiment_model is for --li_signal sentiment, and this run learns from the {learned}")
     options = replace(options, signal=signal)
     if saved and not options.training.train:
         return replace(
