@@ -191,7 +191,8 @@ def test_examples_train_through_the_three_commands(extended):
 
 
 def test_examples_pass_the_linter(extended):
-    subprocess.run(["ruff", "check", "--config", ROOT / "pyproject.toml", "."], cwd=extended[0], check=True)
+    command = [sys.executable, "-m", "ruff", "check", "--config", ROOT / "pyproject.toml", "."]
+    subprocess.run(command, cwd=extended[0], check=True)
 
 
 def test_readmes_examples_use_what_was_trained(extended):
