@@ -15,7 +15,7 @@ import numpy as np
 
 from geli.data.candor import HAPPINESS, NEGATIVE, REWARD_CLASSES, TRANSCRIPTS, Conversation, Dropped, Turn
 from geli.data.corpus import by_count, printable, read_conversations
-from geli.rl.prompts import Prompt, prompt_text
+from geli.nets.prompts import Prompt, prompt_text
 from geli.run.errors import UserError, one_line
 from geli.run.options import option, positive_int
 
@@ -344,11 +344,19 @@ def split(
 # Texts
 
 
+def state_turns(
+    conversation: Conversation, index: int, user: str, context_turns: int
+) -> tuple[tuple[bool, str], ...]:
+    """(is_agent, utterance) of the last `context_turns` turns before turn `index`."""
+    before = conversation.turns[max(0, index - context_turns) : index]
+    return tuple((turn.speaker != user, turn.utterance) for turn in before)
+
+
 def turn_text(conversation: Conversation, index: int, user: str, context_turns: int) -> tuple[str, str]:
     """State and action of turn `index` as text: the last `context_turns` turns before it, each ` User: ...` or
     ` AI: ...`, joined by spaces; and `AI: ` + the turn itself."""
-    before = conversation.turns[max(0, index - context_turns) : index]
-    context = " ".join(f" {'User' if turn.speaker == user else 'AI'}: {turn.utterance}" for turn in before)
+    before = state_turns(conversation, index, user, context_turns)
+    context = " ".join(f" {'AI' if is_agent else 'User'}: {utterance}" for is_agent, utterance in before)
     return context, f"AI: {conversation.turns[index].utterance}"
 
 
@@ -492,7 +500,8 @@ def make_prompts(trajectories: Iterable[Trajectory], context_turns: int) -> list
         texts = tuple(turn_texts(trajectory, context_turns))
         for position, (context, response) in enumerate(texts):
             human, name = response.removeprefix("AI: "), trajectory.turn_name(position)
-            prompts.append(Prompt(prompt_text(context), context, human, texts, position, name))
+            turns = state_turns(trajectory.conversation, trajectory.agent_turns[position], trajectory.user, context_turns)
+            prompts.append(Prompt(prompt_text(context), context, human, texts, position, name, turns))
     return prompts
 
 

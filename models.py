@@ -24,7 +24,7 @@ from data_utils import LI_SIGNALS, SignalOptions, TurnSet
 from geli.data.candor import REWARD_CLASSES
 from geli.nets.options import MAX_NEW_TOKENS
 from geli.nets.published_heads import NotPublished, read_published_head
-from geli.rl.prompts import Prompt
+from geli.nets.prompts import Prompt
 from geli.rl.rollout import (
     Rollout,
     distinct,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from data_utils import DataOptions, load_prompts
 from geli.data.candor import REWARD_CLASSES
 from geli.nets.options import MAX_NEW_TOKENS, PolicyOptions
-from geli.rl.prompts import Prompt
+from geli.nets.prompts import Prompt
 from geli.rl.rollout import RandomScorer, RewardScorer
 from geli.run.errors import UserError, run
 from geli.run.options import (

@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 from trl_ppo import ALPHA, RANK, llama_config, tokenizer_of, word_prompts
 
 from geli.nets.policy import adapt_policy
-from geli.rl.prompts import Prompt
+from geli.nets.prompts import Prompt
 from geli.rl.rollout import RandomScorer, draw_uniforms
 from geli.run.console import format_table
 from geli.run.distributed import make_accelerator, seed_everything

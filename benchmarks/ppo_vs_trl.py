@@ -38,7 +38,7 @@ from trl_ppo import (
 )
 
 from geli.nets.policy import load_policy
-from geli.rl.prompts import Prompt
+from geli.nets.prompts import Prompt
 from geli.run.distributed import make_accelerator, seed_everything
 from models import PPO, PPOConfig
 

@@ -41,7 +41,7 @@ from transformers import BartConfig, BartModel, LlamaConfig, LlamaForCausalLM, P
 from data_utils import read_corpus, split, turn_text
 from geli.nets.encoder import TurnEncoder
 from geli.nets.pretrained import quiet_transformers
-from geli.rl.prompts import prompt_text
+from geli.nets.prompts import prompt_text
 from geli.run.console import progress_bar
 from geli.run.distributed import seed_everything
 from geli.run.files import atomic_folder

@@ -1,24 +1,26 @@
 """The policy of stage 3: a language model with a LoRA adapter and a value head."""
 
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from geli.nets.options import DONE_EVERY, INSTRUCTION, MAX_NEW_TOKENS
+from geli.nets.options import DONE_EVERY, MAX_NEW_TOKENS
 from geli.nets.pretrained import check_adapter, check_adapter_weights, check_vocabulary, load_pretrained
+from geli.nets.prompts import PROMPT_FORMATS, Prompt
 from geli.run.console import is_main_process
 from geli.run.errors import UserError, first_line
 from geli.run.files import atomic_folder
 
 LOGITS_PER_CHUNK = 1 << 25  # 128 MiB of float32
+VALUE_HEAD = "value_head.safetensors"  # in the folder of a saved policy
 
 
 class Policy(nn.Module):
@@ -28,6 +30,7 @@ class Policy(nn.Module):
 
     Args:
         model: PEFT model of a causal language model or an encoder-decoder. tokenizer: its tokenizer.
+        prompt_format: how it reads prompts, a key of `PROMPT_FORMATS`.
 
     Attributes:
         max_over_ranks: set by `shard` when the model is sharded. Every forward pass then needs all processes; this
@@ -37,9 +40,10 @@ class Policy(nn.Module):
         UserError: if the model computes its logits in a way that `_logits` does not know.
     """
 
-    def __init__(self, model: PeftModel, tokenizer):
+    def __init__(self, model: PeftModel, tokenizer, prompt_format: str = "raw"):
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.prompt_format = model, tokenizer, prompt_format
+        self.format = PROMPT_FORMATS[prompt_format](tokenizer)
         self.has_encoder = bool(model.config.is_encoder_decoder)
         self.max_over_ranks: Callable[[int], int] | None = None
         self.value_head = nn.Linear(model.config.hidden_size, 1)  # starts at 0
@@ -67,17 +71,10 @@ class Policy(nn.Module):
         """Context manager that turns the adapter off."""
         return self.model.disable_adapter()
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def tokenize(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask (n, Q) of n prompts, padded on the left for a causal model, whose response follows, and on
-        the right for an encoder. A prompt that is too long keeps `INSTRUCTION` and its end."""
-        limit, instruction = self.max_prompt_tokens, self.tokenizer(INSTRUCTION)["input_ids"]
-        encoded = []
-        for tokens in self.tokenizer(list(prompts), verbose=False)["input_ids"]:
-            if len(tokens) > limit:
-                common = takewhile(lambda both: both[0] == both[1], zip(instruction, tokens, strict=False))
-                kept = min(sum(1 for _ in common), limit - 1)
-                tokens = [*tokens[:kept], *tokens[kept - limit :]]
-            encoded.append(tokens)
+        the right for an encoder. A prompt that is too long is cut (see `PromptFormat.encode`)."""
+        encoded = [self.format.encode(prompt, self.max_prompt_tokens) for prompt in prompts]
         longest = max(map(len, encoded))
         ids = torch.full((len(encoded), longest), self.pad)
         mask = torch.zeros_like(ids)
@@ -89,8 +86,8 @@ class Policy(nn.Module):
 
     @property
     def end(self) -> int:
-        """Id of the end token."""
-        return self.tokenizer.eos_token_id
+        """Id of the token that ends a response."""
+        return self.format.end
 
     @property
     def pad(self) -> int:
@@ -233,13 +230,15 @@ class Policy(nn.Module):
             )
 
     def save(self, folder: str | Path) -> None:
-        """Writes a PEFT adapter with its tokenizer and `value_head.safetensors`, atomically."""
+        """Writes a PEFT adapter with its tokenizer and `value_head.safetensors`, which records the prompt format,
+        atomically."""
         with atomic_folder(folder) as temporary:
             self.model.save_pretrained(temporary, save_embedding_layers=False)
             self.tokenizer.save_pretrained(temporary)
             save_file(
                 {k: v.detach().cpu().contiguous() for k, v in self.value_head.state_dict().items()},
-                temporary / "value_head.safetensors",
+                temporary / VALUE_HEAD,
+                metadata={"prompt_format": self.prompt_format},
             )
 
     def save_merged(self, folder: str | Path) -> None:
@@ -266,7 +265,7 @@ class Policy(nn.Module):
             print(f"Warning: {folder} was trained on {base!r}, --model_name is {own.base_model_name_or_path}")
         try:
             set_peft_model_state_dict(self.model, check_adapter_weights(self.model, folder))
-            value_head = load_file(Path(folder) / "value_head.safetensors")
+            value_head = load_file(Path(folder) / VALUE_HEAD)
             if not all(torch.isfinite(tensor).all() for tensor in value_head.values()):
                 raise ValueError("a value head that is not finite")
             self.value_head.load_state_dict(value_head)
@@ -317,25 +316,44 @@ def _token_logprobs(logits_of: Callable, vocabulary: int, states: torch.Tensor, 
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def load_policy(name: str, rank: int, alpha: int, dtype: torch.dtype, trust_remote_code: bool = False) -> Policy:
+def saved_prompt_format(folder: str | Path) -> str:
+    """The prompt format of a saved policy; `raw` for one that records none.
+
+    Raises:
+        UserError: if it records one that this program does not know, or cannot be read.
+    """
+    path = Path(folder) / VALUE_HEAD
+    try:
+        with safe_open(path, "pt") as file:
+            found = (file.metadata() or {}).get("prompt_format", "raw")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: expected a value head (a safetensors file): {first_line(error)}") from None
+    if found not in PROMPT_FORMATS:
+        raise UserError(f"{path}: expected a prompt format of {', '.join(PROMPT_FORMATS)}, found {found!r}"[:300])
+    return found
+
+
+def load_policy(
+    name: str, rank: int, alpha: int, dtype: torch.dtype, trust_remote_code: bool = False, prompt_format: str = "raw"
+) -> Policy:
     """Loads a language model (hub id or folder) as a policy with a new adapter, which does not change its output yet.
 
     Args:
         rank, alpha: of LoRA (Hu et al., 2022). dtype: of the frozen weights; the adapter is float32.
-        trust_remote_code: run code that the model brings along.
+        trust_remote_code: run code that the model brings along. prompt_format: a key of `PROMPT_FORMATS`.
 
     Raises:
-        UserError: if the model cannot be loaded.
+        UserError: if the model cannot be loaded, or its tokenizer lacks what the prompt format needs.
     """
     tokenizer = load_pretrained(AutoTokenizer, name, "--model_name", trust_remote_code)
     config = load_pretrained(AutoConfig, name, "--model_name", trust_remote_code)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = load_pretrained(kind, name, "--model_name", trust_remote_code, config=config, dtype=dtype)
     check_vocabulary(tokenizer, model, name, "--model_name")
-    return adapt_policy(model, tokenizer, rank, alpha)
+    return adapt_policy(model, tokenizer, rank, alpha, prompt_format)
 
 
-def adapt_policy(model, tokenizer, rank: int, alpha: int) -> Policy:
+def adapt_policy(model, tokenizer, rank: int, alpha: int, prompt_format: str = "raw") -> Policy:
     """A policy of a loaded language model with a new LoRA adapter of this rank and alpha."""
     config = model.config
     attention = {"q_proj", "v_proj"} if any(n.endswith("q_proj") for n, _ in model.named_modules()) else "all-linear"
@@ -347,4 +365,4 @@ def adapt_policy(model, tokenizer, rank: int, alpha: int) -> Policy:
         target_modules=None if config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING else attention,
         fan_in_fan_out=config.model_type == "gpt2",  # it stores weights transposed
     )
-    return Policy(get_peft_model(model, adapter), tokenizer)
+    return Policy(get_peft_model(model, adapter), tokenizer, prompt_format)

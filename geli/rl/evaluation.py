@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from geli.nets.policy import Policy
-from geli.rl.prompts import Prompt
+from geli.nets.prompts import Prompt
 from geli.rl.rollout import distinct, draw_length, draw_uniforms, logprobs_and_values, rollout
 from geli.run.distributed import gather_shares, local_share
 

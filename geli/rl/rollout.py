@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from geli.nets.options import DONE_EVERY
-from geli.rl.prompts import Prompt
+from geli.nets.prompts import Prompt
 
 if TYPE_CHECKING:
     from geli.nets.encoder import TurnEncoder
@@ -69,7 +69,7 @@ def rollout(policy: "Policy", prompts: Sequence[Prompt], uniforms: torch.Tensor)
     def texts_of(tokens) -> list[str]:
         return policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
-    query, query_mask = policy.tokenize([prompt.text for prompt in prompts])
+    query, query_mask = policy.tokenize(prompts)
     response, states = policy.generate(query, query_mask, uniforms, lambda so_far: reached_marker(so_far, texts_of))
     kept, texts = cut_responses(response, texts_of, policy.end)
     mask = (torch.arange(int(kept.max()), device=response.device) < kept[:, None].to(response.device)).float()

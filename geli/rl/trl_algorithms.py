@@ -15,7 +15,7 @@ from transformers import AutoConfig, PrinterCallback, TrainerCallback
 from geli.nets.options import MAX_NEW_TOKENS
 from geli.nets.policy import Policy
 from geli.nets.pretrained import load_pretrained
-from geli.rl.prompts import Prompt
+from geli.nets.prompts import Prompt
 from geli.rl.rollout import MARKERS
 from geli.run.console import progress_bar
 from geli.run.errors import UserError, first_line
@@ -58,13 +58,15 @@ def train(
     _check_batches(algo, policy, batch_size, generations, processes)
     make_config, make_trainer = {"rloo": (RLOOConfig, RLOOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}[algo]
 
-    def reward(prompts: list, completions: list[str], index: list[int], **_) -> list[float]:
-        """TRL's reward function: `prompts` are its own texts, `index` (a column of `rows`) points to ours."""
-        texts = [MARKERS.split(completion, maxsplit=1)[0].strip() for completion in completions]
+    def reward(prompts: list, completions: list, index: list[int], **_) -> list[float]:
+        """TRL's reward function: `prompts` are its own, `index` (a column of `rows`) points to ours. A completion is a
+        text, or a list with one chat message."""
+        said = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
+        texts = [MARKERS.split(text, maxsplit=1)[0].strip() for text in said]
         return score([ours[i] for i in index], texts).tolist()
 
     ours = list(prompts)
-    rows = {"prompt": [_fit_prompt(policy, prompt.text) for prompt in ours], "index": list(range(len(ours)))}
+    rows = {"prompt": [policy.format.for_trl(prompt, policy.max_prompt_tokens) for prompt in ours], "index": list(range(len(ours)))}
     with tempfile.TemporaryDirectory() as folder, _preserve_accelerate_state():
         settings = dict(
             **_common_settings(policy, folder, steps, learning_rate, seed),
@@ -93,13 +95,6 @@ def _check_batches(algo: str, policy: Policy, batch_size: int, generations: int,
             f"--batch_size {batch_size}: expected a multiple of --num_generations {generations}, which is 2 or more"
             + (f", times the {processes} processes" if processes > 1 else "")
         )
-
-
-def _fit_prompt(policy: Policy, text: str) -> str:
-    """The text, shortened as `Policy.tokenize` shortens a prompt that is too long."""
-    if len(policy.tokenizer(text)["input_ids"]) <= policy.max_prompt_tokens:
-        return text
-    return policy.tokenizer.decode(policy.tokenize([text])[0][0], skip_special_tokens=True)
 
 
 def _ppo_metrics(logs: dict) -> dict[str, float]:
@@ -194,16 +189,8 @@ def sft_example(policy: Policy, prompt: Prompt) -> tuple[list[int], list[int]]:
     The prompt is shortened as in rollouts. An answer that is longer than the longest response is cut there; it then has
     no end token.
     """
-    query = policy.tokenize([prompt.text])[0][0].tolist()
-    alone = policy.tokenizer(prompt.text)["input_ids"]
-    both = policy.tokenizer(f"{prompt.text} {prompt.human}")["input_ids"]
-    if both[: len(alone)] == alone:
-        answer = both[len(alone) :]
-    else:  # the tokenizer merges the end of the prompt with the beginning of the answer
-        answer = policy.tokenizer(f" {prompt.human}", add_special_tokens=False)["input_ids"]
-    if answer[-1:] != [policy.end]:
-        answer = [*answer, policy.end]
-    answer = answer[:MAX_NEW_TOKENS]
+    query = policy.format.encode(prompt, policy.max_prompt_tokens)
+    answer = policy.format.answer(prompt, prompt.human)[:MAX_NEW_TOKENS]
     return query + answer, [-100] * len(query) + answer
 
 

@@ -188,7 +188,7 @@ def _find_run(arguments: dict, folder: Path, outputs, record, name: str | None) 
 def _difference(recorded: dict, arguments: dict) -> str | None:
     """The first option that had another value, in words."""
     for name, value in json.loads(json.dumps(arguments, default=str)).items():
-        if name not in _MAY_DIFFER and (name not in recorded or recorded[name] != value):
+        if name not in _MAY_DIFFER and recorded.get(name) != value:  # an older run lacks a newer option
             return f"--{name} {recorded.get(name, '(unknown)')}, not {value}"
     return None
 

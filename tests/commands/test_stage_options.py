@@ -28,7 +28,7 @@ from geli.nets import encoder as encoder_module
 from geli.nets import policy as policy_module
 from geli.nets.encoder import TurnEncoder, encoder_of_head, load_encoder
 from geli.nets.options import ENCODERS, POLICIES
-from geli.rl.prompts import Prompt
+from geli.nets.prompts import Prompt
 from geli.rl.rollout import RewardScorer
 from geli.run.errors import UserError
 from models import HEADS, RewardHead, RewardHeadConfig, load_reward_head, save_reward_head

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from conftest import ROOT, environment_of_its_own, small_model
 
 from geli.nets.policy import load_policy
-from geli.rl.prompts import Prompt
+from geli.nets.prompts import Prompt
 from geli.run.errors import UserError
 from geli.run.gradients import NotFinite
 from geli.run.lock import RunLock, lock_new_run, reward_run_to_resume

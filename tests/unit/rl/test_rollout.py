@@ -10,7 +10,7 @@ from conftest import small_model
 from known_optimum import make_model, prompts
 
 from geli.nets.policy import load_policy
-from geli.rl.prompts import Prompt
+from geli.nets.prompts import Prompt
 from geli.rl.rollout import (
     RandomScorer,
     RewardScorer,

@@ -11,7 +11,7 @@ from data_utils import read_corpus, split, turn_text
 from geli.nets.options import MAX_NEW_TOKENS
 from geli.nets.policy import load_policy
 from geli.rl import trl_algorithms
-from geli.rl.prompts import Prompt, prompt_text
+from geli.nets.prompts import Prompt, prompt_text
 from geli.run.distributed import make_accelerator
 from geli.run.errors import UserError
 

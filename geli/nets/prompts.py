@@ -1,0 +1,197 @@
+"""The prompts of stage 3, and the forms in which a language model reads them."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import takewhile
+from typing import NamedTuple, Protocol
+
+from geli.nets.options import INSTRUCTION
+from geli.run.errors import UserError
+
+
+class Prompt(NamedTuple):
+    """A state of a real conversation.
+
+    Attributes:
+        text: the state as the published code writes it. context: input of the reward's encoder.
+        human: the human's response.
+        trajectory: (context, response) of all agent turns of its trajectory (one tuple that its prompts share).
+        position: index of this turn in `trajectory`; rewards that depend on earlier turns see those before it.
+        name: conversation/flip/turn_id.
+        turns: (is_agent, utterance) of each turn in the state.
+    """
+
+    text: str
+    context: str
+    human: str
+    trajectory: tuple[tuple[str, str], ...] = ()
+    position: int = 0
+    name: str = ""
+    turns: tuple[tuple[bool, str], ...] = ()
+
+
+def prompt_text(context: str) -> str:
+    """A state as the published code writes it: the instruction, the last turns, and ` AI:`."""
+    return f"{INSTRUCTION}{context} AI:"
+
+
+class PromptFormat(Protocol):
+    """A form in which a language model reads prompts.
+
+    Attributes:
+        end: id of the token that ends a response.
+    """
+
+    end: int
+
+    def encode(self, prompt: Prompt, limit: int) -> list[int]:
+        """Token ids of a prompt, at most `limit`."""
+
+    def answer(self, prompt: Prompt, text: str) -> list[int]:
+        """Token ids of a response to the prompt, with the end token."""
+
+    def for_trl(self, prompt: Prompt, limit: int) -> str | list[dict[str, str]]:
+        """The prompt as TRL's trainers take it: a text or chat messages, of at most `limit` tokens."""
+
+
+class RawFormat:
+    """The published form: the instruction, ` User: …` and ` AI: …` for the turns, and ` AI:`, as plain text.
+
+    Args:
+        tokenizer: of the language model.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    @property
+    def end(self) -> int:
+        """Id of the tokenizer's end token."""
+        return self.tokenizer.eos_token_id
+
+    def encode(self, prompt: Prompt, limit: int) -> list[int]:
+        """Token ids. A prompt that is too long keeps `INSTRUCTION` and its end."""
+        tokens = self.tokenizer(prompt.text, verbose=False)["input_ids"]
+        if len(tokens) > limit:
+            instruction = self.tokenizer(INSTRUCTION)["input_ids"]
+            common = takewhile(lambda both: both[0] == both[1], zip(instruction, tokens, strict=False))
+            kept = min(sum(1 for _ in common), limit - 1)
+            tokens = [*tokens[:kept], *tokens[kept - limit :]]
+        return tokens
+
+    def answer(self, prompt: Prompt, text: str) -> list[int]:
+        """Token ids of ` {text}` after the prompt, and the end token."""
+        alone = self.tokenizer(prompt.text, verbose=False)["input_ids"]
+        both = self.tokenizer(f"{prompt.text} {text}", verbose=False)["input_ids"]
+        if both[: len(alone)] == alone:
+            answer = both[len(alone) :]
+        else:  # the tokenizer merges the end of the prompt with the beginning of the answer
+            answer = self.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+        return answer if answer[-1:] == [self.end] else [*answer, self.end]
+
+    def for_trl(self, prompt: Prompt, limit: int) -> str:
+        """The text; one that is too long is cut as `encode` cuts it."""
+        if len(self.tokenizer(prompt.text, verbose=False)["input_ids"]) <= limit:
+            return prompt.text
+        return self.tokenizer.decode(self.encode(prompt, limit), skip_special_tokens=True)
+
+
+class ChatFormat:
+    """The form that a chat model was trained on, by its tokenizer's chat template.
+
+    The instruction is the system message, the user's turns are user messages, and the agent's are assistant messages.
+    Consecutive turns of one speaker are joined. A template without system messages gets the instruction at the
+    beginning of the first user message, and one that must begin with a user message loses an agent's turn before it.
+
+    Args:
+        tokenizer: of the language model.
+
+    Raises:
+        UserError: if it has no chat template.
+    """
+
+    def __init__(self, tokenizer):
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"--prompt_format chat: the tokenizer of {tokenizer.name_or_path} has no chat template; use raw"
+            )
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def end(self) -> int:
+        """Id of the token that the template puts behind an assistant message; the tokenizer's end token if it puts
+        none."""
+        question, mark = [{"role": "user", "content": "question"}], "answer"
+        text = self._render([*question, {"role": "assistant", "content": mark}])
+        after = self._tokens(text.rpartition(mark)[2].lstrip())[:1]
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        return after[0] if after and after[0] in special else self.tokenizer.eos_token_id
+
+    def messages(self, turns: Sequence[tuple[bool, str]]) -> list[dict[str, str]]:
+        """The chat messages of a state, in the first of three arrangements that the template takes.
+
+        Args:
+            turns: (is_agent, utterance) of each turn.
+        """
+        joined: list[dict[str, str]] = []
+        for is_agent, utterance in turns:
+            role = "assistant" if is_agent else "user"
+            if joined and joined[-1]["role"] == role:
+                joined[-1]["content"] += f" {utterance}"
+            else:
+                joined.append({"role": role, "content": utterance})
+        from_user = joined[1:] if joined and joined[0]["role"] == "assistant" else joined
+        system = {"role": "system", "content": INSTRUCTION}
+        first = "\n\n".join([INSTRUCTION, *(message["content"] for message in from_user[:1])])
+        arrangements = ([system, *joined], [system, *from_user], [{"role": "user", "content": first}, *from_user[1:]])
+        for messages in arrangements[:-1]:
+            try:
+                if INSTRUCTION in self._prompt(messages):
+                    return messages
+            except Exception:  # templates are other people's programs, and refuse messages by raising anything
+                continue
+        return arrangements[-1]
+
+    def encode(self, prompt: Prompt, limit: int) -> list[int]:
+        """Token ids. A prompt that is too long loses whole turns from the left."""
+        return self._tokens(self._prompt(self._fit(prompt, limit)))
+
+    def answer(self, prompt: Prompt, text: str) -> list[int]:
+        """Token ids of an assistant message after the prompt, up to its end token."""
+        messages = self.messages(prompt.turns)
+        if messages[-1]["role"] == "assistant":
+            content = f"{messages[-1]['content']} {text}"
+            whole = self._render([*messages[:-1], {"role": "assistant", "content": content}])
+        else:
+            whole = self._render([*messages, {"role": "assistant", "content": text}])
+        start = self._prompt(messages)
+        answer = self._tokens(whole.removeprefix(start) if whole.startswith(start) else text)
+        return [*(answer[: answer.index(self.end)] if self.end in answer else answer), self.end]
+
+    def for_trl(self, prompt: Prompt, limit: int) -> list[dict[str, str]]:
+        """Chat messages, which TRL renders with the same template."""
+        return self._fit(prompt, limit)
+
+    def _fit(self, prompt: Prompt, limit: int) -> list[dict[str, str]]:
+        """Messages of the last turns of the prompt that fit into `limit` tokens."""
+        for first in range(len(prompt.turns) + 1):
+            messages = self.messages(prompt.turns[first:])
+            if len(self._tokens(self._prompt(messages))) <= limit:
+                break
+        return messages
+
+    def _prompt(self, messages: list[dict[str, str]]) -> str:
+        """The text up to where the response begins. A last message of the agent is continued by it."""
+        if messages[-1]["role"] == "assistant":
+            return self._render(messages, continue_final_message=True)
+        return self._render(messages, add_generation_prompt=True)
+
+    def _render(self, messages: list[dict[str, str]], **how) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **how)
+
+    def _tokens(self, text: str) -> list[int]:
+        """Ids of a rendered text, which has its special tokens already."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+PROMPT_FORMATS = {"raw": RawFormat, "chat": ChatFormat}  # a choice of `--prompt_format`: tokenizer -> `PromptFormat`
