@@ -344,9 +344,7 @@ def split(
 # Texts
 
 
-def state_turns(
-    conversation: Conversation, index: int, user: str, context_turns: int
-) -> tuple[tuple[bool, str], ...]:
+def state_turns(conversation: Conversation, index: int, user: str, context_turns: int) -> tuple[tuple[bool, str], ...]:
     """(is_agent, utterance) of the last `context_turns` turns before turn `index`."""
     before = conversation.turns[max(0, index - context_turns) : index]
     return tuple((turn.speaker != user, turn.utterance) for turn in before)
@@ -500,7 +498,9 @@ def make_prompts(trajectories: Iterable[Trajectory], context_turns: int) -> list
         texts = tuple(turn_texts(trajectory, context_turns))
         for position, (context, response) in enumerate(texts):
             human, name = response.removeprefix("AI: "), trajectory.turn_name(position)
-            turns = state_turns(trajectory.conversation, trajectory.agent_turns[position], trajectory.user, context_turns)
+            turns = state_turns(
+                trajectory.conversation, trajectory.agent_turns[position], trajectory.user, context_turns
+            )
             prompts.append(Prompt(prompt_text(context), context, human, texts, position, name, turns))
     return prompts
 

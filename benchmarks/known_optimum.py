@@ -32,8 +32,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from geli import plots
 from geli.nets.policy import load_policy
 from geli.nets.pretrained import quiet_transformers
-from geli.rl import trl_algorithms
 from geli.nets.prompts import Prompt
+from geli.rl import trl_algorithms
 from geli.run.console import format_table
 from geli.run.distributed import make_accelerator, seed_everything
 from models import PPO, PPOConfig

@@ -84,7 +84,7 @@ def main() -> None:
     ppo = PPO(policy, RandomScorer(0), settings, accelerator, seed=0)
     texts = word_prompts(args.batch * (args.steps + 1), args.prompt, args.vocabulary)
 
-    query, mask = policy.tokenize(texts[: args.batch])
+    query, mask = policy.tokenize([Prompt(text, "", "") for text in texts[: args.batch]])
     uniforms = draw_uniforms(args.batch, 1, torch.Generator().manual_seed(0))
     first = seconds_of(lambda: policy.generate(query, mask, uniforms), device, 2)
     seconds = median_seconds(ppo, texts, args.batch)

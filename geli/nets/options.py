@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from geli.run.errors import UserError
 from geli.run.options import option, positive_int
 
 MAX_NEW_TOKENS = 128  # of a response
@@ -43,7 +44,9 @@ POLICIES = {  # short name for `--model_name` -> hub id
     "blenderbot-1b": "facebook/blenderbot-1B-distill",
     "blenderbot-400m": "facebook/blenderbot-400M-distill",
     "dialogpt": "microsoft/DialoGPT-large",
+    "smollm2": "",  # made by geli.nets.smollm2 on first use
 }
+SMOLLM2 = "smollm2"
 LOCAL_LLAMA = "./llama_hf"  # used for `llama` if this folder exists, as in the published code
 
 
@@ -79,13 +82,30 @@ class PolicyOptions:
     """Which language model is aligned in stage 3."""
 
     model_name: str = option("llama", f"the policy: {', '.join(POLICIES)}, or any hub id or folder")
+    prompt_format: str | None = option(
+        None,
+        "how the policy reads a conversation: raw: as text, as published; chat: as messages, by the tokenizer's chat "
+        "template (default: raw; with --val or --generate alone that of the checkpoint)",
+        choices=("raw", "chat"),
+    )
     no_accel: bool = option(False, "one device, with LoRA r=24 alpha=48 instead of r=16 alpha=32")
     peft: bool = option(False, "accepted for the published commands; LoRA is always on")
 
-    def source(self) -> str:
-        """The hub id or folder of the policy."""
+    def source(self, cache_dir: Path | None = None) -> str:
+        """The hub id or folder of the policy. `cache_dir`: where models that are made here lie.
+
+        Raises:
+            UserError: for such a model without a cache.
+        """
         if self.model_name == "llama" and Path(LOCAL_LLAMA).is_dir():
             return LOCAL_LLAMA
+        if self.model_name == SMOLLM2:
+            if not cache_dir:
+                raise UserError(
+                    f"--model_name {SMOLLM2} is kept in the cache, which --no_cache turns off: write it to a folder "
+                    "with tools/real_llama.py, and give that folder"
+                )
+            return str(cache_dir.resolve() / SMOLLM2)
         return POLICIES.get(self.model_name, self.model_name)
 
     @property

@@ -1,12 +1,11 @@
 """The prompts of stage 3, and the forms in which a language model reads them."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import takewhile
 from typing import NamedTuple, Protocol
 
 from geli.nets.options import INSTRUCTION
-from geli.run.errors import UserError
+from geli.run.errors import UserError, first_line
 
 
 class Prompt(NamedTuple):
@@ -107,7 +106,7 @@ class ChatFormat:
         tokenizer: of the language model.
 
     Raises:
-        UserError: if it has no chat template.
+        UserError: if it has no chat template, or one that fails.
     """
 
     def __init__(self, tokenizer):
@@ -116,9 +115,13 @@ class ChatFormat:
                 f"--prompt_format chat: the tokenizer of {tokenizer.name_or_path} has no chat template; use raw"
             )
         self.tokenizer = tokenizer
+        try:
+            self.end = self._find_end()
+        except Exception as error:  # templates are other people's programs
+            name, reason = tokenizer.name_or_path, first_line(error)
+            raise UserError(f"--prompt_format chat: the chat template of {name} fails: {reason}; use raw") from None
 
-    @cached_property
-    def end(self) -> int:
+    def _find_end(self) -> int:
         """Id of the token that the template puts behind an assistant message; the tokenizer's end token if it puts
         none."""
         question, mark = [{"role": "user", "content": "question"}], "answer"
@@ -148,7 +151,7 @@ class ChatFormat:
             try:
                 if INSTRUCTION in self._prompt(messages):
                     return messages
-            except Exception:  # templates are other people's programs, and refuse messages by raising anything
+            except Exception:  # templates refuse messages by raising errors of any kind
                 continue
         return arrangements[-1]
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from geli.nets.policy import Policy
 from geli.nets.prompts import Prompt
-from geli.rl.rollout import distinct, draw_length, draw_uniforms, logprobs_and_values, rollout
+from geli.rl.rollout import distinct, draw_length, draw_uniforms, ended_themselves, logprobs_and_values, rollout
 from geli.run.distributed import gather_shares, local_share
 
 
@@ -28,22 +28,24 @@ def evaluate_policy(
         mini_batch_size: responses in a forward pass. min_new_tokens, max_new_tokens: range of a batch's length limit.
 
     Returns:
-        The metrics (`reward` and its standard error, `kl` in nats a response, `response_words`, `empty_share`,
-        `distinct_1`, `distinct_2`), and the responses in the order of the prompts.
+        The metrics (`reward` and its standard error, `kl` in nats a response, `response_words`, `ended_share` of the
+        responses that end with the end token, `empty_share`, `distinct_1`, `distinct_2`), and the responses in the
+        order of the prompts.
     """
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    texts, kls = [], []
+    texts, kls, ended = [], [], []
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
         uniforms = draw_uniforms(len(batch), draw_length(rng, min_new_tokens, max_new_tokens), generator)
         mine, my_uniforms = local_share(batch, accelerator), local_share(uniforms, accelerator)
-        my_texts, my_kls = [], []
+        my_texts, my_kls, my_ended = [], [], []
         if len(mine):
-            my_texts, my_kls = _sample(policy, mine, my_uniforms, mini_batch_size)
+            my_texts, my_kls, my_ended = _sample(policy, mine, my_uniforms, mini_batch_size)
         elif policy.max_over_ranks:  # a sharded policy needs every process in each forward pass
             _sample(policy, batch[:1], uniforms[:1], mini_batch_size)
         texts += gather_shares(my_texts, accelerator)
         kls += gather_shares(my_kls, accelerator)
+        ended += gather_shares(my_ended, accelerator)
     metrics = {}
     if score:
         scores = score_together(score, prompts, texts, accelerator)
@@ -52,6 +54,7 @@ def evaluate_policy(
     metrics |= {
         "kl": float(np.mean(kls)),
         "response_words": float(np.mean([len(text.split()) for text in texts])),
+        "ended_share": float(np.mean(ended)),
         "empty_share": float(np.mean([not text for text in texts])),
         "distinct_1": distinct(texts, 1),
         "distinct_2": distinct(texts, 2),
@@ -61,12 +64,13 @@ def evaluate_policy(
 
 def _sample(
     policy: Policy, prompts: Sequence[Prompt], uniforms: torch.Tensor, mini_batch_size: int
-) -> tuple[list[str], list[float]]:
-    """A response to each prompt, and the log-ratio of its probabilities under policy and reference, in nats."""
+) -> tuple[list[str], list[float], list[bool]]:
+    """A response to each prompt, the log-ratio of its probabilities under policy and reference in nats, and whether it
+    ends with the end token."""
     sampled = rollout(policy, prompts, uniforms)
     found = logprobs_and_values(policy, sampled, mini_batch_size)
     kl = ((found["logprobs"] - found["ref_logprobs"]) * sampled.mask).sum(dim=1)
-    return sampled.texts, kl.tolist()
+    return sampled.texts, kl.tolist(), ended_themselves(sampled, policy.end).tolist()
 
 
 def score_together(

@@ -115,6 +115,12 @@ def cut_responses(response: torch.Tensor, texts_of: Callable, end: int) -> tuple
     return kept, texts
 
 
+def ended_themselves(batch: Rollout, end: int) -> torch.Tensor:
+    """(n,) bool: whether the last kept token of each response is the end token."""
+    last = batch.mask.sum(dim=1).long() - 1
+    return batch.response[torch.arange(len(last)), last] == end
+
+
 def minibatch_starts(policy: "Policy", n: int, size: int) -> range:
     """The first indices of the minibatches of this process' n responses.
 

@@ -66,7 +66,10 @@ def train(
         return score([ours[i] for i in index], texts).tolist()
 
     ours = list(prompts)
-    rows = {"prompt": [policy.format.for_trl(prompt, policy.max_prompt_tokens) for prompt in ours], "index": list(range(len(ours)))}
+    rows = {
+        "prompt": [policy.format.for_trl(prompt, policy.max_prompt_tokens) for prompt in ours],
+        "index": list(range(len(ours))),
+    }
     with tempfile.TemporaryDirectory() as folder, _preserve_accelerate_state():
         settings = dict(
             **_common_settings(policy, folder, steps, learning_rate, seed),

@@ -62,7 +62,7 @@ def policy_of(folder):
 @torch.no_grad()
 def nats_a_token(policy, prompts) -> float:
     """The policy's own cross-entropy of the human answers and the end tokens behind them."""
-    query, query_mask = policy.tokenize([prompt.text for prompt in prompts])
+    query, query_mask = policy.tokenize(prompts)
     answers = [[*policy.tokenizer(f" {p.human}", add_special_tokens=False).input_ids, policy.end] for p in prompts]
     response, mask = (torch.zeros(len(prompts), max(map(len, answers)), dtype=torch.long) for _ in range(2))
     for row, answer in enumerate(answers):
@@ -90,7 +90,7 @@ def test_the_reference_is_the_saved_model_and_the_adapter_loads_by_plain_peft(al
     weights = tmp_path / "rlmf_weights"
     warm, checkpoint = weights / "GELI_llama_sft", weights / "GELI_llama_2"
     policy = policy_of(warm)
-    ids, mask = policy.tokenize([held_out[0].text])
+    ids, mask = policy.tokenize(held_out[:1])
     response = ids[:, -5:]
     seen = (ids[:, :-5], mask[:, :-5], response, mask[:, -5:])
     plain = AutoModelForCausalLM.from_pretrained(warm)

@@ -7,6 +7,7 @@ import torch
 
 from geli.nets.encoder import load_encoder
 from geli.nets.policy import load_policy
+from geli.nets.prompts import Prompt
 from geli.run.distributed import make_accelerator
 from geli.run.gradients import sum_gradients
 from geli.run.sharding import full_tensor, shard
@@ -56,7 +57,7 @@ def compare_policy(kind: str, path: str, accelerator) -> None:
     other.load_state_dict(whole.state_dict())
     shard(other, accelerator)
     mine = [[0], [1, 2]][accelerator.process_index]
-    query = whole.tokenize([("hello there", "a b c d e", "what is it now")[i] for i in mine])
+    query = whole.tokenize([Prompt(("hello there", "a b c d e", "what is it now")[i], "", "") for i in mine])
     uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[mine]
     response, _ = whole.generate(*query, uniforms)
     assert torch.equal(other.generate(*query, uniforms)[0][:, : response.shape[1]], response), kind

@@ -7,6 +7,7 @@ from conftest import small_model
 from geli.nets import policy as policy_module
 from geli.nets.options import INSTRUCTION, PolicyOptions
 from geli.nets.policy import Policy, load_policy
+from geli.nets.prompts import Prompt
 from geli.run.errors import UserError
 
 
@@ -16,7 +17,8 @@ def policy(tiny):
     return load_policy(str(tiny / "llama"), 4, 8, torch.float32)
 
 
-PROMPTS = ["You are AI. User: hi AI:", " User: what a long and winding question that is, is it not? AI:"]
+TEXTS = ("You are AI. User: hi AI:", " User: what a long and winding question that is, is it not? AI:")
+PROMPTS = [Prompt(text, "", "") for text in TEXTS]
 
 
 def responses_of(policy, lengths=(5, 9)):
@@ -40,7 +42,7 @@ def test_a_left_padded_batch_gives_what_each_sequence_gives_alone(policy):
 
 def test_a_prompt_longer_than_the_position_table_keeps_its_instruction_and_its_end(policy):
     text = f"{INSTRUCTION} User: {'well ' * 3000} AI:"
-    ids, mask = policy.tokenize([text])
+    ids, mask = policy.tokenize([Prompt(text, "", "")])
     assert ids.shape == (1, policy.model.config.max_position_embeddings - 128) and mask.all()
     kept = policy.tokenizer.decode(ids[0], skip_special_tokens=True)
     assert kept.startswith(INSTRUCTION) and kept.endswith("well  AI:")
@@ -95,7 +97,7 @@ def test_a_saved_policy_loads_with_peft_and_with_us(policy, tiny, tmp_path):
     expected = policy.model(input_ids=query).logits
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny / "llama"), tmp_path / "GELI_llama_10")
     torch.testing.assert_close(loaded.eval()(input_ids=query).logits, expected)
-    assert AutoTokenizer.from_pretrained(tmp_path / "GELI_llama_10")(PROMPTS[0]) == policy.tokenizer(PROMPTS[0])
+    assert AutoTokenizer.from_pretrained(tmp_path / "GELI_llama_10")(TEXTS[0]) == policy.tokenizer(TEXTS[0])
     fresh = load_policy(str(tiny / "llama"), 4, 8, torch.float32)
     fresh.load(tmp_path / "GELI_llama_10")
     inputs = (*policy.tokenize(PROMPTS), *responses_of(policy))

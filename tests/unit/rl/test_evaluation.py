@@ -38,6 +38,7 @@ def test_the_metrics_are_those_of_the_responses(policy, accelerator):
         "reward_standard_error": pytest.approx(scores.std() / 10**0.5),
         "kl": pytest.approx(0, abs=1e-4),
         "response_words": np.mean([len(text.split()) for text in texts]),
+        "ended_share": np.mean([len(text.split()) < 6 for text in texts]),
         "empty_share": np.mean([not text for text in texts]),
         "distinct_1": distinct(texts, 1),
         "distinct_2": distinct(texts, 2),

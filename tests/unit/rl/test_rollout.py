@@ -89,7 +89,7 @@ def test_kl_is_0_at_the_start_and_the_reference_does_not_change(model):
 def test_the_kl_estimate_is_unbiased(model):
     """Mean over samples of log pi - log pi_ref of the first token is the exact KL, summed over the vocabulary."""
     policy, prompt = perturbed(make_policy(model)), some_prompts(1)
-    query = policy.tokenize([prompt[0].text])
+    query = policy.tokenize(prompt)
     tokens = torch.arange(policy.model.config.vocab_size)[:, None]
     everything = (*(x.expand(len(tokens), -1) for x in query), tokens, torch.ones(len(tokens), 1))
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_a_response_does_not_depend_on_the_rest_of_the_batch(model):
 
 def test_generation_stops_when_every_response_has_reached_a_marker(model):
     policy = make_policy(model)
-    query = policy.tokenize([prompt.text for prompt in some_prompts()])
+    query = policy.tokenize(some_prompts())
 
     def texts_of(rows):
         return ["AI:" if len(row) >= 3 else "" for row in rows]

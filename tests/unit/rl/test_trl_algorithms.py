@@ -10,8 +10,8 @@ from known_optimum import make_model, prompts, share_of_good_words
 from data_utils import read_corpus, split, turn_text
 from geli.nets.options import MAX_NEW_TOKENS
 from geli.nets.policy import load_policy
-from geli.rl import trl_algorithms
 from geli.nets.prompts import Prompt, prompt_text
+from geli.rl import trl_algorithms
 from geli.run.distributed import make_accelerator
 from geli.run.errors import UserError
 
@@ -37,7 +37,7 @@ def policy_of(folder):
 @torch.no_grad()
 def nats_a_token(policy, prompts) -> float:
     """The policy's own cross-entropy of the human answers and the end tokens behind them."""
-    query, query_mask = policy.tokenize([prompt.text for prompt in prompts])
+    query, query_mask = policy.tokenize(prompts)
     answers = [[*policy.tokenizer(f" {p.human}", add_special_tokens=False).input_ids, policy.end] for p in prompts]
     response, mask = (torch.zeros(len(prompts), max(map(len, answers)), dtype=torch.long) for _ in range(2))
     for row, answer in enumerate(answers):
