@@ -96,19 +96,35 @@ def ircr_loss(rewards: torch.Tensor, score: float, length: float) -> torch.Tenso
     return ((rewards - score / length) ** 2).mean()
 
 
-def rudder_loss(rewards: torch.Tensor, score: float, length: float) -> torch.Tensor:
-    """Squared error of the return predicted after the last turn, plus 0.5 * the mean squared error of the predictions
-    after every turn (RUDDER, Arjona-Medina et al., NeurIPS 2019, auxiliary task of section A8).
+def rudder_loss(predictions: torch.Tensor, score: float, length: float) -> torch.Tensor:
+    """Squared error of the return predicted after the last turn, plus 0.5 * the mean squared error of all predictions
+    (RUDDER, Arjona-Medina et al., NeurIPS 2019, auxiliary task of section A8).
 
     Args:
-        rewards: (T,) differences of successive predictions, so that prediction t is the sum up to t. score: R in
-            points. length: not used.
+        predictions: (T + 1,) of the return, before the first turn and after every turn. score: R in points. length:
+            not used.
 
     Returns:
         () in points squared.
     """
-    errors = (score - rewards.cumsum(dim=0)) ** 2
+    errors = (score - predictions) ** 2
     return errors[-1] + 0.5 * errors.mean()
+
+
+def rudder_rewards(predictions: torch.Tensor, length: float, n_turns: float) -> torch.Tensor:
+    """Rewards r_t = (T (g_t - g_{t-1}) + g_0) / L from the predictions g_0, ..., g_T of the return.
+
+    The differences of RUDDER sum to g_T - g_0. Times T/L, and with the expected return g_0 of an empty prefix shared
+    out evenly, they are on the scale of the other decompositions: L times their mean is the predicted return g_T.
+
+    Args:
+        predictions: (..., t + 1) the first predictions of a trajectory. length: L. n_turns: T, or a tensor that
+            broadcasts with the rewards.
+
+    Returns:
+        (..., t) rewards.
+    """
+    return (n_turns * predictions.diff(dim=-1) + predictions[..., :1]) / length
 
 
 def supervised_contrastive_loss(hidden: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -145,11 +161,11 @@ def contrastive_term(hidden: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
 class Decomposition(NamedTuple):
     """A way to train turn rewards from one score.
 
+    The rewards of all of them are on one scale: L times their mean over a trajectory's turns is its predicted return.
+
     Attributes:
-        loss: (rewards (k,), score, length) -> () loss.
+        loss: (outputs (k,) of the head, score, length) -> () loss.
         help: one line for `--help`.
-        predicted_return: (rewards (k,), length) -> () the return in points that the rewards predict, which L_GE
-            compares with the score.
         target: (scores, lengths) -> what the loss regresses to; its variance scales `--loss_scale normalized`.
         uses_subset: whether the loss takes K random turns of a trajectory (else all of them, in order).
         head: the head that it needs, a key of `HEADS`; None: the head that the options choose.
@@ -157,7 +173,6 @@ class Decomposition(NamedTuple):
 
     loss: Callable[[torch.Tensor, float, float], torch.Tensor]
     help: str
-    predicted_return: Callable = predicted_return
     target: Callable = lambda scores, lengths: scores
     uses_subset: bool = False
     head: str | None = None
@@ -169,7 +184,6 @@ DECOMPOSITIONS = {
     "RUDDER": Decomposition(
         rudder_loss,
         "an LSTM predicts the return after every turn; rewards are its differences",
-        predicted_return=lambda rewards, length: rewards.sum(),
         head="rudder",
     ),
 }
@@ -186,19 +200,18 @@ def length_of(ep_len: int | str, n_turns: int) -> float:
 
 
 def predicted_returns(
-    turns: TurnSet, rewards: np.ndarray, ep_len: int | str, redist_type: str | None, chosen: np.ndarray | None = None
+    turns: TurnSet, rewards: np.ndarray, ep_len: int | str, chosen: np.ndarray | None = None
 ) -> np.ndarray:
     """(n,) returns in points that the turn rewards of n trajectories predict.
 
     Args:
         turns: n trajectories with N agent turns. rewards: (N,). ep_len: `--ep_len`.
-        redist_type: a key of `DECOMPOSITIONS`; None: as RRD. chosen: (N,) bool, the turns to use; None: all.
+        chosen: (N,) bool, the turns to use; None: all.
     """
-    return_of = DECOMPOSITIONS[redist_type or "RRD"].predicted_return
     rewards = np.asarray(rewards, dtype=np.float64)
     chosen = np.ones(len(turns), dtype=bool) if chosen is None else chosen
     parts = [turns.turns_of(i) for i in range(len(turns.trajectories))]
-    return np.array([return_of(rewards[p][chosen[p]], length_of(ep_len, p.stop - p.start)) for p in parts])
+    return np.array([predicted_return(rewards[p][chosen[p]], length_of(ep_len, p.stop - p.start)) for p in parts])
 
 
 def loss_scales(loss_scale: str, redist_type: str, ep_len: int | str, training: TurnSet) -> tuple[float, float]:
@@ -296,10 +309,11 @@ class RudderCells(nn.Module):
         self.input_gate = nn.Linear(cells, cells)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """h (..., T, cells) after each turn of a trajectory (or several) with features (..., T, hidden)."""
+        """h (..., T + 1, cells) before the first turn (0) and after each turn of a trajectory, or several, with
+        features (..., T, hidden)."""
         inputs = torch.tanh(self.cell_input(features))
         cell = output = torch.zeros_like(inputs[..., 0, :])
-        outputs = []
+        outputs = [output]
         for t in range(inputs.shape[-2]):
             cell = cell + torch.sigmoid(self.input_gate(output)) * inputs[..., t, :]
             output = torch.tanh(cell)
@@ -307,17 +321,9 @@ class RudderCells(nn.Module):
         return torch.stack(outputs, dim=-2)
 
 
-class Differences(nn.Module):
-    """Turns return predictions (..., T, 1) into rewards: each prediction minus the previous one, starting from 0."""
-
-    def forward(self, predictions: torch.Tensor) -> torch.Tensor:
-        """Rewards (..., T, 1), which sum to the last prediction."""
-        return torch.diff(predictions, dim=-2, prepend=torch.zeros_like(predictions[..., :1, :]))
-
-
 def rudder_head(hidden: int) -> nn.Sequential:
-    """RUDDER: 16 LSTM cells, a return prediction after every turn, and its differences."""
-    return nn.Sequential(RudderCells(hidden), nn.Linear(16, 1), Differences())
+    """RUDDER: 16 LSTM cells, and a prediction of the return before the first turn and after every turn."""
+    return nn.Sequential(RudderCells(hidden), nn.Linear(16, 1))
 
 
 class Head(NamedTuple):
@@ -326,14 +332,15 @@ class Head(NamedTuple):
     Attributes:
         make: hidden size -> the head's layers. help: one line for `--help`.
         selectable: whether an option `--{name}` chooses it; else it is the default or belongs to a decomposition.
-        sequential: whether a turn's reward depends on the turns before it. Its input rows are then one trajectory's
-            turns, in order.
+        rewards: of a *sequential* head, whose inputs are one trajectory's turns in order, and which has an output
+            before the first turn and after every turn: (outputs (..., t + 1), length, n_turns) -> rewards (..., t).
+            None: the outputs are the rewards, each of a turn by itself.
     """
 
     make: Callable[[int], nn.Sequential]
     help: str
     selectable: bool = True
-    sequential: bool = False
+    rewards: Callable[..., torch.Tensor] | None = None
 
 
 HEADS = {
@@ -342,7 +349,7 @@ HEADS = {
     "small_model": Head(small_head, "h-128-32-1, ReLU"),
     "batch_norm": Head(batch_norm_head, "the default head with LayerNorm after each hidden layer"),
     "hard_shrink": Head(hard_shrink_head, "the default head with a GELU at the end"),
-    "rudder": Head(rudder_head, "16 LSTM cells", selectable=False, sequential=True),
+    "rudder": Head(rudder_head, "16 LSTM cells", selectable=False, rewards=rudder_rewards),
 }
 
 
@@ -368,7 +375,7 @@ class RewardHeadConfig:
         head: a key of `HEADS`. hidden: the encoder's width.
         encoder: the encoder that it was trained on: a hub id, or a folder relative to the head's file; None where the
             file (a published one) records none. encoder_is_folder: which of the two.
-        max_length, context_turns: how its input text was cut.
+        max_length, context_turns: how its input text was cut. ep_len: L of the return, in turns, or `actual`.
         stage: 1 or 2. reward_class: the score, None where not recorded. redist_type: the decomposition (stage 2).
         li: whether it was trained with LI. li_signal, sentiment_model: where LI's targets came from.
     """
@@ -385,6 +392,7 @@ class RewardHeadConfig:
     li: bool = True
     li_signal: str = "face"
     sentiment_model: str | None = None
+    ep_len: int | str = 160
 
     def check(self) -> None:
         """Raises a ValueError for values that no head of this program records."""
@@ -402,9 +410,12 @@ class RewardHeadConfig:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}: unknown: {getattr(self, name)!r}"[:200])
-        for name in ("hidden", "max_length", "context_turns"):
-            if not 1 <= getattr(self, name) < 1 << 31:
-                raise ValueError(f"{name}: expected at least 1 and less than 2**31, found {getattr(self, name)}"[:200])
+        for name in ("hidden", "max_length", "context_turns", "ep_len"):
+            value = getattr(self, name)
+            if value == "actual" and name == "ep_len":
+                continue
+            if isinstance(value, str) or not 1 <= value < 1 << 31:
+                raise ValueError(f"{name}: expected at least 1 and less than 2**31, found {value}"[:200])
         if self.encoder is not None and not (self.encoder.isprintable() and self.encoder):
             raise ValueError(f"encoder: expected a hub id or a folder, found {self.encoder!r}"[:200])
         if self.encoder_is_folder and (self.encoder is None or Path(self.encoder).is_absolute()):
@@ -423,7 +434,7 @@ class RewardHead(nn.Module):
     @property
     def sequential(self) -> bool:
         """Whether a turn's reward depends on the turns before it (see `Head`)."""
-        return HEADS[self.config.head].sequential
+        return HEADS[self.config.head].rewards is not None
 
     @torch.no_grad()
     def init_constant(self, value: float) -> None:
@@ -446,10 +457,24 @@ class RewardHead(nn.Module):
         last.bias.fill_(low)
 
     def forward(self, features: torch.Tensor, with_hidden: bool = False):
-        """Rewards (n, 1) of turns with `features` (n, hidden); with `with_hidden` also the last hidden layer (n, d)."""
+        """Outputs (n, 1) of turns with `features` (n, hidden), which are rewards unless the head is sequential (see
+        `Head`); with `with_hidden` also the last hidden layer (n, d)."""
         hidden = self.layers[: self._last](features)
-        rewards = self.layers[self._last :](hidden)
-        return (rewards, hidden) if with_hidden else rewards
+        outputs = self.layers[self._last :](hidden)
+        if not with_hidden:
+            return outputs
+        return outputs, hidden[..., 1:, :] if self.sequential else hidden
+
+    def rewards(self, outputs: torch.Tensor, n_turns) -> torch.Tensor:
+        """Rewards (..., t) of a trajectory's first t turns from the head's outputs, of which a sequential head has one
+        more.
+
+        Args:
+            n_turns: T of the trajectory, or a tensor that broadcasts with the rewards.
+        """
+        of_outputs = HEADS[self.config.head].rewards
+        length = n_turns if self.config.ep_len == "actual" else float(self.config.ep_len)
+        return of_outputs(outputs, length, n_turns) if of_outputs else outputs
 
 
 def head_rewards(head: RewardHead, features: torch.Tensor, turns: TurnSet | None = None) -> np.ndarray:
@@ -460,7 +485,8 @@ def head_rewards(head: RewardHead, features: torch.Tensor, turns: TurnSet | None
     features = features.to(next(head.parameters()).device)
     parts = [turns.turns_of(i) for i in range(len(turns.trajectories))] if head.sequential else [slice(None)]
     with torch.inference_mode():
-        rewards = torch.cat([head(features[part]) for part in parts]).squeeze(1).float().cpu().numpy()
+        found = [head.rewards(head(features[part]).squeeze(1).float(), len(features[part])) for part in parts]
+        rewards = torch.cat(found).cpu().numpy()
     head.train(was_training)
     return rewards
 

@@ -134,6 +134,7 @@ from models import (
     length_of,
     li_loss,
     loss_scales,
+    predicted_return,
     predicted_returns,
     sample_turns,
     save_reward_head,
@@ -182,7 +183,7 @@ def main(options: Options) -> None:
     redist_type, rewards = head.config.redist_type, None
     if training_options.val:
         rewards = head_rewards(head, features.held_out(validation.texts), validation)
-        returns = predicted_returns(validation, rewards, training_options.ep_len, redist_type)
+        returns = predicted_returns(validation, rewards, training_options.ep_len)
         metrics["validation"] = evaluate(validation, rewards, returns)
         mean_score_errors = (validation.scores - training.scores.mean()) ** 2
         metrics["validation"]["ge_loss_of_training_mean"] = float(mean_score_errors.mean())
@@ -295,6 +296,7 @@ def new_head(
             li=saved is not None,
             li_signal=options.signal.li_signal,
             sentiment_model=options.signal.sentiment_model,
+            ep_len=options.training.ep_len,
         )
     )
     if required:
@@ -466,12 +468,13 @@ class GELITraining:
             parts: trajectories of this process in the batch, which share the encoder's memory.
         """
         decomposition = DECOMPOSITIONS[self.options.redist_type]
-        rewards, hidden = self.head(self.features.training(turns, rated, parts), with_hidden=True)
-        rewards, score = rewards.squeeze(1), self.training.scores[i]
+        outputs, hidden = self.head(self.features.training(turns, rated, parts), with_hidden=True)
+        outputs, score = outputs.squeeze(1), self.training.scores[i]
+        rewards = self.head.rewards(outputs, len(turns))
         li = li_loss(rewards, torch.from_numpy(self.training.targets[turns]))
         weight = self.options.ge_weight if self.head.config.li else 1.0
-        loss = geli_loss(decomposition.loss(rewards, score, length), li, weight, *self.scales)
-        ge = (score - decomposition.predicted_return(rewards.detach(), length).item()) ** 2
+        loss = geli_loss(decomposition.loss(outputs, score, length), li, weight, *self.scales)
+        ge = (score - predicted_return(rewards.detach(), length).item()) ** 2
         return loss, hidden, (turns, ge, li.item(), rewards.detach().numpy())
 
     def after_step(self, step: int, logged: dict[str, float]) -> bool:
@@ -482,7 +485,7 @@ class GELITraining:
         if self.validation is not None:
             rewards = head_rewards(self.head, self.features.held_out(self.validation.texts), self.validation)
             options = self.options
-            returns = predicted_returns(self.validation, rewards, options.ep_len, options.redist_type)
+            returns = predicted_returns(self.validation, rewards, options.ep_len)
             metrics = evaluate(self.validation, rewards, returns)
             logged |= wandb_validation(metrics)
             ge_loss, best = metrics["ge_loss"], self.best["best_ge_loss"]

@@ -142,7 +142,7 @@ def main(options: Options) -> None:
         encoder = place(load(str(encoder_path)))
         features = encode_together(encoder, encoder.tokenize(validation.texts), accelerator, progress="validation")
         rewards = head_rewards(load_reward_head(head_path), features)
-        returns = predicted_returns(validation, rewards, training_options.ep_len, None)
+        returns = predicted_returns(validation, rewards, training_options.ep_len)
         metrics["validation"] = evaluate(validation, rewards, returns)
         paths += write_validation(folder, tracker.name, validation, rewards, returns)
     report = RewardRun(
@@ -176,6 +176,7 @@ def new_head(options: Options, encoder: TurnEncoder, encoder_path: Path, trainin
         reward_class=options.data.reward_class,
         li_signal=options.signal.li_signal,
         sentiment_model=options.signal.sentiment_model,
+        ep_len=options.training.ep_len,
     )
     head = RewardHead(config)
     head.init_constant(min(max(float(training.targets.mean()), -0.95), 0.95))  # inside tanh's range
@@ -297,7 +298,7 @@ class LITraining:
             rewards = np.zeros(len(self.validation), dtype=np.float32)
             features = encode_together(self.encoder, self.chosen_pairs, self.accelerator)
             rewards[self.chosen] = head_rewards(self.head, features)
-            returns = predicted_returns(self.validation, rewards, self.options.ep_len, None, self.chosen)
+            returns = predicted_returns(self.validation, rewards, self.options.ep_len, self.chosen)
             metrics = evaluate(self.validation, rewards, returns, self.chosen)
             logged |= wandb_validation(metrics)
             if self.best["best_li_loss"] is None or metrics["li_loss"] < self.best["best_li_loss"]:

@@ -108,7 +108,7 @@ def train_stage_2(
             schedule.step()
             optimizer.zero_grad()
         rewards = head_rewards(head, _encode_frozen(encoder, validation.texts))
-        returns = predicted_returns(validation, rewards, LENGTH, "RRD")
+        returns = predicted_returns(validation, rewards, LENGTH)
         losses.append(evaluate(validation, rewards, returns)["ge_loss"])
     return min(losses)
 

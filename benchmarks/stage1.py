@@ -49,7 +49,7 @@ def our_epoch(encoder: TurnEncoder, head: RewardHead, training: TurnSet, seed: i
 def validation_loss(encoder: TurnEncoder, head: RewardHead, validation: TurnSet) -> float:
     """L_LI on the validation turns."""
     rewards = head_rewards(head, encoder.encode(encoder.tokenize(validation.texts)))
-    returns = predicted_returns(validation, rewards, as_published.LENGTH, None)
+    returns = predicted_returns(validation, rewards, as_published.LENGTH)
     return evaluate(validation, rewards, returns)["li_loss"]
 
 

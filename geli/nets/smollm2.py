@@ -70,14 +70,8 @@ def _download(temporary: Path) -> Path:
 
 
 def load_gguf(path: Path) -> tuple[LlamaForCausalLM, AutoTokenizer]:
-    """The model of a GGUF file, its weights converted to float32, and its tokenizer.
-
-    Raises:
-        UserError: if the package `gguf`, with which transformers reads the file, is not installed.
-    """
+    """The model of a GGUF file, its weights converted to float32, and its tokenizer."""
     quiet_transformers()
-    if not importlib.util.find_spec("gguf"):
-        raise UserError("SmolLM2: transformers reads its file with the package gguf: pip install gguf")
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     return model.eval(), tokenizer

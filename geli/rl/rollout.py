@@ -193,7 +193,9 @@ class RewardScorer:
             for t, pair in enumerate(prompt.trajectory[: prompt.position]):
                 turns[row, t] = self._real_turns[pair]
             turns[row, prompt.position] = feature  # later positions stay 0: the head does not look ahead
-        rewards = self.head(turns.to(self.encoder.device)).squeeze(2)
+        outputs = self.head(turns.to(self.encoder.device)).squeeze(2)
+        n_turns = torch.tensor([[float(len(prompt.trajectory))] for prompt in prompts], device=outputs.device)
+        rewards = self.head.rewards(outputs, n_turns.reshape(-1, 1))
         return rewards[torch.arange(len(prompts)), torch.tensor([p.position for p in prompts], dtype=torch.long)]
 
 

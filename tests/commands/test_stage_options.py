@@ -272,7 +272,7 @@ def test_each_decomposition_alone_and_with_li(stages, kind):
     assert not torch.equal(stages.weights(f"ge-{kind}"), stages.weights(f"geli-{kind}"))
 
 
-def test_rudders_l_ge_compares_the_sum_of_rewards_with_the_score(stages, sample):
+def test_rudders_l_ge_compares_the_mean_reward_times_l_with_the_score(stages, sample):
     stages.ge("--train", "--val", "--redist_type", "RUDDER", "--run_name", "rudder")
     table = stages.table("rudder")
     scores = {
@@ -280,7 +280,8 @@ def test_rudders_l_ge_compares_the_sum_of_rewards_with_the_score(stages, sample)
         for part in read_corpus(sample, "overall_affect").trajectories.values()
         for t in part
     }
-    errors = [(scores[key] - rows["reward"].sum()) ** 2 for key, rows in table.groupby(["conversation_id", "user_id"])]
+    trajectories = table.groupby(["conversation_id", "user_id"])["reward"]
+    errors = [(scores[key] - 160 * rewards.mean()) ** 2 for key, rewards in trajectories]
     assert stages.record("rudder")["metrics"]["validation"]["ge_loss"] == pytest.approx(np.mean(errors), rel=1e-3)
 
 
@@ -502,7 +503,8 @@ def test_rudder_scores_a_response_given_the_agent_turns_before_it(stages, sample
     turns = tuple(turn_text(trajectory.conversation, i, trajectory.user, 2) for i in trajectory.agent_turns)
     prompts = [Prompt("", context, response[4:], turns, t) for t, (context, response) in enumerate(turns)]
     score = RewardScorer(encoder, head, nullcontext)
-    whole = head(encoder.encode(encoder.tokenize(turns))).squeeze(1)  # one trajectory, turn after turn
+    outputs = head(encoder.encode(encoder.tokenize(turns))).squeeze(1)  # one trajectory, turn after turn
+    whole = head.rewards(outputs, len(turns))
     for order in (list(range(len(turns))), list(range(len(turns)))[::-1]):
         asked = [prompts[i] for i in order]
         found = score(asked, [prompt.human for prompt in asked])

@@ -12,7 +12,6 @@ from geli.nets.encoder import encoder_of_head, encoder_reference
 from geli.run.errors import UserError
 from models import (
     HEADS,
-    Differences,
     HeadOptions,
     RewardHead,
     RewardHeadConfig,
@@ -20,6 +19,7 @@ from models import (
     find_head,
     head_rewards,
     load_reward_head,
+    rudder_rewards,
     save_reward_head,
     saved_heads,
 )
@@ -61,7 +61,7 @@ def test_each_heads_layers():
         "batch_norm": ["16>768", *norm, "768>128", *norm, "128>32", *norm, "32>1"],
         "small_model": ["16>128", "ReLU", "128>32", "ReLU", "32>1"],
         "small_model_shrink": ["16>128", "Dropout", "ReLU", "128>1", "Dropout", "Tanh"],
-        "rudder": ["RudderCells", "16>1", "Differences"],
+        "rudder": ["RudderCells", "16>1"],
     }
     assert {kind: layers_of(kind) for kind in published} == published
 
@@ -85,18 +85,19 @@ def test_the_shrunken_head_is_bounded_and_drops_out_only_in_training():
 @pytest.mark.parametrize("kind", HEADS)
 def test_the_hidden_layer_of_a_head_is_the_input_of_its_last_linear_layer(kind):
     head = make_head(head=kind).eval()
-    rewards, hidden = head(FEATURES, with_hidden=True)
+    outputs, hidden = head(FEATURES, with_hidden=True)
     last = [i for i, layer in enumerate(head.layers) if isinstance(layer, torch.nn.Linear)][-1]
-    assert torch.equal(head.layers[last:](hidden), rewards) and torch.equal(rewards, head(FEATURES))
+    assert torch.equal(outputs, head(FEATURES)) and len(hidden) == len(FEATURES)
+    assert torch.equal(head.layers[last:](hidden), outputs[1:] if head.sequential else outputs)
 
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_head_can_start_at_a_constant(kind):
     head = make_head(head=kind).eval()
     head.init_constant(0.3)
-    # of a sequential head the first prediction is 0.3, and nothing changes it
-    expected = [0.3, *[0.0 if head.sequential else 0.3] * 8]
-    assert head(FEATURES).squeeze(1).tolist() == pytest.approx(expected, abs=1e-6)
+    outputs = head(FEATURES).squeeze(1)
+    assert outputs.tolist() == pytest.approx([0.3] * (len(FEATURES) + head.sequential), abs=1e-6)
+    assert head.rewards(outputs, 160).tolist() == pytest.approx([0.3 / (160 if head.sequential else 1)] * len(FEATURES))
     head(FEATURES).sum().backward()
     last = [layer for layer in head.layers if isinstance(layer, torch.nn.Linear)][-1]
     assert last.weight.grad.abs().sum() > 0  # it can be trained from there
@@ -109,19 +110,25 @@ def test_rudders_cells_by_hand():
             p.fill_(value)
     # x = 1, then -0.5; h_0 = 0: gate sigmoid(-1) = 0.26894, input tanh(2) = 0.96403: c_1 = 0.25927, h_1 = 0.25361
     # gate sigmoid(3 * 0.25361 - 1) = 0.44051, input tanh(-1) = -0.76159: c_2 = 0.25927 - 0.33549 = -0.07622
-    expected = [0.25361, np.tanh(-0.07622)]
+    expected = [0, 0.25361, np.tanh(-0.07622)]  # the first is before any turn
     assert cells(torch.tensor([[1.0], [-0.5]])).flatten().tolist() == pytest.approx(expected, abs=2e-5)
-    assert Differences()(torch.tensor([[10.0], [30], [25]])).flatten().tolist() == [10, 20, -5]
 
 
-def test_rudders_rewards_sum_to_its_last_prediction_and_depend_on_earlier_turns_only():
-    head = make_head(head="rudder", redist_type="RUDDER").eval()
+def test_rudders_predictions_depend_on_earlier_turns_only_and_its_rewards_on_their_differences():
+    head = make_head(head="rudder", redist_type="RUDDER", ep_len=20).eval()
     assert head.sequential and not make_head().sequential
-    predictions = head.layers[:2](FEATURES)
-    assert head(FEATURES).sum().item() == pytest.approx(predictions[-1].item(), abs=1e-5)
-    torch.testing.assert_close(head(FEATURES[:4]), head(FEATURES)[:4])
+    predictions = head(FEATURES)
+    assert predictions[0].item() == head.layers[-1].bias.item()  # the state before the first turn is 0
+    torch.testing.assert_close(head(FEATURES[:4]), predictions[:5])
     both = torch.stack([FEATURES, FEATURES.flip(0)])  # several trajectories at once
-    torch.testing.assert_close(head(both)[0], head(FEATURES))
+    torch.testing.assert_close(head(both)[0], predictions)
+    predictions, n = predictions.squeeze(1), len(FEATURES)
+    torch.testing.assert_close(head.rewards(predictions, n), rudder_rewards(predictions, 20.0, n))
+    actual = make_head(head="rudder", ep_len="actual")
+    torch.testing.assert_close(actual.rewards(predictions, n), rudder_rewards(predictions, n, n))
+    numbers = torch.tensor([[9.0], [5.0]])  # T of each
+    each = torch.stack([head.rewards(predictions, float(t)) for t in numbers])
+    torch.testing.assert_close(head.rewards(torch.stack([predictions] * 2), numbers), each)
 
 
 def test_head_rewards_begin_anew_with_each_trajectory():
@@ -129,7 +136,8 @@ def test_head_rewards_begin_anew_with_each_trajectory():
     head = make_head(head="rudder").train()
     rewards = head_rewards(head, FEATURES, turns)
     assert head.training and rewards.dtype == np.float32
-    expected = torch.cat([head.eval()(FEATURES[:4]), head(FEATURES[4:])]).squeeze(1).tolist()
+    parts = FEATURES[:4], FEATURES[4:]
+    expected = torch.cat([head.rewards(head.eval()(part).squeeze(1), len(part)) for part in parts]).tolist()
     assert rewards.tolist() == pytest.approx(expected)
     plain = make_head().train()  # no dropout, and no turns needed
     assert head_rewards(plain, FEATURES).tolist() == pytest.approx(plain.eval()(FEATURES).squeeze(1).tolist())

@@ -244,5 +244,8 @@ def test_the_option_that_names_the_policy(tmp_path, monkeypatch):
     (tmp_path / "llama_hf").mkdir()
     assert PolicyOptions().source() == "./llama_hf"
     assert PolicyOptions(model_name="cosmo").source() == "allenai/cosmo-xl"
+    assert PolicyOptions(model_name="smollm2").source(tmp_path) == str(tmp_path / "smollm2")
+    with pytest.raises(UserError, match="smollm2 is kept in the cache, which --no_cache turns off"):
+        PolicyOptions(model_name="smollm2").source()
     assert PolicyOptions(model_name="org/name").source() == "org/name"
     assert PolicyOptions().lora == (16, 32) and PolicyOptions(no_accel=True).lora == (24, 48)

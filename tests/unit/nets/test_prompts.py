@@ -116,7 +116,7 @@ def test_prompts_of_conversations_have_their_turns(sample):
 
 def test_a_tokenizer_without_a_usable_template_is_refused(tokenizer):
     tokenizer.chat_template = "{{ messages"
-    with pytest.raises(UserError, match="--prompt_format chat: the chat template of .* fails: unexpected end"):
+    with pytest.raises(UserError, match=r"--prompt_format chat: the chat template of .* fails: unexpected end"):
         ChatFormat(tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"--prompt_format chat: the tokenizer of .* has no chat template; use raw"):

@@ -197,12 +197,15 @@ class LengthEncoder:
 
 
 class SumHead(torch.nn.Module):
-    """A sequential head: the reward of a turn is the sum of the features up to it."""
+    """A sequential head: the reward of a turn is the sum of the features up to it, over the number of turns."""
 
     sequential = True
 
     def forward(self, features):
-        return features.cumsum(dim=1)
+        return torch.cat([torch.zeros_like(features[:, :1]), features.cumsum(dim=1)], dim=1)
+
+    def rewards(self, outputs, n_turns):
+        return outputs[:, 1:] / n_turns
 
 
 class NegativeHead(torch.nn.Module):
@@ -225,7 +228,7 @@ def test_a_sequential_head_sees_the_real_turns_before_a_response():
     encoder = LengthEncoder()
     score = RewardScorer(encoder, SumHead(), nullcontext)
     for _ in range(2):
-        assert score(asked, ["x"] * 3).tolist() == [6 + 2 + 4, 6, 6 + 2]
+        assert score(asked, ["x"] * 3).tolist() == pytest.approx([(6 + 2 + 4) / 3, 6 / 3, (6 + 2) / 3])
     assert score([], []).shape == (0,)  # of a process without a prompt
     assert encoder.encoded.count(("a", "b")) == 1  # real turns are encoded once
     assert ("aaa", "bbb") not in encoder.encoded  # turns from the prompt's position on are not needed
