@@ -163,6 +163,17 @@ class RewardOptions:
     reward_path: str | None = option(
         None, "one reward head instead: a run name or the path of a reward1_ file", metavar="HEAD"
     )
+    reward_function: str | None = option(
+        None,
+        "a Python function instead of a head: (prompts, responses) -> a number for each",
+        metavar="MODULE:FUNCTION",
+    )
+    gold_function: str | None = option(
+        None,
+        "such a function that is measured at every step and on held-out prompts, but never trained on, to see "
+        "over-optimization of the reward",
+        metavar="MODULE:FUNCTION",
+    )
     lang_model_path: str | None = option(
         None, "encoder of a published head, which records none; other heads use their own"
     )
@@ -255,6 +266,7 @@ from geli.nets.smollm2 import PACKAGE, make_smollm2
 from geli.rl import trl_algorithms
 from geli.rl.evaluation import evaluate_policy, score_together
 from geli.rl.outputs import Recorder, base_of, lock_outputs, newest_checkpoint, outputs_of
+from geli.rl.reward_functions import FunctionScorer
 from geli.run.checkpoint import Checkpointer
 from geli.run.console import format_table, is_main_process
 from geli.run.distributed import frozen_dtype, make_accelerator, seed_everything
@@ -277,13 +289,14 @@ def main(options: Options) -> None:
     started = broadcast_object_list([lock.description if lock else {}])[0]  # of a run that is resumed; else empty
     needs_score = rl.train or rl.val
     head_path = None
-    if needs_score and options.reward.reward == "redistributed_reward":
+    if needs_score and options.reward.reward == "redistributed_reward" and not options.reward.reward_function:
         head_path = find_reward(options, started.get("arguments", {}).get("reward_head"))
     prompts, held_out, counts = load_prompts(
         options.data, cache=options.run.cache_dir, seed=options.run.seed, val_prompts=rl.val_prompts,
         needs_training=bool(rl.train or rl.sft_steps), needs_held_out=rl.val or rl.generate,
     )  # fmt: skip
     score = load_score(options, accelerator, head_path) if needs_score else None
+    gold = options.reward.gold_function and FunctionScorer(options.reward.gold_function, "--gold_function")
     policy, checkpoint, warmed = start_policy(options, accelerator, names, resumed=bool(started))
     if not started and (rl.train or rl.sft_steps) and is_main_process():
         lock = lock_outputs(names.folder, names.stem, lock)
@@ -300,7 +313,7 @@ def main(options: Options) -> None:
     evaluate = partial(
         evaluate_policy, policy, score, held_out, accelerator, seed=options.run.seed,
         batch_size=options.ppo.batch_size, mini_batch_size=options.ppo.mini_batch_size,
-        min_new_tokens=options.ppo.min_new_tokens, max_new_tokens=options.ppo.max_new_tokens,
+        min_new_tokens=options.ppo.min_new_tokens, max_new_tokens=options.ppo.max_new_tokens, gold=gold or None,
     )  # fmt: skip
     metrics, texts = {}, {}
     if rl.val or rl.generate:
@@ -309,6 +322,8 @@ def main(options: Options) -> None:
     if rl.val:
         human = score_together(score, held_out, [prompt.human for prompt in held_out], accelerator)
         metrics["human"] = {"reward": human.mean().item()}
+        if gold:
+            metrics["human"]["gold"] = gold(held_out, [prompt.human for prompt in held_out]).mean().item()
     if rl.train:
         recorder = Recorder(
             policy, tracker, names.folder, stem, steps=rl.steps, algo=rl.algo,
@@ -400,7 +415,9 @@ def find_reward(options: Options, resumed_head: str | None) -> Path:
 
 
 def load_score(options: Options, accelerator, head_path: Path | None) -> Callable:
-    """(prompts, responses) -> rewards (n,): by the head at `head_path`, or random numbers without one."""
+    """(prompts, responses) -> rewards (n,): by the head at `head_path`, by `--reward_function`, or random numbers."""
+    if options.reward.reward_function:
+        return FunctionScorer(options.reward.reward_function, "--reward_function")
     if head_path is None:
         return RandomScorer(options.run.seed + accelerator.process_index)
     head = load_reward_head(head_path, accelerator.device)
@@ -505,6 +522,8 @@ class PPOTraining:
 
     def __init__(self, ppo: PPO, prompts: list[Prompt], recorder: Recorder, options: Options):
         self.ppo, self.prompts, self.recorder, self.options = ppo, prompts, recorder, options
+        gold = options.reward.gold_function
+        self.gold = FunctionScorer(gold, "--gold_function") if gold else None
         self.rng = np.random.default_rng(options.run.seed)
         self.order: dict[str, list[int]] = {"order": []}  # prompts that come next
 
@@ -516,6 +535,8 @@ class PPOTraining:
         taken, self.order["order"] = self.order["order"][:size], self.order["order"][size:]
         self.batch = [self.prompts[i] for i in taken]
         logged, texts = self.ppo.step(self.batch, update=not self.options.rl.ppo_off)
+        if self.gold:
+            logged["gold_mean"] = self.gold(self.batch, texts).mean().item()
         if self.options.run.log_text:
             table = pd.DataFrame({"prompt": [prompt.text for prompt in self.batch], "response": texts})
             self.recorder.tracker.log_table("ppo/responses", table, step)
@@ -573,9 +594,10 @@ def report(
     before, after = metrics["before"], metrics.get("after", {})
     rows = [{"on held-out prompts": key, "before": before[key], "after": after.get(key)} for key in before]
     if "human" in metrics:
-        human = metrics["human"]["reward"]
-        rows.append({"on held-out prompts": "reward of the human answers", "before": human, "after": None})
-    reward = head_path.name if head_path else options.reward.reward if options.rl.val else "not measured"
+        for key, value in metrics["human"].items():
+            rows.append({"on held-out prompts": f"{key} of the human answers", "before": value, "after": None})
+    named = head_path.name if head_path else options.reward.reward_function or options.reward.reward
+    reward = named if options.rl.val else "not measured"
     print(format_table(rows, f"\nStage 3 ({options.rl.algo.upper()}), {stem.name}, reward {reward}"))
     if options.rl.generate:
         paths.append(Path(f"{stem}_responses.csv"))

@@ -15,7 +15,7 @@ from geli.run.distributed import gather_shares, local_share
 @torch.no_grad()
 def evaluate_policy(
     policy: Policy, score: Callable | None, prompts: Sequence[Prompt], accelerator: Accelerator, *, seed: int,
-    batch_size: int, mini_batch_size: int, min_new_tokens: int, max_new_tokens: int,
+    batch_size: int, mini_batch_size: int, min_new_tokens: int, max_new_tokens: int, gold: Callable | None = None,
 ) -> tuple[dict[str, float], list[str]]:  # fmt: skip
     """Samples a response to every prompt and measures reward, KL to the reference policy, length and diversity.
 
@@ -26,11 +26,12 @@ def evaluate_policy(
         score: (prompts, responses) -> (n,) rewards, or None to measure no reward.
         prompts: the same in every process. batch_size: prompts that are generated together, in all processes.
         mini_batch_size: responses in a forward pass. min_new_tokens, max_new_tokens: range of a batch's length limit.
+        gold: as `score`, a reward that is not trained on.
 
     Returns:
-        The metrics (`reward` and its standard error, `kl` in nats a response, `response_words`, `ended_share` of the
-        responses that end with the end token, `empty_share`, `distinct_1`, `distinct_2`), and the responses in the
-        order of the prompts.
+        The metrics (`reward` and its standard error, `gold`, `kl` in nats a response, `response_words`, `ended_share`
+        of the responses that end with the end token, `empty_share`, `distinct_1`, `distinct_2`), and the responses in
+        the order of the prompts.
     """
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     texts, kls, ended = [], [], []
@@ -51,6 +52,8 @@ def evaluate_policy(
         scores = score_together(score, prompts, texts, accelerator)
         metrics["reward"] = scores.mean().item()
         metrics["reward_standard_error"] = scores.std(unbiased=False).item() / len(scores) ** 0.5
+    if gold:
+        metrics["gold"] = gold(prompts, texts).mean().item()
     metrics |= {
         "kl": float(np.mean(kls)),
         "response_words": float(np.mean([len(text.split()) for text in texts])),
