@@ -752,6 +752,7 @@ class PPOConfig:
     """PPO's settings; the defaults are the published ones.
 
     Attributes:
+        preset: the name of these settings in `PPO_PRESETS`.
         learning_rate, batch_size: as the options say.
         mini_batch_size: responses in a forward and backward pass.
         accumulation_steps: minibatches in an optimizer step. ppo_epochs: passes over a batch.
@@ -763,6 +764,12 @@ class PPOConfig:
         min_new_tokens, max_new_tokens: range from which each batch's response length limit is drawn.
     """
 
+    preset: str = option(
+        "published",
+        "settings of PPO: published: those of the paper's 7B Llama; small: for policies of about 100M parameters "
+        "(also the defaults of --learning_rate and --batch_size)",
+        choices=("published", "small"),
+    )
     learning_rate: float = option(1.4e-5, "peak learning rate", type=positive_float)
     batch_size: int = option(24, "prompts a step; of rloo and grpo responses", type=positive_int)
     mini_batch_size: int = 4
@@ -779,6 +786,15 @@ class PPOConfig:
     target_kl: float = 1.0
     min_new_tokens: int = 32
     max_new_tokens: int = MAX_NEW_TOKENS
+
+
+PPO_PRESETS = {
+    "published": PPOConfig(),
+    "small": PPOConfig(
+        preset="small", learning_rate=1e-3, batch_size=16, ppo_epochs=2, beta=0.05, target_kl_response=4.0,
+        min_new_tokens=40, max_new_tokens=40,
+    ),
+}  # fmt: skip
 
 
 def adafactor(parameters: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:

@@ -6,6 +6,7 @@
 Writes `rlmf_weights/{exp_name}_{model_name}_{step}/` every 10 steps: a PEFT adapter with tokenizer and value head.
 """
 
+import argparse
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from geli.run.options import (
     positive_float,
     positive_int,
 )
-from models import PPO, PPOConfig, find_head, load_reward_head, saved_heads
+from models import PPO, PPO_PRESETS, PPOConfig, find_head, load_reward_head, saved_heads
 
 SAMPLES_SHOWN = 3
 
@@ -219,10 +220,21 @@ class Options:
     run: RunOptions = RunOptions(save_steps=10)
 
 
+def chosen_preset(argv: Sequence[str] | None) -> str:
+    """The value of `--preset`, which sets the defaults of other options; errors are left to the parser of them all."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset", choices=PPO_PRESETS, default="published")
+    try:
+        return parser.parse_known_args(argv)[0].preset
+    except argparse.ArgumentError:
+        return "published"
+
+
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """The options on the command line."""
-    parser = build_parser("Stage 3: align a language model with a reward head by PPO.", Options())
-    options = parse(parser, Options(), argv)
+    defaults = Options(ppo=PPO_PRESETS[chosen_preset(argv)])
+    parser = build_parser("Stage 3: align a language model with a reward head by PPO.", defaults)
+    options = parse(parser, defaults, argv)
     rl, run_options = options.rl, options.run
     if not (rl.train or rl.val or rl.generate):
         parser.error("nothing to do: give --train, --val or --generate")

@@ -11,6 +11,9 @@ AFFECT_COLORS = {
     "anger": "#b33a3a", "contempt": "#8c564b", "disgust": "#7a6f1f", "fear": "#7d5ba6",
 }  # fmt: skip
 
+# colors that people with any kind of color vision tell apart (Okabe and Ito, 2008)
+OKABE_ITO = ("#009E73", "#0072B2", "#E69F00", "#000000", "#CC79A7", "#D55E00", "#56B4E9")
+
 
 def _figure(rows: int, columns: int, width: float, height: float):
     # the object-oriented interface: no global pyplot state, no display needed
@@ -124,3 +127,30 @@ def curves(rewards: dict[str, list[list[float]]], target: float, path: Path) -> 
     axis.set(xlabel="step", ylabel="mean reward (optimum 1)")
     axis.legend(frameon=False)
     return _save(figure, path)
+
+
+def closed_loop(runs: dict[str, list[list[dict]]], path: Path, window: int = 5) -> Path:
+    """Proxy reward (the one trained on) and hidden reward of the policy's responses in training, against the KL to the
+    reference (as Gao et al., ICML 2023, draw over-optimization); returns `path`.
+
+    Args:
+        runs: reward -> a list of steps (step, kl, score_mean, gold_mean) for each seed. window: steps averaged.
+    """
+    figure, axes = _figure(1, 2, 9, 3.4)
+    titles = {"gold_mean": "hidden reward", "score_mean": "proxy reward, first steps = 0, last steps = 1"}
+    for axis, (column, label) in zip(axes[0], titles.items(), strict=True):
+        for (name, seeds), color in zip(runs.items(), OKABE_ITO, strict=False):
+            for i, steps in enumerate(seeds):
+                if len(steps) < 2 * window or (column == "score_mean" and name == "random"):
+                    continue
+                kl, value = (_moving_mean([row[key] for row in steps], window) for key in ("kl", column))
+                if column == "score_mean" and value[-1] != value[0]:
+                    value = (value - value[0]) / abs(value[-1] - value[0])
+                axis.plot(kl, value, color=color, lw=1.2, label=None if i else name)
+        axis.set(xlabel="KL to the reference (nats a response)", ylabel=label)
+    axes[0, 0].legend(frameon=False)
+    return _save(figure, path)
+
+
+def _moving_mean(values: list[float], window: int) -> np.ndarray:
+    return np.convolve(values, np.ones(window) / window, mode="valid")
