@@ -2,8 +2,8 @@
 
     python tools/closed_loop.py OUT --data_dir CORPUS --encoder FOLDER
 
-Plants a hidden reward on the corpus' sentences, trains LI, GE and GELI heads, aligns SmolLM2 with each of them, with the
-hidden reward itself and with a random one, and compares the hidden reward of its responses before and after. Run it
+Plants a hidden reward on the corpus' sentences, trains LI, GE and GELI heads, aligns SmolLM2 with each of them, with
+the hidden reward itself and with a random one, and compares the hidden reward of its responses before and after. Run it
 again to continue where it stopped.
 """
 
