@@ -82,7 +82,7 @@ def main() -> None:
     policy = adapt_policy(model, tokenizer_of(args.vocabulary), RANK, ALPHA).to(device)
     settings = PPOConfig(batch_size=args.batch, min_new_tokens=args.new_tokens, max_new_tokens=args.new_tokens)
     ppo = PPO(policy, RandomScorer(0), settings, accelerator, seed=0)
-    texts = word_prompts(args.batch * (args.steps + 1), args.prompt, args.vocabulary)
+    texts = word_prompts(args.batch * (args.steps + 1), (args.prompt, args.prompt), args.vocabulary)
 
     query, mask = policy.tokenize([Prompt(text, "", "") for text in texts[: args.batch]])
     uniforms = draw_uniforms(args.batch, 1, torch.Generator().manual_seed(0))

@@ -2,11 +2,12 @@
 
     python benchmarks/ppo_vs_trl.py [--steps 5] [--venv FOLDER]
 
-Work: a Llama of 6 layers x 256 with LoRA (r=16, query and value projections), 24 prompts, 48 new tokens, one PPO epoch,
-minibatches of 8, float32; (a) prompts of 96 tokens and a vocabulary of 4,000, (b) of 512 and 32,000. Both score by the
-same small network. TRL runs in a virtual environment of its own, which this script makes (`trl_ppo.py`); the two do
-their steps alternately. Prints medians of seconds a step, peaks of memory above what a process held before it built its
-models, and their ratios.
+Work: 24 prompts, one PPO epoch, minibatches of 8, float32, LoRA (r=16, query and value projections). A Llama of 6
+layers x 256 with 48 new tokens: (a) prompts of 96 tokens and a vocabulary of 4,000, (b) of 512 and 32,000. (c) Untrained
+models of SmolLM2's shape, prompts of 300 tokens in the mean, 80 new tokens. Both score by the same small network. TRL
+runs in a virtual environment of its own, which this script makes (`trl_ppo.py`); the two do their steps alternately.
+Prints medians of seconds a step, peaks of memory above what a process held before it built its models, their ratios, and
+where our time goes.
 """
 
 import argparse
@@ -27,10 +28,10 @@ from trl_ppo import (
     ALPHA,
     BATCH,
     MINI_BATCH,
-    NEW_TOKENS,
     RANK,
     SHAPES,
     Meter,
+    Shape,
     llama_config,
     scorer_of,
     tokenizer_of,
@@ -46,19 +47,15 @@ TRL = "TRL 1.12.0"
 TRL_PACKAGES = ["trl==1.12.0", "transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0"]
 
 
-def work(prompt: int, vocabulary: int) -> None:
-    """Does PPO steps of this repository.
-
-    Args:
-        prompt: tokens of a prompt. vocabulary: its size.
-    """
+def work(shape: Shape) -> None:
+    """Does PPO steps of this repository."""
     seed_everything(0)
     meter = Meter()
     with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(llama_config(vocabulary)).save_pretrained(folder)
-        tokenizer_of(vocabulary).save_pretrained(folder)
+        LlamaForCausalLM(llama_config(shape.vocabulary, **shape.model)).save_pretrained(folder)
+        tokenizer_of(shape.vocabulary).save_pretrained(folder)
         policy = load_policy(folder, RANK, ALPHA, torch.float32)
-    scorer = scorer_of(vocabulary)
+    scorer = scorer_of(shape.vocabulary)
 
     def score(prompts, responses):
         texts = [f"{prompt.text} {response}" for prompt, response in zip(prompts, responses, strict=True)]
@@ -67,15 +64,15 @@ def work(prompt: int, vocabulary: int) -> None:
             return scorer(**inputs).logits[:, 0]
 
     config = PPOConfig(
-        batch_size=BATCH, mini_batch_size=MINI_BATCH, accumulation_steps=1, min_new_tokens=NEW_TOKENS,
-        max_new_tokens=NEW_TOKENS,
+        batch_size=BATCH, mini_batch_size=MINI_BATCH, accumulation_steps=1, min_new_tokens=shape.new_tokens,
+        max_new_tokens=shape.new_tokens,
     )  # fmt: skip
     ppo = PPO(policy, score, config, make_accelerator("cpu", "float32"), seed=0)
-    texts, rng = word_prompts(10 * BATCH, prompt, vocabulary), np.random.default_rng(0)
+    texts, rng = word_prompts(10 * BATCH, shape.prompt, shape.vocabulary), np.random.default_rng(0)
     while True:
         meter.wait()
-        ppo.step([Prompt(texts[i], "", "") for i in rng.choice(len(texts), BATCH, replace=False)])
-        meter.report()
+        logged, _ = ppo.step([Prompt(texts[i], "", "") for i in rng.choice(len(texts), BATCH, replace=False)])
+        meter.report({name: value for name, value in logged.items() if name.startswith("seconds_")})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,8 +110,8 @@ class Worker:
         raise SystemExit(f"a worker failed: run {' '.join(self.process.args)} and press Enter to see why")
 
 
-def compare(commands: dict[str, list[str]], steps: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds a step and peak MiB of each command, whose steps are done alternately."""
+def compare(commands: dict[str, list[str]], steps: int) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Median seconds a step and peak MiB of each command, whose steps are done alternately; seconds of our phases."""
     workers = {name: Worker(command) for name, command in commands.items()}
     found = {name: [] for name in workers}
     for _ in range(steps + 1):
@@ -123,7 +120,11 @@ def compare(commands: dict[str, list[str]], steps: int) -> tuple[dict[str, float
     for worker in workers.values():
         worker.process.kill()
     seconds = {name: statistics.median(row["seconds"] for row in rows[1:]) for name, rows in found.items()}
-    return seconds, {name: max(row["peak MiB"] for row in rows) for name, rows in found.items()}
+    phases = {
+        name.removeprefix("seconds_"): statistics.median(row[name] for row in found["ours"][1:])
+        for name in found["ours"][0] if name.startswith("seconds_")
+    }  # fmt: skip
+    return seconds, {name: max(row["peak MiB"] for row in rows) for name, rows in found.items()}, phases
 
 
 def main() -> None:
@@ -135,18 +136,20 @@ def main() -> None:
     parser.add_argument("--worker", choices=SHAPES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(**SHAPES[args.worker])
+        work(SHAPES[args.worker])
         return
     trl = [make_venv(args.venv), str(Path(__file__).resolve().with_name("trl_ppo.py"))]
     ours = [sys.executable, str(Path(__file__).resolve()), "--worker"]
     print(f"Medians of {args.steps} steps, done alternately")
     for shape in args.shapes:
-        seconds, peaks = compare({TRL: [*trl, shape], "ours": [*ours, shape]}, args.steps)
-        sizes = SHAPES[shape]
-        print(f"\n({shape}) prompts of {sizes['prompt']} tokens, vocabulary {sizes['vocabulary']:,}")
+        seconds, peaks, phases = compare({TRL: [*trl, shape], "ours": [*ours, shape]}, args.steps)
+        print(
+            f"\n({shape}) {SHAPES[shape].name}, {SHAPES[shape].new_tokens} new, vocabulary {SHAPES[shape].vocabulary:,}"
+        )
         for name in seconds:
             print(f"  {name:10}  {seconds[name]:7.2f} s a step  {peaks[name]:7.0f} MiB at most")
         faster, memory = seconds[TRL] / seconds["ours"], peaks["ours"] / peaks[TRL]
+        print(f"  phases of ours: {', '.join(f'{name} {value:.2f} s' for name, value in phases.items())}")
         print(f"  ours is {faster:.2f} times faster, and takes {memory:.2f} of the memory", flush=True)
 
 

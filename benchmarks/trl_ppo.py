@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -21,8 +22,33 @@ from transformers import (
     TrainerCallback,
 )
 
-SHAPES = {"a": dict(prompt=96, vocabulary=4000), "b": dict(prompt=512, vocabulary=32000)}
-BATCH, MINI_BATCH, NEW_TOKENS, RANK, ALPHA = 24, 8, 48, 16, 32
+BATCH, MINI_BATCH, RANK, ALPHA = 24, 8, 16, 32
+
+
+class Shape(NamedTuple):
+    """Sizes of the work.
+
+    Attributes:
+        name: in the table. prompt: tokens of the shortest and of the longest prompt. new_tokens: of every response.
+        vocabulary: its size. model: changes of `llama_config`.
+    """
+
+    name: str
+    prompt: tuple[int, int]
+    new_tokens: int
+    vocabulary: int
+    model: dict
+
+
+SMOLLM2 = dict(
+    hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+    tie_word_embeddings=True,
+)  # fmt: skip
+SHAPES = {
+    "a": Shape("Llama 6×256, prompts of 96 tokens", (96, 96), 48, 4000, {}),
+    "b": Shape("Llama 6×256, prompts of 512 tokens", (512, 512), 48, 32000, {}),
+    "c": Shape("SmolLM2's shape, prompts of 150 to 450 tokens", (150, 450), 80, 49152, SMOLLM2),
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The task
@@ -52,10 +78,13 @@ def scorer_of(vocabulary: int) -> LlamaForSequenceClassification:
     return LlamaForSequenceClassification(llama_config(vocabulary, **thin, num_labels=1)).eval()
 
 
-def word_prompts(n: int, length: int, vocabulary: int) -> list[str]:
-    """n prompts of `length` random words, the same at every call."""
+def word_prompts(n: int, lengths: tuple[int, int], vocabulary: int) -> list[str]:
+    """n prompts of random words, as many as `lengths` (fewest, most) allow, the same at every call."""
     rng = random.Random(0)
-    return [" ".join(f"w{rng.randrange(4, vocabulary)}" for _ in range(length)) for _ in range(n)]
+    return [
+        " ".join(f"w{rng.randrange(4, vocabulary)}" for _ in range(length))
+        for length in (rng.randint(*lengths) for _ in range(n))
+    ]
 
 
 class Meter:
@@ -76,31 +105,27 @@ class Meter:
             sys.exit(0)
         self.start = time.perf_counter()
 
-    def report(self) -> None:
-        """Prints the measurements of a step that is done."""
+    def report(self, more: dict[str, float] | None = None) -> None:
+        """Prints the measurements of a step that is done, and `more`."""
         seconds, peak = time.perf_counter() - self.start, self._status("VmHWM") - self.before
-        print("RESULT " + json.dumps({"seconds": seconds, "peak MiB": peak}), flush=True)
+        print("RESULT " + json.dumps({"seconds": seconds, "peak MiB": peak, **(more or {})}), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # TRL
 
 
-def work(prompt: int, vocabulary: int) -> None:
-    """Does PPO steps of TRL.
-
-    Args:
-        prompt: tokens of a prompt. vocabulary: its size.
-    """
+def work(shape: Shape) -> None:
+    """Does PPO steps of TRL."""
     from datasets import Dataset
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     torch.manual_seed(0)
     meter = Meter()
-    tokenizer = tokenizer_of(vocabulary)
-    policy = LlamaForCausalLM(llama_config(vocabulary))
-    value = LlamaForSequenceClassification(llama_config(vocabulary, num_labels=1))
-    texts = word_prompts(10 * BATCH, prompt, vocabulary)
+    tokenizer = tokenizer_of(shape.vocabulary)
+    policy = LlamaForCausalLM(llama_config(shape.vocabulary, **shape.model))
+    value = LlamaForSequenceClassification(llama_config(shape.vocabulary, **shape.model, num_labels=1))
+    texts = word_prompts(10 * BATCH, shape.prompt, shape.vocabulary)
     data = Dataset.from_dict({"input_ids": [tokenizer(text)["input_ids"] for text in texts]})
 
     class Metered(TrainerCallback):
@@ -114,17 +139,17 @@ def work(prompt: int, vocabulary: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         options = PPOConfig(
             output_dir=folder, per_device_train_batch_size=MINI_BATCH, gradient_accumulation_steps=BATCH // MINI_BATCH,
-            num_mini_batches=BATCH // MINI_BATCH, total_episodes=1000 * BATCH, response_length=NEW_TOKENS,
+            num_mini_batches=BATCH // MINI_BATCH, total_episodes=1000 * BATCH, response_length=shape.new_tokens,
             num_ppo_epochs=1, temperature=1.0, num_sample_generations=0, learning_rate=1.4e-5, bf16=False, use_cpu=True,
             gradient_checkpointing=False, report_to=[], disable_tqdm=True, save_strategy="no",
         )  # fmt: skip
         lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         trainer = PPOTrainer(
-            args=options, processing_class=tokenizer, model=policy, ref_model=None, reward_model=scorer_of(vocabulary),
-            train_dataset=data, value_model=value, peft_config=lora, callbacks=[Metered()],
+            args=options, processing_class=tokenizer, model=policy, ref_model=None, train_dataset=data,
+            reward_model=scorer_of(shape.vocabulary), value_model=value, peft_config=lora, callbacks=[Metered()],
         )  # fmt: skip
         trainer.train()
 
 
 if __name__ == "__main__":
-    work(**SHAPES[sys.argv[1]])
+    work(SHAPES[sys.argv[1]])
