@@ -3,11 +3,11 @@
     python benchmarks/ppo_vs_trl.py [--steps 5] [--venv FOLDER]
 
 Work: 24 prompts, one PPO epoch, minibatches of 8, float32, LoRA (r=16, query and value projections). A Llama of 6
-layers x 256 with 48 new tokens: (a) prompts of 96 tokens and a vocabulary of 4,000, (b) of 512 and 32,000. (c) Untrained
-models of SmolLM2's shape, prompts of 300 tokens in the mean, 80 new tokens. Both score by the same small network. TRL
-runs in a virtual environment of its own, which this script makes (`trl_ppo.py`); the two do their steps alternately.
-Prints medians of seconds a step, peaks of memory above what a process held before it built its models, their ratios, and
-where our time goes.
+layers x 256 with 48 new tokens: (a) prompts of 96 tokens and a vocabulary of 4,000, (b) of 512 and 32,000. (c) An
+untrained model of SmolLM2's shape, prompts of 300 tokens in the mean, 80 new tokens. Both score by the same small
+network. TRL runs in a virtual environment of its own, which this script makes (`trl_ppo.py`); the two do their steps
+alternately. Prints medians of seconds a step, peaks of memory above what a process held before it built its models,
+their ratios, and where our time goes.
 """
 
 import argparse
