@@ -41,10 +41,14 @@ def parse_options(argv: Sequence[str] | None = None):
     return parser.parse_args(argv)
 
 
+# Parsed before the imports below, which take seconds, so that --help and mistakes in options are answered at once.
+OPTIONS = parse_options() if __name__ == "__main__" else None
+
+from geli.loop.closed_loop import LoopOptions, PolicyRun, closed_loop, evaluate_run
+
+
 def main(options) -> None:
     """Runs the experiment, or evaluates one of its runs."""
-    from geli.loop.closed_loop import LoopOptions, PolicyRun, closed_loop, evaluate_run
-
     settings = {name: value for name, value in vars(options).items() if name != "evaluate"}
     settings |= {"seeds": tuple(options.seeds), "algorithms": tuple(options.algorithms)}
     loop = LoopOptions(**settings)
@@ -56,4 +60,4 @@ def main(options) -> None:
 
 
 if __name__ == "__main__":
-    run(partial(main, parse_options()))
+    run(partial(main, OPTIONS))

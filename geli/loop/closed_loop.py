@@ -16,10 +16,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+import torch
 
+from data_utils import DataOptions, load_prompts
+from geli import plots
+from geli.loop.hidden_reward import hidden_reward
+from geli.nets.options import PolicyOptions
+from geli.nets.policy import load_policy
+from geli.rl.evaluation import evaluate_policy
 from geli.run.console import format_table
+from geli.run.distributed import make_accelerator, seed_everything
 from geli.run.errors import UserError
-from geli.run.files import read_json_or_empty, write_json
+from geli.run.files import atomic_path, read_json_or_empty, write_json
+from models import PPO_PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN = "geli.loop.hidden_reward:score"
@@ -173,17 +183,6 @@ def checkpoint_at(steps: Sequence[dict], kls: int, target: float, saved: Sequenc
 def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:
     """Samples responses to held-out prompts by the run's checkpoint at the target KL, and by the reference policy if
     no run of this seed did yet; writes both results."""
-    import pandas as pd
-    import torch
-
-    from data_utils import DataOptions, load_prompts
-    from geli.loop.hidden_reward import hidden_reward
-    from geli.nets.options import PolicyOptions
-    from geli.nets.policy import load_policy
-    from geli.rl.evaluation import evaluate_policy
-    from geli.run.distributed import make_accelerator, seed_everything
-    from models import PPO_PRESETS
-
     seed_everything(run.seed)
     accelerator, preset = make_accelerator(options.device, "auto", "float32"), PPO_PRESETS["small"]
     data = DataOptions(str(options.out / "candor"), context_turns=6, train_size=None)
@@ -278,11 +277,6 @@ def _reference(options: LoopOptions, seed: int) -> dict:
 
 def write_report(options: LoopOptions) -> None:
     """Prints the table, and writes it and the picture."""
-    import pandas as pd
-
-    from geli import plots
-    from geli.run.files import atomic_path
-
     rows = report_rows(options)
     with atomic_path(options.out / "closed_loop.csv") as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.4f")
