@@ -1,0 +1,93 @@
+"""The closed loop on a small corpus with small models: it runs, resumes, and its intervals are right."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import call_script
+from transformers import AutoTokenizer
+
+from geli.loop import closed_loop
+from geli.loop.closed_loop import LoopOptions, PolicyRun, checkpoint_at, gains, interval
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+@pytest.fixture(scope="module")
+def looped(sample, tiny, tmp_path_factory):
+    """The folder of a closed loop with one seed, and what it printed."""
+    folder = tmp_path_factory.mktemp("loop")
+    shutil.copytree(tiny / "llama", folder / "llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "llama")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "llama")
+    arguments = ["tools/closed_loop.py", folder / "out", "--data_dir", sample, "--encoder", tiny / "bart"]
+    arguments += ["--policy", folder / "llama", "--seeds", 0, "--steps", 2, "--prompts", 6, "--algorithms", "ppo"]
+
+    def run_here(options, script, *more):
+        """Runs a command in this process, with less work."""
+        lighter = {"--epochs": 1, "--train_size": 4, "--steps": 2}
+        words = [lighter.get(before, word) for before, word in zip(("", *more), more, strict=False)]
+        commands.append([script, *words])
+        call_script(script.removeprefix("tools/"), *words)
+
+    commands = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(closed_loop, "run_command", run_here)
+        patch.setenv("WANDB_MODE", "disabled")
+        printed = [call_script("closed_loop.py", *arguments[1:]).stdout for _ in range(2)]
+    return folder / "out", printed, commands
+
+
+def test_every_reward_is_in_the_table_and_nothing_is_run_twice(looped):
+    out, printed, commands = looped
+    assert printed[0].count("policy ") == 5 and "policy " not in printed[1].replace("policy:", "")
+    table = (out / "closed_loop.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in table[1:]] == ["GELI", "GE", "LI", "truth", "random"]
+    scripts = [script for script, *_ in commands]
+    assert scripts.count("train_rl_GELI.py") == 5 and scripts.count("tools/plant_truth.py") == 1
+    assert (out / "closed_loop.png").stat().st_size > 5_000
+
+
+def test_a_result_is_that_of_the_responses(looped):
+    out, _, _ = looped
+    reference = json.loads((out / "results" / "reference-0.json").read_text())
+    found = json.loads((out / "results" / "truth-ppo-0.json").read_text())
+    assert len(found["gold"]) == len(found["texts"]) == len(reference["gold"]) == 6
+    assert found["prompts"] == reference["prompts"] and found["checkpoint"] == 2
+    assert [row["step"] for row in found["steps"]] == [1, 2]
+    assert found["steps"][0]["gold_mean"] == pytest.approx(
+        found["steps"][0]["score_mean"], abs=1e-4
+    )  # truth is its reward
+
+
+def test_the_checkpoint_closest_to_the_kl_is_chosen():
+    steps = [{"step": i, "kl": float(i)} for i in range(1, 31)]
+    assert checkpoint_at(steps, 5, 7.5, [10, 20, 30]) == 10  # whose mean of five steps is 8
+    assert checkpoint_at(steps, 5, 100.0, [10, 20, 30]) == 30
+
+
+def test_gains_are_paired_by_prompt():
+    reference = {"gold": [0.1, 0.2, 0.3]}
+    result = {"gold": [0.2, 0.5, 0.1], "prompts": ["a/0/1", "a/1/2", "b/0/1"]}
+    assert gains(reference, result) == {"a": pytest.approx([0.1, 0.3]), "b": pytest.approx([-0.2])}
+
+
+def test_an_interval_covers_the_mean_and_widens_with_the_seeds_differences():
+    rng = np.random.default_rng(0)
+
+    def cells(between):
+        return {
+            seed: {str(c): [seed * between + rng.normal() for _ in range(3)] for c in range(30)} for seed in (-1, 0, 1)
+        }
+
+    alike, different = interval(cells(0.0)), interval(cells(0.5))
+    assert alike[1] < 0 < alike[2] and alike[2] - alike[1] < 0.6
+    assert different[2] - different[1] > 1.5 * (alike[2] - alike[1])
+
+
+def test_runs_are_seed_by_seed():
+    options = LoopOptions(out=None, data_dir="", encoder="", seeds=(3, 4))
+    runs = list(closed_loop.policy_runs(options))
+    assert len(runs) == 14 and runs[0] == PolicyRun("GELI", "ppo", 3) and runs[6] == PolicyRun("GELI", "grpo", 3)
