@@ -11,7 +11,10 @@ from transformers import AutoTokenizer
 from geli.loop import closed_loop
 from geli.loop.closed_loop import LoopOptions, PolicyRun, checkpoint_at, gains, interval
 
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,8 @@ def test_a_result_is_that_of_the_responses(looped):
     assert len(found["gold"]) == len(found["texts"]) == len(reference["gold"]) == 6
     assert found["prompts"] == reference["prompts"] and found["checkpoint"] == 2
     assert [row["step"] for row in found["steps"]] == [1, 2]
-    assert found["steps"][0]["gold_mean"] == pytest.approx(
+    first = found["steps"][0]
+    assert first["gold_mean"] == pytest.approx(first["score_mean"], abs=1e-4)  # it is trained on the truth
         found["steps"][0]["score_mean"], abs=1e-4
     )  # truth is its reward
 
