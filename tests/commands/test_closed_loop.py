@@ -62,8 +62,6 @@ def test_a_result_is_that_of_the_responses(looped):
     assert [row["step"] for row in found["steps"]] == [1, 2]
     first = found["steps"][0]
     assert first["gold_mean"] == pytest.approx(first["score_mean"], abs=1e-4)  # it is trained on the truth
-        found["steps"][0]["score_mean"], abs=1e-4
-    )  # truth is its reward
 
 
 def test_the_checkpoint_closest_to_the_kl_is_chosen():
