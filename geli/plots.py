@@ -141,9 +141,10 @@ def closed_loop(runs: dict[str, list[list[dict]]], path: Path, window: int = 5) 
     for axis, (column, label) in zip(axes[0], titles.items(), strict=True):
         for (name, seeds), color in zip(runs.items(), OKABE_ITO, strict=False):
             for i, steps in enumerate(seeds):
-                if len(steps) < 2 * window or (column == "score_mean" and name == "random"):
+                if column == "score_mean" and name == "random":
                     continue
-                kl, value = (_moving_mean([row[key] for row in steps], window) for key in ("kl", column))
+                mean_of = max(1, min(window, len(steps) // 2))
+                kl, value = (_moving_mean([row[key] for row in steps], mean_of) for key in ("kl", column))
                 if column == "score_mean" and value[-1] != value[0]:
                     value = (value - value[0]) / abs(value[-1] - value[0])
                 axis.plot(kl, value, color=color, lw=1.2, label=None if i else name)

@@ -1,30 +1,21 @@
 """The closed loop on a small corpus with small models: it runs, resumes, and its intervals are right."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
 from conftest import call_script
-from transformers import AutoTokenizer
+from small_models import chat_model
 
 from geli.loop import closed_loop
 from geli.loop.closed_loop import LoopOptions, PolicyRun, checkpoint_at, gains, interval
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def looped(sample, tiny, tmp_path_factory):
     """The folder of a closed loop with one seed, and what it printed."""
     folder = tmp_path_factory.mktemp("loop")
-    shutil.copytree(tiny / "llama", folder / "llama")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "llama")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder / "llama")
+    chat_model(tiny / "llama", folder / "llama")
     arguments = ["tools/closed_loop.py", folder / "out", "--data_dir", sample, "--encoder", tiny / "bart"]
     arguments += ["--policy", folder / "llama", "--seeds", 0, "--steps", 2, "--prompts", 6, "--algorithms", "ppo"]
 

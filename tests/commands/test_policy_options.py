@@ -1,16 +1,16 @@
 """Options of stage 3 for other policies and rewards: chat form, reward and gold functions, presets."""
 
 import json
-import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 from conftest import call_script
 from safetensors import safe_open
-from test_closed_loop import TEMPLATE
-from transformers import AutoTokenizer
+from small_models import chat_model
 
 import train_rl_GELI
+from geli import plots
 from geli.nets.policy import saved_prompt_format
 from models import PPO_PRESETS
 
@@ -30,15 +30,24 @@ def text(prompts, responses):
 """
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Without wandb and pictures, and with short responses."""
+    parse = train_rl_GELI.parse_options
+
+    def parse_short(argv=None):
+        options = parse(argv)
+        return replace(options, ppo=replace(options.ppo, min_new_tokens=4, max_new_tokens=8))
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(train_rl_GELI, "parse_options", parse_short)
+    monkeypatch.setattr(plots, "ppo", lambda *arguments: arguments[-1])
+
+
 @pytest.fixture(scope="module")
 def chat_llama(tiny, tmp_path_factory):
     """The small Llama with a chat template."""
-    folder = tmp_path_factory.mktemp("chat") / "llama"
-    shutil.copytree(tiny / "llama", folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+    return chat_model(tiny / "llama", tmp_path_factory.mktemp("chat") / "llama")
 
 
 @pytest.fixture
@@ -46,7 +55,6 @@ def stage_3(sample, tmp_path, monkeypatch):
     """(model, options) -> what stage 3 printed, in a folder that has `functions.py`."""
     (tmp_path / "functions.py").write_text(FUNCTIONS)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
 
     def stage_3(model, *more, check=0):
         options = ("--data_dir", sample, "--output_dir", tmp_path, "--model_name", model, "--context_turns", 3)
@@ -113,7 +121,8 @@ def test_a_function_that_cannot_be_used_is_one_clear_error(name, says, stage_3, 
     assert says in refused.stderr and name in refused.stderr and len(refused.stderr.splitlines()) == 1
 
 
-def test_a_preset_sets_the_defaults_of_other_options():
+def test_a_preset_sets_the_defaults_of_other_options(monkeypatch):
+    monkeypatch.undo()
     published, small = (train_rl_GELI.parse_options(["--train", *more]) for more in ([], ["--preset", "small"]))
     assert published.ppo == PPO_PRESETS["published"] and small.ppo == PPO_PRESETS["small"] != published.ppo
     given = train_rl_GELI.parse_options(["--train", "--preset", "small", "--learning_rate", "1.4e-5"])

@@ -1,5 +1,6 @@
 """Untrained models of the architectures that the aliases stand for."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -46,5 +47,17 @@ def small_model(kind: str, folder: Path, corpus: Path) -> Path:
     }
     torch.manual_seed(0)
     makers[kind]().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def chat_model(source: Path, folder: Path) -> Path:
+    """A copy of a model whose tokenizer has a chat template; returns the folder."""
+    shutil.copytree(source, folder)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     tokenizer.save_pretrained(folder)
     return folder
