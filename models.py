@@ -764,11 +764,11 @@ class PPOConfig:
         min_new_tokens, max_new_tokens: range from which each batch's response length limit is drawn.
     """
 
-    preset: str = option(
-        "published",
-        "settings of PPO: published: those of the paper's 7B Llama; small: for policies of about 100M parameters "
-        "(also the defaults of --learning_rate and --batch_size)",
-        choices=("published", "small"),
+    preset: str | None = option(
+        None,
+        "settings of PPO, also the defaults of --learning_rate and --batch_size: small: for policies of about 100M "
+        "parameters (default: as published, for 7B)",
+        choices=("small",),
     )
     learning_rate: float = option(1.4e-5, "peak learning rate", type=positive_float)
     batch_size: int = option(24, "prompts a step; of rloo and grpo responses", type=positive_int)
@@ -789,7 +789,7 @@ class PPOConfig:
 
 
 PPO_PRESETS = {
-    "published": PPOConfig(),
+    None: PPOConfig(),  # as published
     "small": PPOConfig(
         preset="small", learning_rate=1e-3, batch_size=16, ppo_epochs=2, beta=0.05, target_kl_response=4.0,
         min_new_tokens=40, max_new_tokens=40,

@@ -171,7 +171,7 @@ class RewardOptions:
     )
     gold_function: str | None = option(
         None,
-        "such a function that is measured at every step and on held-out prompts, but never trained on, to see "
+        "such a function that is never trained on, but measured on held-out prompts and (ppo) at every step, to see "
         "over-optimization of the reward",
         metavar="MODULE:FUNCTION",
     )
@@ -220,14 +220,14 @@ class Options:
     run: RunOptions = RunOptions(save_steps=10)
 
 
-def chosen_preset(argv: Sequence[str] | None) -> str:
+def chosen_preset(argv: Sequence[str] | None) -> str | None:
     """The value of `--preset`, which sets the defaults of other options; errors are left to the parser of them all."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--preset", choices=PPO_PRESETS, default="published")
+    parser.add_argument("--preset", choices=PPO_PRESETS)
     try:
         return parser.parse_known_args(argv)[0].preset
     except argparse.ArgumentError:
-        return "published"
+        return None
 
 
 def parse_options(argv: Sequence[str] | None = None) -> Options:

@@ -124,7 +124,7 @@ def test_a_function_that_cannot_be_used_is_one_clear_error(name, says, stage_3, 
 def test_a_preset_sets_the_defaults_of_other_options(monkeypatch):
     monkeypatch.undo()
     published, small = (train_rl_GELI.parse_options(["--train", *more]) for more in ([], ["--preset", "small"]))
-    assert published.ppo == PPO_PRESETS["published"] and small.ppo == PPO_PRESETS["small"] != published.ppo
+    assert published.ppo == PPO_PRESETS[None] and small.ppo == PPO_PRESETS["small"] != published.ppo
     given = train_rl_GELI.parse_options(["--train", "--preset", "small", "--learning_rate", "1.4e-5"])
     assert given.ppo.learning_rate == 1.4e-5 and given.ppo.beta == PPO_PRESETS["small"].beta
     with pytest.raises(SystemExit):
