@@ -202,7 +202,14 @@ def test_readmes_examples_use_what_was_trained(extended):
 def test_parsers_help_and_compare_read_the_examples(extended):
     folder, _ = extended
     page = (folder / "options.md").read_text()
-    for said in ("HUBER: as RRD", "reply: the length", "`--wide`", "LLAMA2, bart", "dialogpt, pythia", "REINFORCE, a"):
+    for said in (
+        "HUBER: as RRD",
+        "reply: the length",
+        "`--wide`",
+        "LLAMA2, bart",
+        "smollm2, pythia",
+        "REINFORCE, a",
+    ):
         assert said in page
     rows = json.loads((folder / "compare.json").read_text())
     assert {"LI:reply", "GE:HUBER", "GELI:HUBER×reply", "GELI:RRD×reply"} <= set(rows)

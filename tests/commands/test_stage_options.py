@@ -227,6 +227,7 @@ def test_the_geli_loss_of_a_trajectory_by_hand(redist_type, normalized):
     features.encoder.max_over_ranks = None
     head = torch.nn.Linear(1, 1)
     head.forward, head.config = lambda features, with_hidden: (features, features), SimpleNamespace(li=True)
+    head.rewards = lambda outputs, n_turns: outputs
     stage = GELITraining(head, features, turns, None, options, Accelerator(cpu=True), 0, lambda: None)
     loss, _, (_, ge, li, _) = stage.trajectory_loss(0, np.arange(2), np.zeros(2, dtype=bool), 160.0, 1)
     # LI: (0.75^2 + 0.5^2) / 2; the return is 160 * 0.375 = 60, so that L_GE is (80 - 60)^2
@@ -617,7 +618,7 @@ def test_aliases_stand_for_the_published_models(monkeypatch, sample, tmp_path):
         "blenderbot-400m": "facebook/blenderbot-400M-distill",
         "dialogpt": "microsoft/DialoGPT-large",
     }
-    assert names == POLICIES
+    assert names == {alias: hub_id for alias, hub_id in POLICIES.items() if hub_id}  # without SmolLM2
     for alias in names:
         call_script("train_rl_GELI.py", "--model_name", alias, "--rf_model", "base", "--generate", *data, check=130)
     (tmp_path / "llama_hf").mkdir()
