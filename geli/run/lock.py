@@ -50,7 +50,7 @@ class RunLock:
             raise UserError(f"{self.folder}: the run {name} is being trained by another process") from None
         self.description = _description(self.folder)
         _remove_temporaries(folder, outputs)
-        _remove_temporaries(folder, re.compile(re.escape(self.folder.name)))
+        _remove_temporaries(folder, _state_name(name))
         _remove_temporaries(self.folder, re.compile(".*"))
 
     def describe(self, description: dict) -> None:
@@ -175,6 +175,7 @@ def _find_run(arguments: dict, folder: Path, outputs, record, name: str | None) 
         difference = _difference(recorded, arguments)
         if not difference:
             print(f"--resume: the run {name} is complete already ({record(name)})")
+            _remove_temporaries(folder, _state_name(name))  # it may have been killed while it removed them
             return None, True
         refused.append(f"{name} is complete, and was started with {difference}")
     if name and refused:
@@ -195,6 +196,11 @@ def _difference(recorded: dict, arguments: dict) -> str | None:
 
 def _state_folder(folder: Path, name: str) -> Path:
     return folder / f"state_{name}"
+
+
+def _state_name(name: str) -> re.Pattern:
+    """Matches the name of the run's `state_{name}/`."""
+    return re.compile(re.escape(f"state_{name}"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -218,4 +224,4 @@ def _remove_temporaries(folder: Path, outputs: re.Pattern) -> None:
     for path in folder.glob(".*"):
         temporary = TEMPORARY.fullmatch(path.name)
         if temporary and outputs.fullmatch(temporary["name"]):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

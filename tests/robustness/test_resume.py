@@ -285,11 +285,14 @@ def test_resume_without_a_name_leaves_other_runs_alone(begin):
 
 def test_what_is_left_of_a_finished_runs_folder_does_not_begin_it_again(tmp_path):
     arguments = {"resume": True, "run_name": "mine", "seed": 0}
-    (tmp_path / "state_mine").mkdir()
+    removed = tmp_path / ".state_mine.0123456789abcdef.tmp"  # it was killed while it removed this
+    for folder in (tmp_path / "state_mine", removed):
+        folder.mkdir()
+    (removed / "run.json").touch()
     (tmp_path / "reward1_mine.json").write_text(json.dumps({"arguments": arguments}))
     with pytest.raises(SystemExit) as complete:
         reward_run_to_resume(arguments, tmp_path)
-    assert complete.value.code == 0
+    assert complete.value.code == 0 and not removed.exists()
 
 
 @pytest.mark.parametrize(
