@@ -137,7 +137,7 @@ def closed_loop(runs: dict[str, list[list[dict]]], path: Path, window: int = 5) 
         runs: reward -> a list of steps (step, kl, score_mean, gold_mean) for each seed. window: steps averaged.
     """
     figure, axes = _figure(1, 2, 9, 3.4)
-    titles = {"gold_mean": "hidden reward", "score_mean": "proxy reward, first steps = 0, last steps = 1"}
+    titles = {"gold_mean": "hidden reward", "score_mean": "proxy reward (first steps 0, last 1)"}
     for axis, (column, label) in zip(axes[0], titles.items(), strict=True):
         for (name, seeds), color in zip(runs.items(), OKABE_ITO, strict=False):
             for i, steps in enumerate(seeds):
