@@ -940,6 +940,7 @@ class PPO:
         config = self.config
         held = local_share(list(range(n)), self.accelerator)  # which of the n responses this process has
         mine = np.array([i - held[0] for i in group if held and held[0] <= i <= held[-1]], dtype=int)
+        mine = mine[np.argsort(batch.lengths[mine], kind="stable")]  # rows of similar lengths go together
         tokens = self._sum({"tokens": batch.mask[mine].sum()})["tokens"]
         names = ("approx_kl", "policy_clipped", "value_clipped", "ratio", "policy_loss", "value_loss")
         sums = {name: torch.zeros((), device=batch.mask.device) for name in names}

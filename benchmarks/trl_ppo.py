@@ -140,7 +140,7 @@ def work(shape: Shape) -> None:
         options = PPOConfig(
             output_dir=folder, per_device_train_batch_size=MINI_BATCH, gradient_accumulation_steps=BATCH // MINI_BATCH,
             num_mini_batches=BATCH // MINI_BATCH, total_episodes=1000 * BATCH, response_length=shape.new_tokens,
-            num_ppo_epochs=1, temperature=1.0, num_sample_generations=0, learning_rate=1.4e-5, bf16=False, use_cpu=True,
+            local_rollout_forward_batch_size=MINI_BATCH, num_ppo_epochs=1, temperature=1.0, num_sample_generations=0, learning_rate=1.4e-5, bf16=False, use_cpu=True,
             gradient_checkpointing=False, report_to=[], disable_tqdm=True, save_strategy="no",
         )  # fmt: skip
         lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from geli.nets.decoding import CausalDecoder, EncoderDecoder, left_aligned
 from geli.nets.options import DONE_EVERY, MAX_NEW_TOKENS
 from geli.nets.pretrained import check_adapter, check_adapter_weights, check_vocabulary, load_pretrained
 from geli.nets.prompts import PROMPT_FORMATS, Prompt
@@ -114,43 +114,32 @@ class Policy(nn.Module):
             (n, R) token ids, padded after the end token or where `done` stopped a response, and (n, R, hidden) the
             states that they were sampled from, for `logprobs_from_hidden`.
         """
-        base, uniforms = self.model.get_base_model(), uniforms.to(query.device, torch.float64)
-        mask, inputs = query_mask, query
-        cache = None if self.has_encoder else _roomy_cache(base.config, uniforms.shape[1])
-        if self.has_encoder:
-            encoded = base.get_encoder()(input_ids=query, attention_mask=query_mask).last_hidden_state
-            inputs = torch.full_like(query[:, :1], base.config.decoder_start_token_id)
-        else:
-            body, positions = getattr(base, base.base_model_prefix), (mask.cumsum(dim=1) - 1).clamp(min=0)
+        uniforms = uniforms.to(query.device, torch.float64)
+        decoder = self._decoder(query, query_mask, room=uniforms.shape[1])
         response = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
         ended, states = torch.zeros(len(query), dtype=torch.bool, device=query.device), []
         for step in range(1, uniforms.shape[1] + 1):
-            if self.has_encoder:
-                output = base.get_decoder()(
-                    input_ids=inputs, encoder_hidden_states=encoded, encoder_attention_mask=mask, past_key_values=cache,
-                    use_cache=True,
-                )  # fmt: skip
-            else:
-                output = body(
-                    input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-                )
-                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-                positions = positions[:, -1:] + 1
-            cache, state = output.past_key_values, output.last_hidden_state[:, -1]
-            cumulative = self._logits(state).double().softmax(dim=-1).cumsum(dim=-1)
+            cumulative = self._logits(decoder.state).double().softmax(dim=-1).cumsum(dim=-1)
             goal = uniforms[:, step - 1 : step] * cumulative[:, -1:]
             token = torch.searchsorted(cumulative, goal, right=True).squeeze(1).clamp(max=cumulative.shape[1] - 1)
             token = token.masked_fill(ended, self.pad)
-            inputs = token[:, None]
-            response = torch.cat([response, inputs], dim=1)
-            states.append(state)
+            response = torch.cat([response, token[:, None]], dim=1)
+            states.append(decoder.state)
             ended |= token == self.end
             if done and step % DONE_EVERY == 0:
                 ended |= done(response).to(ended.device)
-            unfinished = int(not ended.all())
+            unfinished = int(not ended.all()) if step < uniforms.shape[1] else 0
             if not (self.max_over_ranks(unfinished) if self.max_over_ranks else unfinished):
                 break
+            decoder.read(token)
         return response, torch.stack(states, dim=1)
+
+    def _decoder(self, query: torch.Tensor, query_mask: torch.Tensor, room: int) -> CausalDecoder | EncoderDecoder:
+        """What reads the prompts, and then the tokens of their responses."""
+        base = self.model.get_base_model()
+        if self.has_encoder:
+            return EncoderDecoder(base, query, query_mask)
+        return CausalDecoder(base, query, query_mask, room, together=self.max_over_ranks is not None)
 
     def forward(self, query, query_mask, response, response_mask):
         """The log-probability of each response token, and value and entropy of the state before it.
@@ -192,12 +181,14 @@ class Policy(nn.Module):
                 encoder_attention_mask=query_mask,
                 use_cache=False,
             ).last_hidden_state
-        ids = torch.cat([query, response], dim=1)
-        mask = torch.cat([query_mask, response_mask.to(query_mask.dtype)], dim=1)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        body = getattr(base, base.base_model_prefix)
-        hidden = body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
-        return hidden[:, query.shape[1] - 1 : -1]
+        # Rows begin in column 0, without the prompts' padding, and end after the longest one's last kept token.
+        lengths, kept = query_mask.sum(dim=1), response_mask.sum(dim=1).long()
+        ids = left_aligned(torch.cat([query, response], dim=1), query.shape[1] - lengths)
+        ids = ids[:, : int((lengths + kept).max())]
+        hidden = getattr(base, base.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
+        places = lengths[:, None] - 1 + torch.arange(response.shape[1], device=ids.device)
+        places = places.clamp(max=ids.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[2])
+        return hidden.gather(1, places)
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         """(m, vocabulary) logits of states (m, hidden), equal to those of the model's own forward pass."""
@@ -271,37 +262,6 @@ class Policy(nn.Module):
             self.value_head.load_state_dict(value_head)
         except Exception as error:  # other people's files can fail in any way
             raise UserError(f"{folder}: not an adapter that fits this policy ({first_line(error)})") from None
-
-
-# Measured (small Llama, CPU): DynamicCache takes 5% longer; StaticCache takes as long, but its states are not the same.
-class _RoomyLayer(DynamicLayer):
-    """Keys and values of one layer, in memory allocated once. `DynamicLayer` copies them all for every new token.
-
-    Args:
-        room: tokens after the prompt.
-    """
-
-    def __init__(self, room: int):
-        super().__init__()
-        self._room = room
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends keys and values (n, heads, tokens, width); returns all so far."""
-        start, end = self.get_seq_length(), self.get_seq_length() + keys.shape[-2]
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self._all = [new.new_empty(*new.shape[:-2], end + self._room, new.shape[-1]) for new in (keys, values)]
-        for buffer, new in zip(self._all, (keys, values), strict=True):
-            buffer[..., start:end, :] = new
-        self.keys, self.values = (buffer[..., :end, :] for buffer in self._all)
-        return self.keys, self.values
-
-
-def _roomy_cache(config, room: int) -> DynamicCache:
-    """A key-value cache with room for `room` tokens after the prompt."""
-    cache = DynamicCache(config=config)
-    cache.layers = [_RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
 
 
 def _token_logprobs(logits_of: Callable, vocabulary: int, states: torch.Tensor, tokens: torch.Tensor):

@@ -42,6 +42,11 @@ class Rollout(NamedTuple):
     texts: list[str]
     states: torch.Tensor | None = None
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) tokens of each prompt with its response."""
+        return (self.query_mask.sum(dim=1) + self.mask.sum(dim=1).long()).cpu().numpy()
+
     def rows(self, chosen) -> tuple[torch.Tensor, ...]:
         """The policy's inputs for the responses `chosen`, without the query columns that hold only padding."""
         mask = self.query_mask[chosen]
@@ -139,8 +144,9 @@ def logprobs_and_values(policy: "Policy", rollout: Rollout, mini_batch_size: int
         (values: normalized rewards), 0 on tokens that are not kept.
     """
     columns = defaultdict(list)
-    for first in minibatch_starts(policy, len(rollout.texts), mini_batch_size):
-        part = slice(first, first + mini_batch_size)
+    order = np.argsort(rollout.lengths, kind="stable")  # rows of similar lengths go together, with little padding
+    for first in minibatch_starts(policy, len(order), mini_batch_size):
+        part = order[first : first + mini_batch_size]
         inputs = rollout.rows(part)
         if rollout.states is None:
             outputs = policy(*inputs)
@@ -150,7 +156,7 @@ def logprobs_and_values(policy: "Policy", rollout: Rollout, mini_batch_size: int
             columns[name].append(value)
         with policy.reference():
             columns["ref_logprobs"].append(policy(*inputs)[0])
-    return {name: torch.cat(parts) for name, parts in columns.items()}
+    return {name: torch.cat(parts)[np.argsort(order)] for name, parts in columns.items()}
 
 
 class RewardScorer:

@@ -203,17 +203,6 @@ def test_generation_does_not_depend_on_the_batch_and_gives_the_states_of_the_for
         assert alone[:n].tolist() == together[row, :n].tolist()
 
 
-def test_the_roomy_cache_gives_the_states_of_the_library_s_own_cache(policy, monkeypatch):
-    from transformers import DynamicCache
-
-    query, mask = policy.tokenize(PROMPTS)
-    uniforms = torch.rand(2, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    ours = policy.generate(query, mask, uniforms)
-    monkeypatch.setattr(policy_module, "_roomy_cache", lambda config, room: DynamicCache(config=config))
-    for a, b in zip(ours, policy.generate(query, mask, uniforms), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_responses_that_are_done_stop_the_generation(policy):
     query, mask = policy.tokenize(PROMPTS)
     seen = []
