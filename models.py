@@ -32,7 +32,7 @@ from geli.rl.rollout import (
     draw_uniforms,
     ended_themselves,
     logprobs_and_values,
-    minibatch_starts,
+    minibatches,
     rollout,
 )
 from geli.run.distributed import gather_shares, local_share
@@ -754,7 +754,7 @@ class PPOConfig:
     Attributes:
         preset: the name of these settings in `PPO_PRESETS`.
         learning_rate, batch_size: as the options say.
-        mini_batch_size: responses in a forward and backward pass.
+        mini_batch_size: most responses in a forward and backward pass.
         accumulation_steps: minibatches in an optimizer step. ppo_epochs: passes over a batch.
         gamma, lam: of GAE. clip: of the probability ratio. value_clip: of the value.
         value_coefficient: weight of the value loss.
@@ -940,12 +940,11 @@ class PPO:
         config = self.config
         held = local_share(list(range(n)), self.accelerator)  # which of the n responses this process has
         mine = np.array([i - held[0] for i in group if held and held[0] <= i <= held[-1]], dtype=int)
-        mine = mine[np.argsort(batch.lengths[mine], kind="stable")]  # rows of similar lengths go together
         tokens = self._sum({"tokens": batch.mask[mine].sum()})["tokens"]
         names = ("approx_kl", "policy_clipped", "value_clipped", "ratio", "policy_loss", "value_loss")
         sums = {name: torch.zeros((), device=batch.mask.device) for name in names}
-        for first in minibatch_starts(self.policy, len(mine), config.mini_batch_size):
-            part = mine[first : first + config.mini_batch_size]
+        for minibatch in minibatches(self.policy, batch.lengths[mine], config.mini_batch_size):
+            part = mine[minibatch]
             logprobs, values, _ = self.policy(*batch.rows(part))
             policy_loss, value_loss, found = ppo_loss(
                 logprobs, values, old["logprobs"][part], old["values"][part], advantages[part], returns[part],

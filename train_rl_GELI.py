@@ -3,7 +3,8 @@
     python train_rl_GELI.py --model_name llama --exp_name GELI --reward redistributed_reward --rf_model GELI \\
         --train --val --batch_size 24
 
-Writes `rlmf_weights/{exp_name}_{model_name}_{step}/` every 10 steps: a PEFT adapter with tokenizer and value head.
+Writes `rlmf_weights/{exp_name}_{model_name}_{step}/` every `--save_steps` steps: a PEFT adapter with tokenizer
+and value head.
 """
 
 import argparse
@@ -339,7 +340,7 @@ def main(options: Options) -> None:
     if rl.train:
         recorder = Recorder(
             policy, tracker, names.folder, stem, steps=rl.steps, algo=rl.algo,
-            target_kl_response=options.ppo.target_kl_response, saves=not rl.ppo_off,
+            save_every=options.run.save_steps, target_kl_response=options.ppo.target_kl_response, saves=not rl.ppo_off,
         )  # fmt: skip
         inputs = hash_inputs(prompts, head_path)
         ALGORITHMS[rl.algo].train(policy, score, prompts, recorder, accelerator, options, inputs)

@@ -5,9 +5,9 @@
 Work: 24 prompts, one PPO epoch, minibatches of 8, float32, LoRA (r=16, query and value projections). A Llama of 6
 layers x 256 with 48 new tokens: (a) prompts of 96 tokens and a vocabulary of 4,000, (b) of 512 and 32,000. (c) An
 untrained model of SmolLM2's shape, prompts of 300 tokens in the mean, 80 new tokens. Both score by the same small
-network. TRL runs in a virtual environment of its own, which this script makes (`trl_ppo.py`); the two do their steps
-alternately. Prints medians of seconds a step, peaks of memory above what a process held before it built its models,
-their ratios, and where our time goes.
+network. TRL runs in a virtual environment of its own, which this script makes (`trl_ppo.py`). The two do their steps
+alternately, or in (c), for which TRL needs 22 GiB, one after the other. Prints medians of seconds a step, peaks of
+memory above what a process held before it built its models, their ratios, and where our time goes.
 """
 
 import argparse
@@ -110,15 +110,20 @@ class Worker:
         raise SystemExit(f"a worker failed: run {' '.join(self.process.args)} and press Enter to see why")
 
 
-def compare(commands: dict[str, list[str]], steps: int) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Median seconds a step and peak MiB of each command, whose steps are done alternately; seconds of our phases."""
-    workers = {name: Worker(command) for name, command in commands.items()}
-    found = {name: [] for name in workers}
-    for _ in range(steps + 1):
-        for name, worker in workers.items():
-            found[name].append(worker.step())
-    for worker in workers.values():
-        worker.process.kill()
+def compare(
+    commands: dict[str, list[str]], steps: int, alternately: bool
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Median seconds a step and peak MiB of each command, and seconds of our phases. The commands do their steps
+    alternately, or one command after the other."""
+    found = {name: [] for name in commands}
+    for names in [list(commands)] if alternately else [[name] for name in commands]:
+        workers = {name: Worker(commands[name]) for name in names}
+        for _ in range(steps + 1):
+            for name, worker in workers.items():
+                found[name].append(worker.step())
+        for worker in workers.values():
+            worker.process.kill()
+            worker.process.wait()
     seconds = {name: statistics.median(row["seconds"] for row in rows[1:]) for name, rows in found.items()}
     phases = {
         name.removeprefix("seconds_"): statistics.median(row[name] for row in found["ours"][1:])
@@ -140,9 +145,11 @@ def main() -> None:
         return
     trl = [make_venv(args.venv), str(Path(__file__).resolve().with_name("trl_ppo.py"))]
     ours = [sys.executable, str(Path(__file__).resolve()), "--worker"]
-    print(f"Medians of {args.steps} steps, done alternately")
+    print(f"Medians of {args.steps} steps")
     for shape in args.shapes:
-        seconds, peaks, phases = compare({TRL: [*trl, shape], "ours": [*ours, shape]}, args.steps)
+        seconds, peaks, phases = compare(
+            {TRL: [*trl, shape], "ours": [*ours, shape]}, args.steps, SHAPES[shape].alternately
+        )
         print(
             f"\n({shape}) {SHAPES[shape].name}, {SHAPES[shape].new_tokens} new, vocabulary {SHAPES[shape].vocabulary:,}"
         )

@@ -31,6 +31,7 @@ class Shape(NamedTuple):
     Attributes:
         name: in the table. prompt: tokens of the shortest and of the longest prompt. new_tokens: of every response.
         vocabulary: its size. model: changes of `llama_config`.
+        alternately: whether both programs fit into 24 GiB together, so that they can do their steps alternately.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Shape(NamedTuple):
     new_tokens: int
     vocabulary: int
     model: dict
+    alternately: bool = True
 
 
 SMOLLM2 = dict(
@@ -47,7 +49,7 @@ SMOLLM2 = dict(
 SHAPES = {
     "a": Shape("Llama 6×256, prompts of 96 tokens", (96, 96), 48, 4000, {}),
     "b": Shape("Llama 6×256, prompts of 512 tokens", (512, 512), 48, 32000, {}),
-    "c": Shape("SmolLM2's shape, prompts of 150 to 450 tokens", (150, 450), 80, 49152, SMOLLM2),
+    "c": Shape("SmolLM2's shape, prompts of 150 to 450 tokens", (150, 450), 80, 49152, SMOLLM2, alternately=False),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,8 +142,9 @@ def work(shape: Shape) -> None:
         options = PPOConfig(
             output_dir=folder, per_device_train_batch_size=MINI_BATCH, gradient_accumulation_steps=BATCH // MINI_BATCH,
             num_mini_batches=BATCH // MINI_BATCH, total_episodes=1000 * BATCH, response_length=shape.new_tokens,
-            local_rollout_forward_batch_size=MINI_BATCH, num_ppo_epochs=1, temperature=1.0, num_sample_generations=0, learning_rate=1.4e-5, bf16=False, use_cpu=True,
-            gradient_checkpointing=False, report_to=[], disable_tqdm=True, save_strategy="no",
+            local_rollout_forward_batch_size=MINI_BATCH, num_ppo_epochs=1, temperature=1.0, num_sample_generations=0,
+            learning_rate=1.4e-5, bf16=False, use_cpu=True, gradient_checkpointing=False, report_to=[],
+            disable_tqdm=True, save_strategy="no",
         )  # fmt: skip
         lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         trainer = PPOTrainer(

@@ -4,9 +4,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from geli.nets.batching import token_batches
-
-PROMPT_TOKENS = 2048  # with padding, of the prompts that are read at once
+from geli.nets.batching import grouped_by_length
 
 
 def left_aligned(ids: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
@@ -56,7 +54,7 @@ class CausalDecoder:
         that is padded on the left has them."""
         lengths, states = query_mask.sum(dim=1), [None] * len(query)
         aligned = left_aligned(query, query.shape[1] - lengths)
-        for rows in token_batches(lengths.cpu().numpy(), PROMPT_TOKENS):
+        for rows in grouped_by_length(lengths.cpu().numpy(), query.device):
             chosen = torch.as_tensor(rows, device=query.device)
             output = self._body(
                 input_ids=aligned[chosen, : int(lengths[chosen].max())],

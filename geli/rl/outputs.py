@@ -16,8 +16,6 @@ from geli.run.files import atomic_path, read_json_or_empty, write_json
 from geli.run.lock import RunLock
 from geli.run.tracking import Tracker
 
-SAVE_EVERY = 10  # steps
-
 
 def outputs_of(stem: str) -> re.Pattern:
     """A pattern of the names of the files and folders that the run `stem` writes."""
@@ -84,21 +82,21 @@ def newest_checkpoint(folder: Path, stem: str) -> Path:
 
 
 class Recorder:
-    """Records a training run: metrics, a checkpoint of the policy every `SAVE_EVERY` steps, and warnings.
+    """Records a training run: metrics, the policy at intervals, and warnings.
 
     Args:
         policy: the policy that is saved. folder, stem: where the files go, and how their names begin.
         steps: of the run. algo: its name, for the progress bar.
-        target_kl_response: in nats a response, see `diagnose`.
+        save_every: steps between two saved policies. target_kl_response: in nats a response, see `diagnose`.
         saves: False saves no policy, for a run that does not change it.
     """
 
     def __init__(
         self, policy: Policy, tracker: Tracker, folder: Path, stem: str, *, steps: int, algo: str,
-        target_kl_response: float, saves: bool = True,
+        save_every: int, target_kl_response: float, saves: bool = True,
     ):  # fmt: skip
         self.policy, self.tracker, self.folder, self.stem = policy, tracker, folder, stem
-        self.steps, self.target_kl_response, self.saves = steps, target_kl_response, saves
+        self.steps, self.save_every, self.target_kl_response, self.saves = steps, save_every, target_kl_response, saves
         self.rows: list[dict] = []
         self.checkpoint: Path | None = None
         self._warned: set[str] = set()
@@ -134,7 +132,7 @@ class Recorder:
             if check not in self._warned:  # once a run
                 self._warned.add(check)
                 self._bar.write(f"Step {step}: {problem}.")
-        if step % SAVE_EVERY == 0 or step == self.steps:
+        if step % self.save_every == 0 or step == self.steps:
             self._save(step)
 
     def _save(self, step: int) -> None:

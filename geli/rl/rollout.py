@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from geli.nets.batching import grouped_by_length
 from geli.nets.options import DONE_EVERY
 from geli.nets.prompts import Prompt
 
@@ -126,13 +127,22 @@ def ended_themselves(batch: Rollout, end: int) -> torch.Tensor:
     return batch.response[torch.arange(len(last)), last] == end
 
 
-def minibatch_starts(policy: "Policy", n: int, size: int) -> range:
-    """The first indices of the minibatches of this process' n responses.
+def minibatches(policy: "Policy", lengths: np.ndarray, size: int) -> list[np.ndarray]:
+    """Splits this process' responses into minibatches of similar lengths (see `grouped_by_length`), of at most `size`.
 
     With a sharded policy, every process gets as many minibatches as the process with the most responses, because all
     take part in each forward pass; the extra minibatches are empty.
+
+    Args:
+        lengths: (n,) tokens of each prompt with its response.
+
+    Returns:
+        Indices of each minibatch.
     """
-    return range(0, policy.max_over_ranks(n) if policy.max_over_ranks else n, size)
+    if not policy.max_over_ranks:
+        return grouped_by_length(lengths, policy.device, size)
+    order = np.argsort(-lengths, kind="stable")
+    return [order[first : first + size] for first in range(0, policy.max_over_ranks(len(order)), size)]
 
 
 @torch.no_grad()
@@ -143,10 +153,8 @@ def logprobs_and_values(policy: "Policy", rollout: Rollout, mini_batch_size: int
         `logprobs`, `values`, `entropies` of the policy and `ref_logprobs` of the reference: (n, R) float32, in nats
         (values: normalized rewards), 0 on tokens that are not kept.
     """
-    columns = defaultdict(list)
-    order = np.argsort(rollout.lengths, kind="stable")  # rows of similar lengths go together, with little padding
-    for first in minibatch_starts(policy, len(order), mini_batch_size):
-        part = order[first : first + mini_batch_size]
+    columns, parts = defaultdict(list), minibatches(policy, rollout.lengths, mini_batch_size)
+    for part in parts:
         inputs = rollout.rows(part)
         if rollout.states is None:
             outputs = policy(*inputs)
@@ -156,7 +164,8 @@ def logprobs_and_values(policy: "Policy", rollout: Rollout, mini_batch_size: int
             columns[name].append(value)
         with policy.reference():
             columns["ref_logprobs"].append(policy(*inputs)[0])
-    return {name: torch.cat(parts)[np.argsort(order)] for name, parts in columns.items()}
+    places = np.argsort(np.concatenate(parts))
+    return {name: torch.cat(values)[places] for name, values in columns.items()}
 
 
 class RewardScorer:

@@ -192,7 +192,11 @@ class RunOptions:
     resume: bool = option(
         False, "resume the newest unfinished run with the same options (with --run_name: that run) from its checkpoint"
     )
-    save_steps: int = option(100, "steps between two checkpoints that --resume can start from", type=positive_int)
+    save_steps: int = option(
+        100,
+        "steps between two checkpoints that --resume can start from, and of stage 3 between two saved policies",
+        type=positive_int,
+    )
     no_cache: bool = option(False, "neither read nor write OUTPUT_DIR/cache")
     trust_remote_code: bool = option(
         False, "run code that a model's folder or hub repository brings along (without it such a model is refused)"

@@ -34,7 +34,7 @@ OPTIONS = {  # heads without dropout, whose random numbers are each process' own
         "--train --val --epochs 1 --batch_size 1 --K 3 --unfreeze --encoder_learning_rate 1e-3 --tokens_per_batch 120",
     ),
     # of the minibatches and of the held-out prompts one process has fewer, and of the last ones none
-    "ppo": (RL, "--train --val --steps 2 --batch_size 9 --val_prompts 5 --learning_rate 1e-2"),
+    "ppo": (RL, "--train --val --steps 2 --batch_size 9 --val_prompts 5 --save_steps 1 --learning_rate 1e-2"),
 }
 # what `accelerate launch` sets for a DeepSpeed file, where DeepSpeed is installed; None removes what it sets for FSDP
 ZERO_2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_USE_FSDP": None}

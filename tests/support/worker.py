@@ -29,7 +29,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from geli import plots
-from geli.rl import outputs
 from geli.run import tracking
 from geli.run.checkpoint import Checkpointer
 
@@ -60,7 +59,6 @@ def run_job(script: str, arguments: list, environment: dict | None = None, dies_
         for name, value in {"WANDB_MODE": "disabled", **(environment or {})}.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         patch.setattr(plots, "_save", lambda figure, path: path.touch() or path)
-        patch.setattr(outputs, "SAVE_EVERY", 1)
         patch.setattr(tracking, "_init", start)
         patch.setattr(tracking.Tracker, "log", log)
         patch.setattr(Checkpointer, "done", done)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from geli.nets import decoding
+from geli.nets import batching
 from geli.nets.decoding import CausalDecoder, left_aligned
 
 SHAPE = dict(
@@ -35,9 +35,9 @@ def test_left_aligned_rows_by_hand():
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 @pytest.mark.parametrize("together", [False, True])
-@pytest.mark.parametrize("prompt_tokens", [1, 14, 1000])
-def test_each_row_s_states_are_those_of_its_whole_text_read_alone(kind, together, prompt_tokens, monkeypatch):
-    monkeypatch.setattr(decoding, "PROMPT_TOKENS", prompt_tokens)
+@pytest.mark.parametrize("tokens_at_once", [1, 14, 1000])
+def test_each_row_s_states_are_those_of_its_whole_text_read_alone(kind, together, tokens_at_once, monkeypatch):
+    monkeypatch.setattr(batching, "CPU_TOKENS", tokens_at_once)
     model, (ids, mask) = model_of(kind), prompts()
     new = torch.randint(1, 50, (len(LENGTHS), 6), generator=torch.Generator().manual_seed(2))
     decoder = CausalDecoder(model, ids, mask, room=6, together=together)

@@ -283,9 +283,10 @@ def test_shuffled_batches_have_every_index_once(lengths, size, seed):
     assert [batch.tolist() for batch in batches] == [batch.tolist() for batch in again]
 
 
-@given(LENGTHS, st.integers(1, 120))
-def test_token_batches_have_every_index_once_within_the_budget_longest_first(lengths, budget):
-    batches = token_batches(lengths, budget)
+@given(LENGTHS, st.integers(1, 120), st.none() | st.integers(1, 9))
+def test_token_batches_have_every_index_once_within_the_budget_longest_first(lengths, budget, most):
+    batches = token_batches(lengths, budget, most)
+    assert all(len(batch) <= (most or len(lengths)) for batch in batches)
     order = [i for batch in batches for i in batch]
     assert sorted(order) == list(range(len(lengths)))
     assert all(len(batch) == 1 or len(batch) * max(lengths[batch]) <= budget for batch in batches)

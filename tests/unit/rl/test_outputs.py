@@ -28,7 +28,7 @@ class FakeTracker:
 
 
 def recorder(folder, steps=25, **more) -> Recorder:
-    settings = dict(steps=steps, algo="ppo", target_kl_response=6.0, **more)
+    settings = dict(steps=steps, algo="ppo", save_every=10, target_kl_response=6.0, **more)
     return Recorder(FakePolicy(), FakeTracker(), folder, "GELI_llama", **settings)
 
 

@@ -20,7 +20,7 @@ from geli.rl.rollout import (
     draw_length,
     draw_uniforms,
     logprobs_and_values,
-    minibatch_starts,
+    minibatches,
     reached_marker,
     rollout,
 )
@@ -134,9 +134,12 @@ def test_padding_that_a_minibatch_does_not_need_is_left_out():
     assert sampled.rows([2])[0].tolist() == [[6, 7, 8]]
 
 
-def test_processes_of_a_sharded_policy_have_as_many_minibatches():
-    assert list(minibatch_starts(SimpleNamespace(max_over_ranks=None), 5, 4)) == [0, 4]
-    assert list(minibatch_starts(SimpleNamespace(max_over_ranks=lambda n: 9), 5, 4)) == [0, 4, 8]
+def test_minibatches_have_similar_lengths_and_a_sharded_policy_as_many_in_every_process():
+    lengths = np.array([10, 700, 30, 700, 20])
+    policy = SimpleNamespace(max_over_ranks=None, device=torch.device("cpu"))
+    assert [part.tolist() for part in minibatches(policy, lengths, 2)] == [[1], [3], [2, 4], [0]]
+    policy.max_over_ranks = lambda n: 7
+    assert [part.tolist() for part in minibatches(policy, lengths, 2)] == [[1, 3], [2, 4], [0], []]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
