@@ -791,8 +791,7 @@ class PPOConfig:
 PPO_PRESETS = {
     None: PPOConfig(),  # as published
     "small": PPOConfig(
-        preset="small", learning_rate=1e-3, batch_size=16, ppo_epochs=2, beta=0.05, target_kl_response=4.0,
-        min_new_tokens=40, max_new_tokens=40,
+        preset="small", learning_rate=2e-3, beta=0.05, target_kl_response=4.0, min_new_tokens=32, max_new_tokens=32,
     ),
 }  # fmt: skip
 

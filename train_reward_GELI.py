@@ -107,24 +107,17 @@ OPTIONS = parse_options() if __name__ == "__main__" else Options()
 import numpy as np
 import torch
 
+from geli.evaluation.checks import conversations_seen, warn_of_constant_targets, warn_of_leaks
 from geli.nets.encoder import TurnEncoder, encoder_reference, load_encoder, load_encoder_of_head, place_encoder
 from geli.nets.features import TurnFeatures, encoder_fingerprint
 from geli.nets.pretrained import named_by_file
-from geli.report import (
-    RewardRun,
-    affect_means,
-    conversations_seen,
-    evaluate,
-    finish_run,
-    wandb_validation,
-    warn_of_constant_targets,
-    warn_of_leaks,
-    write_validation,
-)
+from geli.report.lineage import lineage_config
+from geli.report.rewards import RewardRun, affect_means, evaluate, finish_run, wandb_validation
 from geli.run.checkpoint import Checkpointer
 from geli.run.distributed import frozen_dtype, gather_shares, local_share, make_accelerator, seed_everything
 from geli.run.gradients import NotFinite, apply_gradients
 from geli.run.lock import reward_run_to_resume
+from geli.run.timing import Clock
 from geli.run.tracking import Tracker
 from geli.run.training import train_steps
 from models import (
@@ -150,6 +143,7 @@ def main(options: Options) -> None:
     | `--train` | a fresh head on `--model` | GE: the score alone |
     | `--val --reward_path RUN` | that run | evaluation |
     """
+    clock = Clock()
     seed_everything(options.run.seed)
     accelerator = make_accelerator(options.run.device, options.run.dtype)
     saved, saved_path = load_saved(options)
@@ -162,14 +156,17 @@ def main(options: Options) -> None:
         options.data, options.signal, cache=options.run.cache_dir, val_all=training_options.val_all, seen=trained_on,
         validate=training_options.val, trust_remote_code=options.run.trust_remote_code,
     )  # fmt: skip
-    warn_of_leaks(trained_on, validation)
+    warn_of_leaks(trained_on, validation.trajectories)
     if training_options.affect_path:
         warn_of_constant_targets(training, options.signal)
+    clock.lap("reading conversations")
     encoder = find_encoder(options, accelerator, saved, saved_path)
     source = encoder.name
-    tracker = Tracker(folder.name, folder, {**arguments, "data": corpus.numbers()}, options.run, accelerator, lock)
+    described = {**arguments, "data": corpus.numbers(), "lineage": lineage_config(saved_path)}
+    tracker = Tracker(folder.name, folder, described, options.run, accelerator, lock)
     features = TurnFeatures(encoder, accelerator, options.run.cache_dir, frozen=not training_options.unfreeze)
 
+    clock.lap("loading the encoder")
     head, metrics, paths = saved, {}, []
     if training_options.train:
         head = new_head(options, folder, tracker.name, saved, encoder, training)
@@ -180,17 +177,21 @@ def main(options: Options) -> None:
         if training_options.unfreeze:
             paths.append(folder / f"lang_model_{tracker.name}")
             features.encoder = prepare_encoder(options, accelerator, load_trained(options, accelerator, paths[1]))
-    redist_type, rewards = head.config.redist_type, None
+        clock.lap("encoding and training")
+    redist_type, rewards, returns = head.config.redist_type, None, None
     if training_options.val:
         rewards = head_rewards(head, features.held_out(validation.texts), validation)
         returns = predicted_returns(validation, rewards, training_options.ep_len)
         metrics["validation"] = evaluate(validation, rewards, returns)
         mean_score_errors = (validation.scores - training.scores.mean()) ** 2
         metrics["validation"]["ge_loss_of_training_mean"] = float(mean_score_errors.mean())
-        paths += write_validation(folder, tracker.name, validation, rewards, returns)
+        clock.lap("validation")
     method = f"{'GELI' if head.config.li else 'GE'}, {redist_type}" if head.config.stage == 2 else "LI"
-    title = f"Stage {head.config.stage} ({method})"
-    report = RewardRun(title, 2, source, arguments, corpus, training, validation, metrics, rewards, paths)
+    report = RewardRun(
+        title=f"Stage {head.config.stage} ({method})", stage=2, encoder=source, arguments=arguments,
+        defaults=flat(Options()), corpus=corpus, training=training, validation=validation, metrics=metrics,
+        rewards=rewards, returns=returns, paths=paths, started_from=saved_path, seconds=clock.seconds,
+    )  # fmt: skip
     finish_run(report, tracker, folder)
 
 
@@ -346,7 +347,7 @@ def train(
         modules["encoder"] = features.encoder.encoder
     checkpointer = Checkpointer(
         tracker.lock, accelerator, modules=modules, optimizer=stage.optimizer,
-        values={"schedule": stage.schedule, "best": stage.best, "order": stage.order},
+        values={"schedule": stage.schedule, "best": stage.best, "order": stage.order, "logged": tracker.logged},
         generators={"training": stage.rng}, inputs=inputs, every=options.run.save_steps, total=stage.steps,
     )  # fmt: skip
     train_steps(stage, stage.steps, "stage 2", checkpointer, tracker)

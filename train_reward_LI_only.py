@@ -58,18 +58,17 @@ OPTIONS = parse_options() if __name__ == "__main__" else Options()
 import numpy as np
 import torch
 
+from geli.evaluation.checks import warn_of_constant_targets
 from geli.nets.batching import shuffled_batches
 from geli.nets.encoder import TurnEncoder, load_encoder, place_encoder
 from geli.nets.features import encode_together
-from geli.report import (
+from geli.report.rewards import (
     RewardRun,
     affect_means,
     choose_turns,
     evaluate,
     finish_run,
     wandb_validation,
-    warn_of_constant_targets,
-    write_validation,
 )
 from geli.run.checkpoint import Checkpointer
 from geli.run.distributed import (
@@ -81,6 +80,7 @@ from geli.run.distributed import (
 )
 from geli.run.gradients import NotFinite, apply_gradients
 from geli.run.lock import reward_run_to_resume
+from geli.run.timing import Clock
 from geli.run.tracking import Tracker
 from geli.run.training import train_steps
 from models import (
@@ -96,7 +96,7 @@ from models import (
 
 def main(options: Options) -> None:
     """Reads the data, trains encoder and head, evaluates the best ones, and writes what was measured."""
-    arguments, training_options = flat(options), options.training
+    arguments, training_options, clock = flat(options), options.training, Clock()
     seed_everything(options.run.seed)
     accelerator = make_accelerator(options.run.device, options.run.dtype)
     folder = Path(options.run.output_dir) / project_name(options)
@@ -106,6 +106,7 @@ def main(options: Options) -> None:
         validate=training_options.val, trust_remote_code=options.run.trust_remote_code,
     )  # fmt: skip
     warn_of_constant_targets(training, options.signal)
+    clock.lap("reading conversations")
     source, option_name = options.encoder.source()
     load = partial(
         load_encoder, max_length=options.encoder.max_length, dtype=frozen_dtype(accelerator),
@@ -130,23 +131,27 @@ def main(options: Options) -> None:
     )  # fmt: skip
     checkpointer = Checkpointer(
         tracker.lock, accelerator, modules={"encoder": encoder.encoder, "head": head}, optimizer=stage.optimizer,
-        values={"schedule": stage.schedule, "best": stage.best}, generators={"training": stage.rng},
+        values={"schedule": stage.schedule, "best": stage.best, "logged": tracker.logged},
+        generators={"training": stage.rng},
         inputs={"data": fingerprint(training.trajectories + validation.trajectories)},
         every=options.run.save_steps, total=stage.steps,
     )  # fmt: skip
+    clock.lap("loading and tokenizing")
     train_steps(stage, stage.steps, "stage 1", checkpointer, tracker)
     accelerator.wait_for_everyone()
-
-    metrics, rewards, paths = dict(stage.best), None, [head_path, encoder_path]
+    clock.lap("training")
+    metrics, rewards, returns = dict(stage.best), None, None
     if training_options.val:  # of the files that were written
         encoder = place(load(str(encoder_path)))
         features = encode_together(encoder, encoder.tokenize(validation.texts), accelerator, progress="validation")
         rewards = head_rewards(load_reward_head(head_path), features)
         returns = predicted_returns(validation, rewards, training_options.ep_len)
         metrics["validation"] = evaluate(validation, rewards, returns)
-        paths += write_validation(folder, tracker.name, validation, rewards, returns)
+        clock.lap("validation")
     report = RewardRun(
-        "Stage 1 (LI)", 1, source, arguments, corpus, training, validation, metrics, rewards, paths
+        title="Stage 1 (LI)", stage=1, encoder=source, arguments=arguments, defaults=flat(Options()), corpus=corpus,
+        training=training, validation=validation, metrics=metrics, rewards=rewards, returns=returns,
+        paths=[head_path, encoder_path], started_from=None, seconds=clock.seconds,
     )  # fmt: skip
     finish_run(report, tracker, folder)
 

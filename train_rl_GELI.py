@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from data_utils import DataOptions, load_prompts
 from geli.data.candor import REWARD_CLASSES
-from geli.nets.options import MAX_NEW_TOKENS, SMOLLM2, PolicyOptions
+from geli.nets.options import SMOLLM2, PolicyOptions
 from geli.nets.prompts import Prompt
 from geli.rl.rollout import RandomScorer, RewardScorer
 from geli.run.errors import UserError, run
@@ -34,8 +34,6 @@ from geli.run.options import (
     positive_int,
 )
 from models import PPO, PPO_PRESETS, PPOConfig, find_head, load_reward_head, saved_heads
-
-SAMPLES_SHOWN = 3
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Algorithms
@@ -63,7 +61,7 @@ def train_by_trl(
     trl_algorithms.train(
         algo, policy, prompts, score, recorder.step, steps=options.rl.steps, batch_size=options.ppo.batch_size,
         learning_rate=options.ppo.learning_rate, seed=options.run.seed, generations=options.rl.num_generations,
-        max_new_tokens=MAX_NEW_TOKENS, options=options.rl.trl or (), processes=accelerator.num_processes,
+        max_new_tokens=options.ppo.max_new_tokens, options=options.rl.trl or (), processes=accelerator.num_processes,
     )  # fmt: skip
 
 
@@ -276,23 +274,25 @@ from accelerate.utils import broadcast_object_list
 from geli.nets.encoder import load_encoder_of_head
 from geli.nets.policy import Policy, load_policy, saved_prompt_format
 from geli.nets.smollm2 import PACKAGE, make_smollm2
+from geli.report.lineage import lineage_config
+from geli.report.policies import PolicyRun, finish_policy_run
 from geli.rl import trl_algorithms
-from geli.rl.evaluation import evaluate_policy, score_together
+from geli.rl.evaluation import evaluate_policy, reward_with_interval, score_together
 from geli.rl.outputs import Recorder, base_of, lock_outputs, newest_checkpoint, outputs_of
 from geli.rl.reward_functions import FunctionScorer
 from geli.run.checkpoint import Checkpointer
-from geli.run.console import format_table, is_main_process
+from geli.run.console import is_main_process
 from geli.run.distributed import frozen_dtype, make_accelerator, seed_everything
-from geli.run.files import atomic_path, write_json
 from geli.run.lock import RunLock, lock_to_resume
 from geli.run.sharding import shard
-from geli.run.tracking import Tracker, versions
+from geli.run.timing import Clock
+from geli.run.tracking import Tracker
 from geli.run.training import train_steps
 
 
 def main(options: Options) -> None:
     """Loads reward, prompts and policy, trains, evaluates before and after, and writes what was measured."""
-    rl, arguments = options.rl, flat(options)
+    rl, arguments, clock = options.rl, flat(options), Clock()
     seed_everything(options.run.seed)
     accelerator = make_accelerator(options.run.device, options.run.dtype, cpu_dtype="float32")
     check_processes(options, accelerator)
@@ -301,9 +301,7 @@ def main(options: Options) -> None:
     lock = lock_names(arguments, names) if options.run.resume else None
     started = broadcast_object_list([lock.description if lock else {}])[0]  # of a run that is resumed; else empty
     needs_score = rl.train or rl.val
-    head_path = None
-    if needs_score and options.reward.reward == "redistributed_reward" and not options.reward.reward_function:
-        head_path = find_reward(options, started.get("arguments", {}).get("reward_head"))
+    head_path = find_reward(options, started.get("arguments", {}).get("reward_head")) if needs_score else None
     prompts, held_out, counts = load_prompts(
         options.data, cache=options.run.cache_dir, seed=options.run.seed, val_prompts=rl.val_prompts,
         needs_training=bool(rl.train or rl.sft_steps), needs_held_out=rl.val or rl.generate,
@@ -315,41 +313,66 @@ def main(options: Options) -> None:
         lock = lock_outputs(names.folder, names.stem, lock)
     stem = names.report_stem(options, checkpoint)
     described = {**arguments, "data": counts, "reward_head": head_path and str(head_path)}
+    described["lineage"] = lineage_config(head_path)
     tracker = Tracker("rlmf", names.folder, described, options.run, accelerator, lock)
-    paths = []
+    paths, metrics, texts, steps = [], {}, {}, []
     if rl.sft_steps:
         if not warmed:
             policy = warm_start(options, accelerator, policy, prompts, tracker, names.sft_model)
         tracker.offset = rl.sft_steps  # PPO's step 1 is logged after SFT's last
         paths.append(names.sft_model)
 
-    evaluate = partial(
-        evaluate_policy, policy, score, held_out, accelerator, seed=options.run.seed,
-        batch_size=options.ppo.batch_size, mini_batch_size=options.ppo.mini_batch_size,
-        min_new_tokens=options.ppo.min_new_tokens, max_new_tokens=options.ppo.max_new_tokens, gold=gold or None,
-    )  # fmt: skip
-    metrics, texts = {}, {}
+    evaluate = evaluator(options, policy, score, held_out, accelerator, gold or None)
+    clock.lap("loading")
     if rl.val or rl.generate:
         with policy.reference():
-            metrics["before"], texts["base"] = evaluate()
+            metrics["before"], texts["base"], rewards_before = evaluate()
     if rl.val:
         human = score_together(score, held_out, [prompt.human for prompt in held_out], accelerator)
-        metrics["human"] = {"reward": human.mean().item()}
+        metrics["human"] = reward_with_interval(human.tolist(), held_out)
         if gold:
             metrics["human"]["gold"] = gold(held_out, [prompt.human for prompt in held_out]).mean().item()
+    clock.lap("evaluation before")
     if rl.train:
-        recorder = Recorder(
-            policy, tracker, names.folder, stem, steps=rl.steps, algo=rl.algo,
-            save_every=options.run.save_steps, target_kl_response=options.ppo.target_kl_response, saves=not rl.ppo_off,
-        )  # fmt: skip
+        recorder = new_recorder(options, policy, tracker, names.folder, stem)
         inputs = hash_inputs(prompts, head_path)
         ALGORITHMS[rl.algo].train(policy, score, prompts, recorder, accelerator, options, inputs)
-        paths += recorder.finish()
+        paths, steps = paths + recorder.finish(), recorder.rows
+        clock.lap("training")
     if (rl.val or rl.generate) and has_tuned_policy(options):
-        metrics["after"], texts["tuned"] = evaluate()
-    paths += report(options, tracker, names.folder / stem, head_path, counts, metrics, texts, held_out)
-    tracker.finish()
-    print("\n".join(["Written:", *(f"  {path}" for path in paths)]))
+        metrics["after"], texts["tuned"], rewards_after = evaluate()
+        if rl.val:
+            metrics["gain"] = reward_with_interval(np.subtract(rewards_after, rewards_before), held_out)
+    clock.lap("evaluation after")
+    report = PolicyRun(
+        stem=names.folder / stem, algo=rl.algo, arguments=arguments, defaults=flat(Options()), counts=counts,
+        reward=reward_name(options, head_path) if needs_score else "not measured", head=head_path, held_out=held_out,
+        metrics=metrics, texts=texts, steps=steps, paths=paths, seconds=clock.seconds,
+    )  # fmt: skip
+    finish_policy_run(report, tracker)
+
+
+def evaluator(options: Options, policy: Policy, score, held_out: list[Prompt], accelerator, gold) -> Callable:
+    """() -> `evaluation.Evaluation` of the policy as it then is."""
+    return partial(
+        evaluate_policy, policy, score, held_out, accelerator, seed=options.run.seed,
+        batch_size=options.ppo.batch_size, mini_batch_size=options.ppo.mini_batch_size,
+        min_new_tokens=options.ppo.min_new_tokens, max_new_tokens=options.ppo.max_new_tokens, gold=gold,
+    )  # fmt: skip
+
+
+def new_recorder(options: Options, policy: Policy, tracker: Tracker, folder: Path, stem: str) -> Recorder:
+    """What records the training run."""
+    return Recorder(
+        policy, tracker, folder, stem, steps=options.rl.steps, algo=options.rl.algo,
+        save_every=options.run.save_steps, target_kl_response=options.ppo.target_kl_response,
+        saves=not options.rl.ppo_off,
+    )  # fmt: skip
+
+
+def reward_name(options: Options, head_path: Path | None) -> str:
+    """What the reward is, for reports."""
+    return head_path.name if head_path else options.reward.reward_function or options.reward.reward
 
 
 def has_tuned_policy(options: Options) -> bool:
@@ -399,9 +422,11 @@ def lock_names(arguments: dict, names: OutputNames) -> RunLock | None:
 # What a run starts from
 
 
-def find_reward(options: Options, resumed_head: str | None) -> Path:
+def find_reward(options: Options, resumed_head: str | None) -> Path | None:
     """The reward head's file: of a resumed run the one that it started with, else `--reward_path`, else the newest of
-    `--rf_model`'s kind. Prints which it is."""
+    `--rf_model`'s kind. Prints which it is. None where the reward is not a head's."""
+    if options.reward.reward != "redistributed_reward" or options.reward.reward_function:
+        return None
     output_dir, choice_name = options.run.output_dir, options.reward.rf_model
     if resumed_head:
         path = Path(resumed_head)
@@ -479,8 +504,8 @@ def make_local_model(options: Options) -> None:
 
 
 def build_policy(options: Options, accelerator, source: str, prompt_format: str) -> Policy:
-    """The policy around the model `source` with a fresh adapter, on its device. Frozen weights are bfloat16 on a GPU
-    and float32 elsewhere."""
+    """The policy around the model `source` with a fresh adapter, on its device. Frozen weights are of the type that it
+    computes in."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     policy = load_policy(source, *options.policy.lora, dtype, options.run.trust_remote_code, prompt_format)
     policy = shard(policy, accelerator)
@@ -563,61 +588,6 @@ class PPOTraining:
     def batch_ids(self) -> list[str]:
         """Names of the prompts in the last batch."""
         return [prompt.name for prompt in self.batch]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Report
-
-
-def report(
-    options: Options,
-    tracker: Tracker,
-    stem: Path,
-    head_path: Path | None,
-    counts: dict,
-    metrics: dict,
-    texts: dict[str, list[str]],
-    held_out: list[Prompt],
-) -> list[Path]:
-    """Writes the run's record and, with `--generate`, all responses; prints a table and a few responses. Returns the
-    paths of what was written.
-
-    Args:
-        stem: path and beginning of the files' names. counts: of what was read.
-        metrics: `before` (the reference), `after` (the tuned policy) and `human`, where measured.
-        texts: responses of `base` and `tuned` to the `held_out` prompts, where generated.
-    """
-    record = {"run": tracker.name, "stage": 3, "arguments": flat(options), "seed": options.run.seed}
-    record |= {
-        "versions": versions(),
-        "held_out_prompts": len(held_out),
-        "reward_head": head_path and str(head_path),
-        "metrics": metrics,
-        "data": counts,
-    }
-    paths = [Path(f"{stem}.json")]
-    write_json(paths[0], record)
-    if not texts:
-        return paths
-    tracker.summary({f"val/{when}_{key}": value for when, found in metrics.items() for key, value in found.items()})
-    table = pd.DataFrame({"prompt": [p.text for p in held_out], "human": [p.human for p in held_out], **texts})
-    for row in table.head(SAMPLES_SHOWN).to_dict("records"):
-        answers = "".join(f"\n  {who + ':':7}{row[who]}" for who in ("human", *texts))
-        print(f"\n…{row['prompt'][-160:]}{answers}")
-    before, after = metrics["before"], metrics.get("after", {})
-    rows = [{"on held-out prompts": key, "before": before[key], "after": after.get(key)} for key in before]
-    if "human" in metrics:
-        for key, value in metrics["human"].items():
-            rows.append({"on held-out prompts": f"{key} of the human answers", "before": value, "after": None})
-    named = head_path.name if head_path else options.reward.reward_function or options.reward.reward
-    reward = named if options.rl.val else "not measured"
-    print(format_table(rows, f"\nStage 3 ({options.rl.algo.upper()}), {stem.name}, reward {reward}"))
-    if options.rl.generate:
-        paths.append(Path(f"{stem}_responses.csv"))
-        with atomic_path(paths[-1]) as temporary:
-            temporary.touch(mode=0o600)  # conversations: readable by their owner only
-            table.to_csv(temporary, index=False)
-    return paths
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from data_utils import TurnSet
 from geli.data.candor import FACES
 from geli.nets.encoder import TurnEncoder
-from geli.report import evaluate
+from geli.report.rewards import evaluate
 from models import RewardHead, head_rewards, li_loss, predicted_returns, rrd_loss
 
 PADDED_TOKENS = 1024

@@ -23,7 +23,7 @@ from encoding import corpus_and_encoder, new_head
 
 from data_utils import TurnSet
 from geli.nets.encoder import TurnEncoder
-from geli.report import evaluate
+from geli.report.rewards import evaluate
 from geli.run.console import format_table
 from geli.run.distributed import make_accelerator, seed_everything
 from geli.run.training import train_steps

@@ -6,91 +6,196 @@ import numpy as np
 
 from geli.run.files import atomic_path
 
-AFFECT_COLORS = {
-    "happiness": "#2e8b57", "neutral": "#b8b8b8", "surprise": "#e0a030", "sadness": "#4a78b5",
-    "anger": "#b33a3a", "contempt": "#8c564b", "disgust": "#7a6f1f", "fear": "#7d5ba6",
-}  # fmt: skip
-
 # colors that people with any kind of color vision tell apart (Okabe and Ito, 2008)
 OKABE_ITO = ("#009E73", "#0072B2", "#E69F00", "#000000", "#CC79A7", "#D55E00", "#56B4E9")
+GREEN, BLUE, ORANGE, BLACK, PURPLE, RED, SKY = OKABE_ITO
+GRAY, YELLOW = "#999999", "#F0E442"
+AFFECT_COLORS = {
+    "happiness": GREEN, "neutral": "#d0d0d0", "surprise": YELLOW, "sadness": BLUE,
+    "anger": RED, "contempt": PURPLE, "disgust": ORANGE, "fear": SKY,
+}  # fmt: skip
 
 
-def _figure(rows: int, columns: int, width: float, height: float):
+def _figure(rows: int, columns: int, width: float, height: float, heights: list[float] | None = None):
     # the object-oriented interface: no global pyplot state, no display needed
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
 
 
 def _save(figure, path: Path) -> Path:
+    ending = path.suffix.removeprefix(".")
+    undated = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, metadata={"Software": None})
+        figure.savefig(temporary, dpi=110, format=ending, metadata=undated[ending])
     return path
 
 
-def turn_rewards(table, path: Path, conversations: int = 2) -> Path:
-    """Predicted reward over time in the first `conversations` of `table`, colored by the listener's affect.
+def _save_both(figure, path: Path) -> list[Path]:
+    """Writes the PNG `path` and a PDF of the same name; returns both paths."""
+    return [_save(figure, path), _save(figure, path.with_suffix(".pdf"))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reward heads
+
+
+def turn_rewards(table, path: Path, conversations: int = 2) -> list[Path]:
+    """Predicted reward over time in the first `conversations` of `table`, with the listener's affect above it; returns
+    the paths of a PNG and a PDF.
 
     Args:
         table: as in `val_turn_rewards_{run}.csv`, with conversation_id, start and stop (seconds), reward and affect.
-
-    Returns:
-        `path`.
     """
     from matplotlib.patches import Patch
 
     chosen = list(dict.fromkeys(table["conversation_id"]))[:conversations]
-    figure, axes = _figure(len(chosen), 1, 9, 2.6 * len(chosen))
-    seen: dict[str, str] = {}
-    for axis, conversation in zip(axes[:, 0], chosen, strict=True):
+    figure, axes = _figure(2 * len(chosen), 1, 9, 2.8 * len(chosen), heights=[1, 8] * len(chosen))
+    seen: set[str] = set()
+    for i, conversation in enumerate(chosen):
+        affect, reward = axes[2 * i : 2 * i + 2, 0]
         rows = table[table["conversation_id"] == conversation].sort_values("start", kind="stable")
         middle = (rows["start"] + rows["stop"]) / 2
         width = np.maximum(rows["stop"] - rows["start"], 0.5)
-        axis.bar(middle, rows["reward"], width, color=rows["affect"].map(AFFECT_COLORS), edgecolor="white", lw=0.3)
-        axis.axhline(0, color="black", lw=0.6)
-        axis.set_title(f"conversation {conversation[:18]}", fontsize=9, loc="left")
-        axis.set_ylabel("predicted reward")
-        seen |= {affect: AFFECT_COLORS[affect] for affect in rows["affect"]}
-    axes[-1, 0].set_xlabel("seconds; one bar per agent turn (each speaker is the agent once)")
-    patches = [Patch(color=color, label=affect) for affect, color in sorted(seen.items())]
+        colors = rows["affect"].map(AFFECT_COLORS)
+        affect.bar(middle, 1, width, color=colors)
+        reward.sharex(affect)
+        affect.set_title(f"conversation {i + 1}: the listener's affect", fontsize=9, loc="left")
+        affect.set(xticks=[], yticks=[], ylim=(0, 1))
+        affect.spines[:].set_visible(False)
+        reward.bar(middle, rows["reward"], width, color=BLUE, edgecolor="white", lw=0.3)
+        reward.axhline(0, color="black", lw=0.6)
+        reward.set_ylabel("predicted reward")
+        seen |= set(rows["affect"])
+    axes[-1, 0].set_xlabel("seconds; one bar for each agent turn (each speaker is the agent once)")
+    patches = [Patch(color=AFFECT_COLORS[name], label=name) for name in AFFECT_COLORS if name in seen]
     figure.legend(handles=patches, loc="outside upper right", ncols=len(patches), fontsize=8, frameon=False)
-    return _save(figure, path)
+    return _save_both(figure, path)
 
 
-def returns(true: np.ndarray, predicted: np.ndarray, path: Path) -> Path:
-    """Predicted return (n,) against true score (n,) of the validation trajectories, in points; returns `path`."""
+def returns(true: np.ndarray, predicted: np.ndarray, path: Path) -> list[Path]:
+    """Predicted return (n,) against true score (n,) of the validation trajectories, in points; returns the paths of a
+    PNG and a PDF."""
     figure, axes = _figure(1, 1, 4.2, 4)
     axis = axes[0, 0]
     low, high = min(true.min(), predicted.min()), max(true.max(), predicted.max())
-    axis.plot([low, high], [low, high], color="#999999", lw=0.8)
-    axis.scatter(true, predicted, s=18, alpha=0.7, color="#4a78b5", edgecolor="none")
+    axis.plot([low, high], [low, high], color=GRAY, lw=0.8)
+    axis.scatter(true, predicted, s=18, alpha=0.7, color=BLUE, edgecolor="none")
     axis.set(xlabel="true score R (points)", ylabel="predicted return (points)", title="validation trajectories")
-    return _save(figure, path)
+    return _save_both(figure, path)
 
 
-def ppo(steps, path: Path) -> Path:
-    """Mean reward of the policy and of the human answers to the same prompts, and KL to the reference, by step.
+def affects(table, path: Path) -> list[Path]:
+    """The distribution of predicted rewards by the listener's affect, as boxes; returns the paths of a PNG and a PDF.
 
     Args:
-        steps: table with the columns step and score_mean, and optionally human_score_mean and kl.
-
-    Returns:
-        `path`.
+        table: as in `val_turn_rewards_{run}.csv`.
     """
-    figure, axes = _figure(1, 2, 9, 3.2)
-    score, kl = axes[0]
-    score.plot(steps["step"], steps["score_mean"], label="policy", color="#2e8b57")
+    groups = {name: table["reward"][table["affect"] == name].to_numpy() for name in AFFECT_COLORS}
+    groups = {name: rewards for name, rewards in groups.items() if len(rewards)}
+    figure, axes = _figure(1, 1, 5.4, 0.9 + 0.42 * len(groups))
+    axis = axes[0, 0]
+    labels = [f"{name} ({len(rewards):,})" for name, rewards in groups.items()]
+    boxes = axis.boxplot(
+        list(groups.values()), orientation="horizontal", tick_labels=labels, patch_artist=True, showfliers=False,
+        medianprops={"color": "black"}, widths=0.6,
+    )  # fmt: skip
+    for box, name in zip(boxes["boxes"], groups, strict=True):
+        box.set_facecolor(AFFECT_COLORS[name])
+    axis.invert_yaxis()
+    axis.set(xlabel="predicted reward (box: quartiles; whiskers: 1.5 times their range)", ylabel="affect (turns)")
+    return _save_both(figure, path)
+
+
+LEARNING = {  # title of a panel -> training and validation metric, as logged
+    "LI loss": ("train/shaped_loss", "val/epoch_shaped_loss"),
+    "GE loss (points²)": ("train/loss", "val/epoch_loss"),
+    "gradient norm": ("train/gradient_norm", None),
+}
+
+
+def learning(rows: list[dict], path: Path) -> list[Path]:
+    """Losses of stage 1 or 2 by step; returns the paths of a PNG and a PDF.
+
+    Args:
+        rows: what was logged, each with `step`.
+    """
+    shown = {title: names for title, names in LEARNING.items() if any(name in row for row in rows for name in names)}
+    figure, axes = _figure(1, len(shown), 3.1 * len(shown), 3)
+    styles = {"training": dict(color=GRAY, lw=0.8), "validation": dict(color=BLUE, marker="o", ms=3, lw=1.4)}
+    for axis, (title, names) in zip(axes[0], shown.items(), strict=True):
+        for name, (label, style) in zip(names, styles.items(), strict=True):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label, **style)
+        axis.set(xlabel="optimizer step", title=title)
+        axis.set_ylim(bottom=0)
+    axes[0, 0].legend(frameon=False)
+    return _save_both(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policies
+
+
+def ppo(steps, path: Path) -> list[Path]:
+    """How a policy changed in training: reward, KL, one against the other, length and diversity; returns the paths of a
+    PNG and a PDF.
+
+    Args:
+        steps: table with the columns step and score_mean, and optionally human_score_mean, kl, response_length_mean and
+            distinct_2.
+    """
+    figure, axes = _figure(2, 2, 9, 6)
+    (score, kl), (tradeoff, text) = axes
+    score.plot(steps["step"], steps["score_mean"], label="policy", color=GREEN)
     if "human_score_mean" in steps:
-        score.plot(steps["step"], steps["human_score_mean"], label="human answer", color="#999999", lw=0.9)
+        score.plot(steps["step"], steps["human_score_mean"], label="human answer", color=GRAY, lw=0.9)
     score.set(xlabel="step", ylabel="mean reward")
     score.legend(frameon=False)
     if "kl" in steps:
-        kl.plot(steps["step"], steps["kl"], color="#b33a3a")
+        kl.plot(steps["step"], steps["kl"], color=RED)
+        points = tradeoff.scatter(steps["kl"], steps["score_mean"], c=steps["step"], s=14, cmap="cividis")
+        figure.colorbar(points, label="step")
     kl.set(xlabel="step", ylabel="KL to the reference (nats a response)")
-    return _save(figure, path)
+    tradeoff.set(xlabel="KL to the reference (nats a response)", ylabel="mean reward")
+    if "response_length_mean" in steps:
+        text.plot(steps["step"], steps["response_length_mean"], color=BLUE)
+    text.set(xlabel="step")
+    text.set_ylabel("response length (tokens)", color=BLUE)
+    if "distinct_2" in steps:
+        diversity = text.twinx()
+        diversity.plot(steps["step"], steps["distinct_2"], color=ORANGE)
+        diversity.set_ylabel("distinct-2", color=ORANGE)
+        diversity.set_ylim(0, 1.02)
+    return _save_both(figure, path)
+
+
+def before_after(metrics: dict[str, dict], path: Path) -> list[Path]:
+    """Mean reward on held-out prompts with 95% intervals; returns the paths of a PNG and a PDF.
+
+    Args:
+        metrics: `before` and optionally `after` and `human`, each with reward, reward_low and reward_high.
+    """
+    labels = {"before": "reference policy", "after": "trained policy", "human": "human answers"}
+    shown = {label: metrics[name] for name, label in labels.items() if "reward" in metrics.get(name, {})}
+    figure, axes = _figure(1, 1, 5.4, 0.9 + 0.5 * len(shown))
+    axis = axes[0, 0]
+    for place, (found, color) in enumerate(zip(shown.values(), (GRAY, GREEN, BLUE), strict=False)):
+        value, low, high = (found[name] for name in ("reward", "reward_low", "reward_high"))
+        error = None if low is None else [[value - low], [high - value]]
+        axis.errorbar(value, place, xerr=error, fmt="o", color=color, capsize=4)
+    axis.set_yticks(range(len(shown)), list(shown))
+    axis.set_ylim(len(shown) - 0.5, -0.5)
+    axis.set_xlabel("mean reward, 95% interval over conversations")
+    return _save_both(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experiments
 
 
 def reading(rows: list[dict], published: float, path: Path) -> Path:
@@ -102,8 +207,8 @@ def reading(rows: list[dict], published: float, path: Path) -> Path:
     figure, axes = _figure(1, 1, 5.4, 3.2)
     axis = axes[0, 0]
     n = [row["conversations"] for row in rows]
-    axis.axhline(published, color="#999999", ls="--", label="as published")
-    for name, color in (("cold", "#4a78b5"), ("warm", "#2e8b57")):
+    axis.axhline(published, color=GRAY, ls="--", label="as published")
+    for name, color in (("cold", BLUE), ("warm", GREEN)):
         axis.plot(n, [row[f"{name} ms each"] for row in rows], "o-", color=color, label=name)
     axis.set(xscale="log", yscale="log", xlabel="conversations", ylabel="ms a conversation")
     axis.set_xticks(n, map(str, n))
@@ -120,8 +225,8 @@ def curves(rewards: dict[str, list[list[float]]], target: float, path: Path) -> 
     """
     figure, axes = _figure(1, 1, 6, 3.2)
     axis = axes[0, 0]
-    axis.axhline(target, color="#999999", ls="--", lw=0.8)
-    for (name, lines), color in zip(rewards.items(), ("#2e8b57", "#4a78b5", "#b33a3a"), strict=False):
+    axis.axhline(target, color=GRAY, ls="--", lw=0.8)
+    for (name, lines), color in zip(rewards.items(), (GREEN, BLUE, RED), strict=False):
         for i, line in enumerate(lines):
             axis.plot(range(1, len(line) + 1), line, color=color, lw=1, label=None if i else name)
     axis.set(xlabel="step", ylabel="mean reward (optimum 1)")
@@ -151,6 +256,29 @@ def closed_loop(runs: dict[str, list[list[dict]]], path: Path, window: int = 5) 
         axis.set(xlabel="KL to the reference (nats a response)", ylabel=label)
     axes[0, 0].legend(frameon=False)
     return _save(figure, path)
+
+
+def sweeps(rows: list[dict], labels: dict[str, str], path: Path) -> list[Path]:
+    """Rank correlation with the hidden reward as one thing changes, a panel for each; the paths of a PNG and a PDF.
+
+    Args:
+        rows: axis, value, method, truth, low, high. labels: axis -> label.
+    """
+    figure, axes = _figure(1, len(labels), 3.1 * len(labels), 3.2)
+    for axis, (name, label) in zip(axes[0], labels.items(), strict=True):
+        for method, color in zip(dict.fromkeys(row["method"] for row in rows), OKABE_ITO, strict=False):
+            line = [row for row in rows if row["axis"] == name and row["method"] == method]
+            x, y, low, high = ([row[key] for row in line] for key in ("value", "truth", "low", "high"))
+            axis.plot(x, y, "o-", color=color, lw=1.4, ms=4, label=method)
+            axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+        axis.set(xlabel=label, ylim=(min(-0.05, axis.get_ylim()[0]), 1))
+        if 0 < 4 * min(x) <= max(x):
+            axis.set_xscale("log")
+        axis.set_xticks(x, [f"{value:g}" for value in x])
+        axis.minorticks_off()
+    axes[0, 0].set_ylabel("rank correlation with the hidden reward")
+    axes[0, 0].legend(frameon=False)
+    return _save_both(figure, path)
 
 
 def _moving_mean(values: list[float], window: int) -> np.ndarray:

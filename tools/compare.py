@@ -1,35 +1,36 @@
-"""Every decomposition and LI signal on one sample corpus, in one table.
+"""Every decomposition and LI signal on one corpus with a known hidden reward, in one table with intervals over seeds.
 
-    python tools/compare.py OUT [--data_dir SAMPLE --lang_model_path ENCODER]
+    python tools/compare.py OUT [--data_dir CORPUS --lang_model_path ENCODER] [--seeds 0 1 2 3 4]
 
 Runs the training commands themselves: stage 1 on the face and on the sentiment of the user's next turn, stage 2 with
-each decomposition alone and from each stage-1 run. Without the options it makes the sample corpus and a small encoder
-in OUT. The table (also `OUT/compare.csv`) has, on held-out conversations, L_GE, the mean reward of turns with a happy
-listener less that of the rest, and the rank correlation with the sample's hidden reward.
+each decomposition alone and from each stage-1 run. Then it measures all heads on the same held-out conversations, as
+tools/evaluate_rewards.py does. Without --data_dir it makes the sample corpus and a small encoder in OUT. Run it again
+to continue where it stopped; finished runs are not repeated.
 """
 
-import json
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
 
-from geli.run.errors import UserError, run
+from geli.run.errors import run
 from geli.run.options import new_parser, positive_int, seed
 
 
-def parse_options():
+def parse_options(argv: Sequence[str] | None = None):
     """The options on the command line."""
-    parser = new_parser("Compare every decomposition and LI signal on one sample corpus.")
-    parser.add_argument("out", help="a new folder for everything that is made")
-    parser.add_argument("--data_dir", help="a corpus of sample_candor.py (default: one is made)")
+    parser = new_parser("Compare every decomposition and LI signal on one corpus, over several seeds.")
+    parser.add_argument("out", type=Path, help="folder of everything; what is finished there is not run again")
+    parser.add_argument("--data_dir", help="a corpus with a truth.csv (default: a sample corpus is made)")
     parser.add_argument("--lang_model_path", help="the encoder to start from (default: a small BART is trained)")
     parser.add_argument("--context_turns", type=positive_int, default=3, help="turns of context before an agent turn")
-    parser.add_argument("--seed", type=seed, default=0, help="seed of every random choice")
-    options = parser.parse_args()
+    parser.add_argument("--train_size", type=positive_int, default=500, help="training conversations")
+    parser.add_argument("--seeds", type=seed, nargs="+", default=[0, 1, 2, 3, 4], help="seeds of training")
+    parser.add_argument("--epochs", type=positive_int, default=3, help="epochs of stage 1")
+    parser.add_argument("--learning_rate", default="1e-4", help="of stage 1")
+    options = parser.parse_args(argv)
     if bool(options.data_dir) != bool(options.lang_model_path):
         parser.error("--data_dir and --lang_model_path go together")
     return options
@@ -38,77 +39,73 @@ def parse_options():
 # Parsed before the imports below, which take seconds, so that --help and mistakes in options are answered at once.
 OPTIONS = parse_options() if __name__ == "__main__" else None
 
-import pandas as pd
-from demo_report import hidden_correlation
-
-from data_utils import LI_SIGNALS, read_corpus, split
-from geli.run.console import format_table, progress_bar
-from geli.run.files import atomic_path, require_empty_folder
+from data_utils import LI_SIGNALS, DataOptions
+from geli.evaluation import tables
+from geli.evaluation.rewards import Evaluation, Scorer, compare
+from geli.run.commands import finished_head, run_command
+from geli.run.console import progress_bar
+from geli.run.distributed import make_accelerator
 from models import DECOMPOSITIONS
 
 # with normalized losses GE and LI count alike; with raw ones GE, in points², is hundreds of times larger
 STAGE_2 = "--train --val --small_model_shrink --batch_size 4 --K 160 --epochs 16 --loss_scale normalized".split()
-STAGE_1 = "--val --small_model_shrink --batch_size 32 --K 32 --epochs 3 --learning_rate 1e-4".split()
+STAGE_1 = "--val --small_model_shrink --batch_size 32 --K 32".split()
 
 
-def commands(encoder: str) -> Iterator[tuple[str, str, list[str]]]:
-    """(row of the table, run name, command) of every training run, in the order in which they can be run."""
+def commands(encoder: str, stage_1: Sequence[str] = (), seed: int = 0) -> Iterator[tuple[str, str, list[str]]]:
+    """(row of the table, run name, command) of every training run of a seed, in the order in which they can be run.
+
+    Args:
+        stage_1: more of its options.
+    """
+    common = ["--seed", str(seed)]
     for signal in LI_SIGNALS:
-        options = [*STAGE_1, "--li_signal", signal, "--lang_model_path", encoder]
-        yield f"LI:{signal}", f"li-{signal}", ["train_reward_LI_only.py", *options]
+        options = [*STAGE_1, *stage_1, *common, "--li_signal", signal, "--lang_model_path", encoder]
+        yield f"LI:{signal}", f"li-{signal}-{seed}", ["train_reward_LI_only.py", *options]
     for kind in DECOMPOSITIONS:
-        options = [*STAGE_2, "--redist_type", kind]
-        yield f"GE:{kind}", f"ge-{kind}", ["train_reward_GELI.py", *options, "--lang_model_path", encoder]
+        options = [*STAGE_2, *common, "--redist_type", kind]
+        yield f"GE:{kind}", f"ge-{kind}-{seed}", ["train_reward_GELI.py", *options, "--lang_model_path", encoder]
         for signal in LI_SIGNALS:
-            start = ["--affect_path", f"li-{signal}"]
-            yield f"GELI:{kind}×{signal}", f"geli-{kind}-{signal}", ["train_reward_GELI.py", *options, *start]
+            start = ["--affect_path", f"li-{signal}-{seed}"]
+            yield f"GELI:{kind}×{signal}", f"geli-{kind}-{signal}-{seed}", ["train_reward_GELI.py", *options, *start]
 
 
-def constant_rows(data_dir: str) -> list[dict]:
-    """The rows of always predicting the training scores' mean, and their mode."""
-    training, validation = split(read_corpus(data_dir, "overall_affect"), 500)
-    scores = pd.Series([t.score for t in training])
-    held_out = pd.Series([t.score for t in validation])
-    values = {"mean": scores.mean(), "mode": scores.mode()[0]}
-    return [
-        {"reward": name, "L_GE": float(((held_out - value) ** 2).mean()), "Δr_LI": 0.0, "hidden": None}
-        for name, value in values.items()
-    ]
+def make_corpus(out: Path) -> tuple[str, str]:
+    """The folders of a sample corpus and of a small encoder in `out`, which are made unless they are there."""
+    corpus, models = out / "candor", out / "models"
+    if not (corpus / "truth.csv").is_file():  # written last
+        run_command(out, "tools/sample_candor.py", corpus)
+    if not (models / "bart").is_dir():
+        run_command(out, "tools/tiny_models.py", corpus, models, "--only", "bart")
+    return str(corpus), str(models / "bart")
 
 
 def main(options) -> None:
-    """Makes what is missing, runs every training command, and prints the table."""
-    out, seed = Path(options.out), ["--seed", str(options.seed)]
-    require_empty_folder(out)
-    data_dir, encoder = options.data_dir, options.lang_model_path
-    if not data_dir:
-        data_dir, encoder = str(out / "candor"), str(out / "models" / "bart")
-        _python(out, "tools/sample_candor.py", data_dir, *seed)
-        _python(out, "tools/tiny_models.py", data_dir, str(out / "models"), "--only", "bart", *seed)
-    common = ["--data_dir", data_dir, "--output_dir", str(out), "--context_turns", str(options.context_turns), *seed]
-    rows = constant_rows(data_dir)
-    for row, name, command in progress_bar(list(commands(encoder)), desc="comparing", unit="run"):
-        _python(out, *command, *common, "--run_name", name)
-        record = json.loads(next(out.glob(f"*/reward1_{name}.json")).read_text())
-        measured = record["metrics"]["validation"]
-        turns = next(out.glob(f"*/val_turn_rewards_{name}.csv"))
-        hidden, n_turns = hidden_correlation(turns, Path(data_dir) / "truth.csv")
-        rows.append({"reward": row, "L_GE": measured["ge_loss"], "Δr_LI": measured["delta_li"], "hidden": hidden})
+    """Makes what is missing, runs the training commands that are not finished, and prints and writes the table."""
+    out, runs = options.out, options.out / "runs"
+    data_dir, encoder = (options.data_dir, options.lang_model_path) if options.data_dir else make_corpus(out)
+    common = ["--data_dir", data_dir, "--output_dir", runs, "--context_turns", options.context_turns, "--resume"]
+    common += ["--train_size", options.train_size]
+    stage_1 = ["--epochs", str(options.epochs), "--learning_rate", options.learning_rate]
+    every = [run for number in options.seeds for run in commands(encoder, stage_1, number)]
+    settings: dict[str, list[Path]] = {}
+    for row, name, command in progress_bar(every, desc="comparing", unit="run"):
+        if not finished_head(runs, name):
+            run_command(out, *command, *common, "--run_name", name)
+        settings.setdefault(row, []).append(finished_head(runs, name))
 
-    with atomic_path(out / "compare.csv") as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.4f")
-    print(format_table(rows, f"\n{n_turns} held-out agent turns; hidden: rank correlation with the hidden reward"))
-    print(f"Written:\n  {out / 'compare.csv'}")
-
-
-def _python(out: Path, script: str, *options: str) -> None:
-    """Runs one of this repository's commands; what it prints goes to `out/log.txt`."""
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "log.txt"
-    with open(log, "a", encoding="utf-8") as file:
-        command = [sys.executable, str(Path(__file__).resolve().parents[1] / script), *options]
-        if subprocess.run(command, stdout=file, stderr=file, check=False).returncode:
-            raise UserError(f"{script} failed: see the end of {log}")
+    first = f"GELI:{next(iter(DECOMPOSITIONS))}×{next(iter(LI_SIGNALS))}"  # which differences are from
+    settings = {first: settings.pop(first), **settings}
+    data, cache = DataOptions(data_dir, train_size=options.train_size), runs / "cache"
+    paths, truth = [path for heads in settings.values() for path in heads], Path(data_dir) / "truth.csv"
+    evaluation = Evaluation.of(data, paths, cache=cache, val_all=False, truth=truth if truth.is_file() else None)
+    score = Scorer(evaluation, make_accelerator("auto", "auto"), cache)
+    rows = compare(evaluation, {row: [score(path) for path in heads] for row, heads in settings.items()})
+    n, seeds = len({t.conversation.id for t in evaluation.validation}), len(options.seeds)
+    caption = f"{n} held-out conversations, {seeds} seeds, 95% intervals over both. {tables.LEGEND}."
+    print(tables.on_screen(rows, f"\n{caption}"))
+    paths = tables.write(rows, out / "compare", {"data": evaluation.corpus.counts(), "seeds": options.seeds}, caption)
+    print("\n".join(["Written:", *(f"  {path}" for path in paths)]))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ FOLDER = parse_options() if __name__ == "__main__" else None
 
 import pandas as pd
 
-from geli.report import spearman
+from geli.report.rewards import spearman
 
 RUNS = {"LI alone (stage 1)": "demo-li", "GE alone (stage 2)": "demo-ge", "GELI (stage 2)": "demo-geli"}
 
@@ -63,7 +63,7 @@ def reward_rows(folder: Path) -> tuple[list[dict], list[Path]]:
 
 
 def ppo_rows(folder: Path) -> list[dict]:
-    """Rows of stage 3: mean reward with its standard error, and KL."""
+    """Rows of stage 3: mean reward with its 95% interval, and KL."""
     record = json.loads((folder / "rlmf_weights" / "GELI_llama.json").read_text())
     before, after, n = record["metrics"]["before"], record["metrics"]["after"], record["held_out_prompts"]
     reward, kl = (
@@ -71,7 +71,8 @@ def ppo_rows(folder: Path) -> list[dict]:
         for measured in ("mean reward", "KL to the reference, nats a response")
     )
     for column, measured in (("before", before), ("after", after)):
-        reward[column] = f"{measured['reward']:.3f} ± {measured['reward_standard_error']:.3f}"
+        low, high = (measured[f"reward_{side}"] for side in ("low", "high"))
+        reward[column] = f"{measured['reward']:.3f} [{low:.3f}, {high:.3f}]"
         kl[column] = f"{round(measured['kl'], 3) + 0.0:.3f}"  # rounding may give -0.0
     return [reward, kl]
 

@@ -27,7 +27,7 @@ from geli.data.writer import write_conversation
 from geli.run.console import progress_bar
 from geli.run.errors import UserError, run
 from geli.run.files import atomic_path, require_empty_folder
-from geli.run.options import new_parser, positive_int, seed
+from geli.run.options import fraction, new_parser, positive_int, seed
 
 WORDS_PER_SECOND, PAUSE = 2.5, 0.5
 
@@ -112,9 +112,13 @@ KIND = ("comfort", "compliment", "joke", "question", "sharing")
 SELFISH = ("brag", "complaint", "dismissal")
 
 
-def converse(rng: random.Random, users: tuple[str, str], n_turns: int):
+def converse(rng: random.Random, users: tuple[str, str], n_turns: int, face_noise: float = 0.0):
     """One conversation: turns [(user, start, stop, text)], faces [(listener, start, stop, face)], and each turn's
-    (act, worth)."""
+    (act, worth).
+
+    Args:
+        face_noise: share of turns at which the listener's face follows another act than the one that was said.
+    """
     manners = {user: _manner(rng) for user in users}
     smiles = {user: rng.uniform(0.7, 1.3) for user in users}
     turns, faces, truth = [], [], []
@@ -134,10 +138,12 @@ def converse(rng: random.Random, users: tuple[str, str], n_turns: int):
             text = f"{_reply(rng, truth[-1][1])} {text}"
         stop = clock + len(text.split()) / WORDS_PER_SECOND
         listener = users[1] if speaker == users[0] else users[0]
-        shown = rng.random()
-        if shown < act.smile * smiles[listener]:
+        shown, seen = rng.random(), act
+        if face_noise and rng.random() < face_noise:
+            seen = ACTS[rng.choice(list(ACTS))]
+        if shown < seen.smile * smiles[listener]:
             faces.append((listener, clock, stop, "happiness"))
-        elif shown > 1 - act.frown:
+        elif shown > 1 - seen.frown:
             faces.append((listener, clock, stop, rng.choice(("anger", "sadness", "contempt"))))
         turns.append((speaker, clock, stop, text))
         truth.append((act_name, worth))
@@ -169,14 +175,14 @@ def answers_of(rng: random.Random, mean_worth: float) -> dict[str, float]:
     return answers
 
 
-def write_corpus(out: Path, conversations: int, n_turns: int, seed: int) -> None:
+def write_corpus(out: Path, conversations: int, n_turns: int, seed: int, face_noise: float = 0.0) -> None:
     """Writes `conversations` folders below `out`, and `out/truth.csv`."""
     rng = random.Random(seed)
     rows = []
     for _ in progress_bar(range(conversations), desc="sample conversations", unit="conversation"):
         conversation_id = str(uuid.UUID(int=rng.getrandbits(128), version=4))
         users = (f"{rng.getrandbits(96):024x}", f"{rng.getrandbits(96):024x}")
-        turns, faces, truth = converse(rng, users, round(n_turns * rng.uniform(0.8, 1.2)))
+        turns, faces, truth = converse(rng, users, round(n_turns * rng.uniform(0.8, 1.2)), face_noise)
         answers = {}
         for user in users:
             other = [worth for (speaker, *_), (_, worth) in zip(turns, truth, strict=True) if speaker != user]
@@ -196,6 +202,9 @@ def main() -> None:
     parser.add_argument("out", help="folder to write one folder a conversation to (becomes --data_dir)")
     parser.add_argument("--conversations", type=positive_int, default=200, help="how many conversations")
     parser.add_argument("--turns", type=positive_int, default=24, help="turns of a conversation, give or take 20%%")
+    parser.add_argument(
+        "--face_noise", type=fraction, default=0.0, help="share of turns at which the face says nothing of the turn"
+    )
     parser.add_argument("--seed", type=seed, default=0, help="seed: the same corpus every time")
     parser.add_argument(
         "--tiny",
@@ -209,7 +218,7 @@ def main() -> None:
     require_empty_folder(out)
     if args.turns < 10:
         raise UserError(f"--turns {args.turns}: at least 10 are needed for both people to speak")
-    write_corpus(out, args.conversations, args.turns, args.seed)
+    write_corpus(out, args.conversations, args.turns, args.seed, args.face_noise)
     print(f"Wrote {args.conversations:,} conversations to {out}, and the hidden rewards to {out / 'truth.csv'}")
     if args.tiny is not None:
         models = args.tiny or f"{out}_models"

@@ -1,6 +1,7 @@
 """Measures a policy on held-out prompts, whichever algorithm trained it."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,13 +11,30 @@ from geli.nets.policy import Policy
 from geli.nets.prompts import Prompt
 from geli.rl.rollout import distinct, draw_length, draw_uniforms, ended_themselves, logprobs_and_values, rollout
 from geli.run.distributed import gather_shares, local_share
+from geli.statistics import mean_interval
+
+
+class Evaluation(NamedTuple):
+    """A policy's responses to n held-out prompts.
+
+    Attributes:
+        metrics: `reward` with its 95% interval over conversations (`reward_low`, `reward_high`), `gold`, `kl` in nats a
+            response, `response_words`, `ended_share` of the responses that end with the end token, `empty_share`,
+            `distinct_1`, `distinct_2`.
+        texts: (n,) responses in the order of the prompts.
+        rewards: (n,) of each; None where no reward was measured.
+    """
+
+    metrics: dict[str, float]
+    texts: list[str]
+    rewards: list[float] | None
 
 
 @torch.no_grad()
 def evaluate_policy(
     policy: Policy, score: Callable | None, prompts: Sequence[Prompt], accelerator: Accelerator, *, seed: int,
     batch_size: int, mini_batch_size: int, min_new_tokens: int, max_new_tokens: int, gold: Callable | None = None,
-) -> tuple[dict[str, float], list[str]]:  # fmt: skip
+) -> Evaluation:  # fmt: skip
     """Samples a response to every prompt and measures reward, KL to the reference policy, length and diversity.
 
     All random numbers come from `seed`. Two policies are therefore compared on the same prompts, length limits and
@@ -27,11 +45,6 @@ def evaluate_policy(
         prompts: the same in every process. batch_size: prompts that are generated together, in all processes.
         mini_batch_size: responses in a forward pass. min_new_tokens, max_new_tokens: range of a batch's length limit.
         gold: as `score`, a reward that is not trained on.
-
-    Returns:
-        The metrics (`reward` and its standard error, `gold`, `kl` in nats a response, `response_words`, `ended_share`
-        of the responses that end with the end token, `empty_share`, `distinct_1`, `distinct_2`), and the responses in
-        the order of the prompts.
     """
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     texts, kls, ended = [], [], []
@@ -47,11 +60,10 @@ def evaluate_policy(
         texts += gather_shares(my_texts, accelerator)
         kls += gather_shares(my_kls, accelerator)
         ended += gather_shares(my_ended, accelerator)
-    metrics = {}
+    metrics, rewards = {}, None
     if score:
-        scores = score_together(score, prompts, texts, accelerator)
-        metrics["reward"] = scores.mean().item()
-        metrics["reward_standard_error"] = scores.std(unbiased=False).item() / len(scores) ** 0.5
+        rewards = score_together(score, prompts, texts, accelerator).tolist()
+        metrics |= reward_with_interval(rewards, prompts)
     if gold:
         metrics["gold"] = gold(prompts, texts).mean().item()
     metrics |= {
@@ -62,7 +74,7 @@ def evaluate_policy(
         "distinct_1": distinct(texts, 1),
         "distinct_2": distinct(texts, 2),
     }
-    return metrics, texts
+    return Evaluation(metrics, texts, rewards)
 
 
 def _sample(
@@ -74,6 +86,14 @@ def _sample(
     found = logprobs_and_values(policy, sampled, mini_batch_size)
     kl = ((found["logprobs"] - found["ref_logprobs"]) * sampled.mask).sum(dim=1)
     return sampled.texts, kl.tolist(), ended_themselves(sampled, policy.end).tolist()
+
+
+def reward_with_interval(rewards: Sequence[float], prompts: Sequence[Prompt]) -> dict[str, float | None]:
+    """The mean of rewards (n,), or of differences, and its 95% interval over the prompts' conversations; None for the
+    interval of one conversation."""
+    found = mean_interval(rewards, [prompt.name.partition("/")[0] for prompt in prompts])
+    names = ("reward", "reward_low", "reward_high")
+    return {name: None if np.isnan(number) else number for name, number in zip(names, found, strict=True)}
 
 
 def score_together(

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from geli import plots
 from geli.nets.policy import Policy
 from geli.nets.pretrained import recorded_base
 from geli.rl.diagnose import diagnose
@@ -16,10 +15,13 @@ from geli.run.files import atomic_path, read_json_or_empty, write_json
 from geli.run.lock import RunLock
 from geli.run.tracking import Tracker
 
+_PICTURES = r"_report\.html|(_ppo|_before_after)\.(png|pdf)"
+_OUTPUTS = rf"(_sft|_\d+|(_\d+_val|_base)?(\.json|_responses\.csv|{_PICTURES})|_steps\.csv)"
+
 
 def outputs_of(stem: str) -> re.Pattern:
     """A pattern of the names of the files and folders that the run `stem` writes."""
-    return re.compile(re.escape(stem) + r"(_sft|_\d+|(_\d+_val|_base)?(\.json|_responses\.csv)|_steps\.csv|_ppo\.png)")
+    return re.compile(re.escape(stem) + _OUTPUTS)
 
 
 def lock_outputs(folder: Path, stem: str, lock: RunLock | None = None) -> RunLock:
@@ -143,7 +145,6 @@ class Recorder:
             pd.DataFrame(self.rows).to_csv(temporary, index=False, float_format="%.6g")
 
     def finish(self) -> list[Path]:
-        """Plots the metrics; returns the paths of what the run wrote."""
+        """Closes the progress bar; returns the paths of what the run wrote."""
         self._bar.close()
-        picture = plots.ppo(pd.DataFrame(self.rows), self.folder / f"{self.stem}_ppo.png")
-        return [*([self.checkpoint] if self.checkpoint else []), self.folder / f"{self.stem}_steps.csv", picture]
+        return [*([self.checkpoint] if self.checkpoint else []), self.folder / f"{self.stem}_steps.csv"]

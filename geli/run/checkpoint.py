@@ -232,7 +232,7 @@ class Checkpointer:
             self.optimizer.load_state_dict(saved)
         for name, value in self.values.items():
             if isinstance(value, dict):
-                value.update(checkpoint["values"][name])
+                value.update(checkpoint["values"].get(name, {}))  # an earlier version did not save all of them
             else:
                 value.load_state_dict(checkpoint["values"][name])
 

@@ -31,6 +31,12 @@ def record_path(folder: Path, run_name: str) -> Path:
     return folder / f"reward1_{run_name}.json"
 
 
+def report_path(folder: Path, run_name: str) -> Path:
+    """The page that reports a run."""
+    return folder / f"report_{run_name}.html"
+
+
 def reward_outputs(run_name: str) -> re.Pattern:
     """Matches the names of the files and folders that a run of stage 1 or 2 writes."""
-    return re.compile(rf"(reward1|lang_model|val_turn_rewards|val_returns)_{re.escape(run_name)}(\.json|\.csv|\.png)?")
+    kinds = "reward1|lang_model|val_turn_rewards|val_returns|val_affects|learning|report"
+    return re.compile(rf"({kinds})_{re.escape(run_name)}(\.json|\.csv|\.png|\.pdf|\.html)?")

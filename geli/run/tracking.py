@@ -48,6 +48,7 @@ class Tracker:
         name: the run's name.
         lock: the `RunLock` on it, in the main process; None in the others.
         offset: added to every step that is logged, because wandb's steps can only increase.
+        logged: {"rows": [{"step": step, name: value}]}, the numbers that were logged; a checkpoint can hold it.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Tracker:
         lock: RunLock | None = None,
     ):
         self._run, self.name, self.lock, self.offset = None, "", lock, 0
+        self.logged: dict[str, list[dict]] = {"rows": []}
         if is_main_process():
             self._start(project, folder, {**arguments, "processes": accelerator.num_processes}, run)
         self.name = broadcast_object_list([self.name])[0]
@@ -92,7 +94,8 @@ class Tracker:
         return run_name or (new_run_name(folder) if mode != "online" else None)
 
     def log(self, values: dict, step: int) -> None:
-        """Logs `values` (scalars or wandb objects) at `step`."""
+        """Logs numbers at `step`."""
+        self.logged["rows"].append({"step": step, **values})
         if self._run:
             self._run.log(values, step=self.offset + step)
 
@@ -111,6 +114,18 @@ class Tracker:
             return
         table = wandb.Table(columns=["turn", "predicted reward"], data=[[str(n), r] for n, r in heights.items()])
         self._run.log({key: wandb.plot.bar(table, "turn", "predicted reward", title="predicted reward by turn")})
+
+    def log_pictures(self, pictures: dict[str, Path]) -> None:
+        """Logs PNG files that hold no text of conversations."""
+        import wandb
+
+        if self._run:
+            self._run.log({key: wandb.Image(str(path)) for key, path in pictures.items()})
+
+    @property
+    def wandb_run(self) -> dict[str, str]:
+        """Project and id of the wandb run, by which others find it."""
+        return {"project": self._run.project, "id": self._run.id} if self._run else {}
 
     def summary(self, values: dict) -> None:
         """Sets the run's summary values."""

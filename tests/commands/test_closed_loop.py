@@ -2,13 +2,13 @@
 
 import json
 
-import numpy as np
 import pytest
 from conftest import call_script
 from small_models import chat_model
 
 from geli.loop import closed_loop
-from geli.loop.closed_loop import LoopOptions, PolicyRun, checkpoint_at, gains, interval
+from geli.loop.closed_loop import LoopOptions, PolicyRun, checkpoint_at
+from geli.loop.report import gains, phrases
 
 
 @pytest.fixture(scope="module")
@@ -58,30 +58,33 @@ def test_a_result_is_that_of_the_responses(looped):
 
 def test_the_checkpoint_closest_to_the_kl_is_chosen():
     steps = [{"step": i, "kl": float(i)} for i in range(1, 31)]
-    assert checkpoint_at(steps, 5, 7.5, [10, 20, 30]) == 10  # whose mean of five steps is 8
-    assert checkpoint_at(steps, 5, 100.0, [10, 20, 30]) == 30
+    assert checkpoint_at(steps, 12.0, [10, 20, 30]) == 10  # steps 11 and 12 have the mean 11.5
+    assert checkpoint_at(steps, 100.0, [10, 20, 30]) == 30
+
+
+def results(*golds, reference=(0.1, 0.2, 0.3)):
+    """Results of seeds 0, 1, … with these hidden rewards, and their references."""
+    shared = {"reward": "GELI", "algo": "ppo", "prompts": ["a/0/1", "a/1/2", "b/0/1"]}
+    shared["texts"] = ["Nice!", "no", "so nice"]
+    runs = [{**shared, "seed": i, "gold": list(gold)} for i, gold in enumerate(golds)]
+    return runs, {i: {"gold": list(reference), "texts": ["no", "no", "so"]} for i in range(len(golds))}
 
 
 def test_gains_are_paired_by_prompt():
-    reference = {"gold": [0.1, 0.2, 0.3]}
-    result = {"gold": [0.2, 0.5, 0.1], "prompts": ["a/0/1", "a/1/2", "b/0/1"]}
-    assert gains(reference, result) == {"a": pytest.approx([0.1, 0.3]), "b": pytest.approx([-0.2])}
+    found = gains(*results((0.2, 0.5, 0.1), (0.1, 0.2, 0.3)))
+    assert found.values == pytest.approx([0.2 / 3, 0]) and found.conversations == 2
+    # a conversation drawn twice: (0.1 + 0.3) / 2, or -0.2; one each: the mean over prompts
+    assert set(found.samples[0].round(6)) == {0.2, -0.2, round(0.2 / 3, 6)} and not found.samples[1].any()
+    assert found.interval().value == pytest.approx(0.1 / 3) and found.interval(found) == (0, 0, 0)
 
 
-def test_an_interval_covers_the_mean_and_widens_with_the_seeds_differences():
-    rng = np.random.default_rng(0)
-
-    def cells(between):
-        return {
-            seed: {str(c): [seed * between + rng.normal() for _ in range(3)] for c in range(30)} for seed in (-1, 0, 1)
-        }
-
-    alike, different = interval(cells(0.0)), interval(cells(0.5))
-    assert alike[1] < 0 < alike[2] and alike[2] - alike[1] < 0.6
-    assert different[2] - different[1] > 1.5 * (alike[2] - alike[1])
+def test_words_are_listed_by_the_change_of_their_share():
+    (row,) = phrases(*results((0.2, 0.5, 0.1)))
+    assert row["more often"].startswith("nice +67, ! +33") and row["less often"].startswith("no -33")
 
 
-def test_runs_are_seed_by_seed():
+def test_every_reward_is_tried_before_the_other_algorithms():
     options = LoopOptions(out=None, data_dir="", encoder="", seeds=(3, 4))
     runs = list(closed_loop.policy_runs(options))
-    assert len(runs) == 14 and runs[0] == PolicyRun("GELI", "ppo", 3) and runs[6] == PolicyRun("GELI", "grpo", 3)
+    assert len(runs) == 14 and runs[0] == PolicyRun("GELI", "ppo", 3) and runs[5] == PolicyRun("GELI", "ppo", 4)
+    assert runs[10:12] == [PolicyRun("GELI", "rloo", 3), PolicyRun("GELI", "grpo", 3)]

@@ -342,7 +342,7 @@ def test_mistakes_are_answered_in_one_line(script, arguments, message, tmp_path,
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("train_*.py"), *ROOT.glob("tools/*.py")))
 # options that do nothing until they are given
 OPTIONAL = {"--affect_path", "--reward_path", "--lang_model_path", "--tiny", "--trl", "--data_dir", "--encoder"}
-OPTIONAL |= {"--reward_function", "--gold_function", "--evaluate"}
+OPTIONAL |= {"--reward_function", "--gold_function", "--evaluate", "--reward_class", "--truth"}
 # what takes seconds to import; the tools need pandas, but not before they know what to do
 SLOW = {"transformers", "peft", "trl", "sklearn", "scipy", "wandb", "matplotlib", "pandas"}
 
@@ -350,8 +350,8 @@ SLOW = {"transformers", "peft", "trl", "sklearn", "scipy", "wandb", "matplotlib"
 def test_the_list_of_commands_is_complete():
     assert SCRIPTS == [
         "tools/casino_to_candor.py", "tools/closed_loop.py", "tools/compare.py", "tools/convert_corpus.py",
-        "tools/demo_report.py", "tools/plant_truth.py", "tools/real_llama.py", "tools/sample_candor.py",
-        "tools/tiny_models.py",
+        "tools/demo_report.py", "tools/evaluate_rewards.py", "tools/human_eval.py", "tools/plant_truth.py",
+        "tools/real_llama.py", "tools/sample_candor.py", "tools/tiny_models.py", "tools/when_geli_helps.py",
         "train_reward_GELI.py", "train_reward_LI_only.py", "train_rl_GELI.py",
     ]  # fmt: skip
 

@@ -38,10 +38,10 @@ from safetensors.torch import load_file, save_file
 import train_reward_LI_only
 from data_utils import read_corpus
 from geli.data.cache import CHECKSUM_BYTES
+from geli.evaluation.checks import conversations_seen
 from geli.nets.encoder import encoder_of_head, load_encoder, load_encoder_of_head
 from geli.nets.features import FeatureCache, _digest
 from geli.nets.policy import load_policy
-from geli.report import conversations_seen
 from geli.run import errors
 from geli.run.checkpoint import Checkpointer
 from geli.run.distributed import make_accelerator

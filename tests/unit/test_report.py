@@ -8,18 +8,17 @@ import pytest
 from turn_sets import trajectory, turn_set
 
 from data_utils import Corpus
-from geli.report import (
+from geli.evaluation.checks import conversations_seen, warn_of_leaks
+from geli.report.lineage import lineage, lineage_config
+from geli.report.rewards import (
     RewardRun,
     affect_means,
     choose_turns,
-    conversations_seen,
     evaluate,
     finish_run,
     spearman,
     turn_table,
     wandb_validation,
-    warn_of_leaks,
-    write_validation,
 )
 from geli.run.errors import UserError
 from models import RewardHeadConfig
@@ -115,21 +114,17 @@ def test_the_table_has_a_row_for_each_turn_and_no_text():
     assert "turn 1" not in table.to_csv()
 
 
-def test_validation_is_written_as_a_table_and_two_pictures(tmp_path):
-    paths = write_validation(tmp_path, "x", TURNS, REWARDS, np.array([70.0, 60.0]))
-    assert [path.name for path in paths] == ["val_turn_rewards_x.csv", "val_turn_rewards_x.png", "val_returns_x.png"]
-    assert sorted(tmp_path.iterdir()) == sorted(paths)
-    assert paths[0].read_bytes().splitlines()[1] == b"a,False,u,v,1,2.000000,3.000000,happiness,1.000000,0.500000"
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[1:])
-
-
 class Logged:
     """A tracker that keeps what it is given."""
 
-    name = "x"
+    name, wandb_run = "x", {"project": "p", "id": "i"}
 
     def __init__(self):
-        self.tables, self.bars, self.summaries, self.finished = {}, {}, {}, False
+        self.tables, self.bars, self.summaries, self.finished, self.pictures = {}, {}, {}, False, {}
+        self.logged = {"rows": [{"step": 1, "train/loss": 3.0}, {"step": 2, "train/loss": 2.0, "val/epoch_loss": 4.0}]}
+
+    def log_pictures(self, pictures):
+        self.pictures.update(pictures)
 
     def log_table(self, key, table, step):
         self.tables[key, step] = table
@@ -144,11 +139,15 @@ class Logged:
         self.finished = True
 
 
-def reward_run(**arguments):
+def reward_run(started_from=None, **arguments):
     corpus = Corpus([], {"broken": "no survey.csv"}, {}, {})
-    arguments = {"seed": 3, "log_text": False, "bar_chart": False, **arguments}
-    metrics = {"steps": 7, "validation": {"ge_loss": 250.0, "delta_li": None}}
-    return RewardRun("Stage 2", 2, "bart", arguments, corpus, TURNS, TURNS, metrics, REWARDS, [])
+    defaults = {"seed": 0, "log_text": False, "bar_chart": False, "data_dir": "candor", "reward_class": "affect"}
+    return RewardRun(
+        title="Stage 2", stage=2, encoder="bart", arguments={**defaults, "seed": 3, **arguments}, defaults=defaults,
+        corpus=corpus, training=TURNS, validation=TURNS, rewards=REWARDS, returns=np.array([70.0, 60.0]), paths=[],
+        metrics={"steps": 7, "validation": {"ge_loss": 250.0, "delta_li": None}}, started_from=started_from,
+        seconds={"reading": 1.0, "training": 3.0},
+    )  # fmt: skip
 
 
 def test_the_record_and_the_closing_table(tmp_path, capsys):
@@ -164,6 +163,49 @@ def test_the_record_and_the_closing_table(tmp_path, capsys):
     assert "Stage 2, run x" in printed and "250" in printed and str(tmp_path / "reward1_x.json") in printed
     assert tracker.finished and tracker.summaries == {"final/ge_loss": 250.0, "final/delta_li": None}
     assert not tracker.tables and not tracker.bars
+
+
+def test_validation_is_written_as_a_table_and_pictures(tmp_path):
+    tracker = Logged()
+    finish_run(reward_run(), tracker, tmp_path)
+    table = (tmp_path / "val_turn_rewards_x.csv").read_bytes()
+    assert table.splitlines()[1] == b"a,False,u,v,1,2.000000,3.000000,happiness,1.000000,0.500000"
+    names = ["learning_x", "val_affects_x", "val_returns_x", "val_turn_rewards_x"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [f"{name}.png" for name in names]
+    assert sorted(path.name for path in tmp_path.glob("*.pdf")) == [f"{name}.pdf" for name in names]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tracker.pictures.values())
+    assert len(tracker.pictures) == 4
+
+
+def test_the_page_tells_the_run_without_text(tmp_path):
+    finish_run(reward_run(), Logged(), tmp_path)
+    page = (tmp_path / "report_x.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 and "http" not in page
+    for words in ("Stage 2: run x", "250.0", "no survey.csv", "training", "75%", "<td>--seed</td>"):
+        assert words in page, words
+    assert "turn 1" not in page and (tmp_path / "report_x.html").stat().st_mode & 0o077 == 0
+
+
+def test_the_page_has_text_only_when_asked_for_and_as_text(tmp_path):
+    run = reward_run(log_text=True)
+    run.validation.texts[0] = ("", "AI: <script>alert(1)</script>")
+    try:
+        finish_run(run, Logged(), tmp_path)
+    finally:
+        run.validation.texts[0] = ("", "AI: a turn 1")
+    page = (tmp_path / "report_x.html").read_text()
+    assert "&lt;script&gt;alert(1)" in page and "<script" not in page
+
+
+def test_a_page_leads_to_the_run_that_it_started_from(tmp_path):
+    finish_run(reward_run(), Logged(), tmp_path / "stage 1")
+    head = tmp_path / "stage 1" / "reward1_x"
+    finish_run(reward_run(started_from=head), Logged(), tmp_path / "two")
+    page = (tmp_path / "two" / "report_x.html").read_text()
+    assert '<a href="../stage%201/report_x.html">stage 2: run x</a>' in page
+    assert [a.run for a in lineage(tmp_path / "two" / "reward1_x")] == ["x", "x"]
+    assert lineage_config(head) == {"stage_2_run": "x", "stage_2_wandb_project": "p", "stage_2_wandb_id": "i"}
+    assert lineage(tmp_path / "nowhere" / "reward1_x") == [] == lineage(None)
 
 
 def test_text_and_bar_charts_are_logged_only_when_asked_for(tmp_path):
@@ -191,9 +233,9 @@ def test_conversations_seen_are_those_of_the_head_and_of_its_encoder(tmp_path, c
     assert conversations_seen(path, replace(config, encoder="org/name", encoder_is_folder=False)) == {"a", "c"}
     (tmp_path / "s/reward1_li.json").write_text(json.dumps({"metrics": {}, "training_conversations": ["d"]}))
     assert conversations_seen(path, config) == {"a", "c"}  # that run only evaluated
-    warn_of_leaks(frozenset({"c"}), TURNS)
+    warn_of_leaks(frozenset({"c"}), TURNS.trajectories)
     assert capsys.readouterr().out == ""
-    warn_of_leaks(frozenset({"a", "c"}), TURNS)
+    warn_of_leaks(frozenset({"a", "c"}), TURNS.trajectories)
     assert capsys.readouterr().out.startswith("Warning: 1 of this run's validation conversations were trained on")
     (tmp_path / "s/reward1_li.json").write_text('{"metrics": []}')
     with pytest.raises(UserError, match="expected the record of a run"):

@@ -30,12 +30,13 @@ def some_prompts(n=10):
 
 
 def test_the_metrics_are_those_of_the_responses(policy, accelerator):
-    metrics, texts = evaluate_policy(policy, share_of_good_words, some_prompts(), accelerator, seed=1, **SIZES)
+    metrics, texts, rewards = evaluate_policy(policy, share_of_good_words, some_prompts(), accelerator, seed=1, **SIZES)
     scores = share_of_good_words(None, texts).numpy()
-    assert len(texts) == 10
+    assert len(texts) == 10 and rewards == scores.tolist()
     assert metrics == {
         "reward": pytest.approx(scores.mean()),
-        "reward_standard_error": pytest.approx(scores.std() / 10**0.5),
+        "reward_low": pytest.approx(scores.mean() - 2.26 * scores.std() / 9**0.5, rel=0.1),  # t of 9 degrees
+        "reward_high": pytest.approx(scores.mean() + 2.26 * scores.std() / 9**0.5, rel=0.1),
         "kl": pytest.approx(0, abs=1e-4),
         "response_words": np.mean([len(text.split()) for text in texts]),
         "ended_share": np.mean([len(text.split()) < 6 for text in texts]),
@@ -52,9 +53,9 @@ def test_kl_is_that_to_the_reference(policy, accelerator):
         for p in policy.trainable():
             p.add_(0.2 * torch.randn(p.shape, generator=generator))
     try:
-        tuned, _ = evaluate_policy(policy, None, some_prompts(), accelerator, seed=1, **SIZES)
+        tuned, *_ = evaluate_policy(policy, None, some_prompts(), accelerator, seed=1, **SIZES)
         with policy.reference():
-            base, _ = evaluate_policy(policy, None, some_prompts(), accelerator, seed=1, **SIZES)
+            base, *_ = evaluate_policy(policy, None, some_prompts(), accelerator, seed=1, **SIZES)
     finally:
         with torch.no_grad():
             for p, before in zip(policy.trainable(), saved, strict=True):

@@ -1,22 +1,25 @@
 """What stages 1 and 2 measure on the validation conversations, and the files and tables that report it."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from data_utils import Corpus, SignalOptions, TurnSet
+from data_utils import Corpus, TurnSet
 from geli import plots
 from geli.data.candor import AFFECT_GROUPS, FACES, HAPPINESS
-from geli.nets.encoder import encoder_of_head
-from geli.nets.pretrained import read_json
+from geli.data.corpus import by_count
+from geli.evaluation.metrics import HeldOut, estimates, metrics
+from geli.evaluation.tables import COLUMNS, cell
+from geli.report.lineage import lineage
+from geli.report.page import Page, Section, changed_options, seconds_table, write_page
 from geli.run.console import format_table
 from geli.run.errors import UserError
 from geli.run.files import atomic_path, write_json
-from geli.run.run_names import record_path
+from geli.run.run_names import record_path, report_path
 from geli.run.tracking import Tracker, versions
-from models import RewardHeadConfig
 
 BAR_CHARTS = 4  # validation trajectories that `--bar_chart` shows
 
@@ -112,45 +115,38 @@ def turn_table(turns: TurnSet, rewards: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).assign(target=turns.targets, reward=rewards)
 
 
-def write_validation(folder: Path, run: str, turns: TurnSet, rewards: np.ndarray, returns: np.ndarray) -> list[Path]:
-    """Writes `val_turn_rewards_{run}.csv` and two pictures of it; returns their paths."""
-    path, table = folder / f"val_turn_rewards_{run}.csv", turn_table(turns, rewards)
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6f", lineterminator="\n")
-    return [
-        path,
-        plots.turn_rewards(table, folder / f"val_turn_rewards_{run}.png"),
-        plots.returns(turns.scores, returns, folder / f"val_returns_{run}.png"),
-    ]
-
-
 @dataclass
 class RewardRun:
     """A run of stage 1 or 2 as it is reported.
 
     Attributes:
         title: of the closing table. stage: of the command that ran. encoder: hub id or folder that it started from.
-        arguments: name -> value of every option. corpus, training, validation: the data.
-        metrics: what was measured; `validation` is what `evaluate` returned.
-        rewards: (N,) of the validation turns; None without `--val`. paths: of what was written so far.
+        arguments: name -> value of every option. defaults: the same without a command line.
+        corpus, training, validation: the data. metrics: what was measured; `validation` is what `evaluate` returned.
+        rewards, returns: (N,) and (n,) predicted for validation; None without `--val`. paths: of what was written.
+        started_from: the saved head that training started from, or that was evaluated. seconds: part -> time.
     """
 
     title: str
     stage: int
     encoder: str
     arguments: dict
+    defaults: dict
     corpus: Corpus
     training: TurnSet
     validation: TurnSet
     metrics: dict
     rewards: np.ndarray | None
+    returns: np.ndarray | None
     paths: list[Path]
+    started_from: Path | None
+    seconds: dict[str, float]
 
 
 def finish_run(run: RewardRun, tracker: Tracker, folder: Path) -> None:
-    """Writes `reward1_{run}.json`, closes the wandb run, and prints the closing table and the paths of all files."""
-    path = record_path(folder, tracker.name)
-    write_json(path, _record(run, tracker.name))
+    """Writes tables, pictures, the page and `reward1_{run}.json`, closes the wandb run, and prints the closing table
+    and the paths of all files."""
+    pictures = write_pictures(run, tracker, folder)
     measured = run.metrics.get("validation", {})
     if run.arguments["log_text"] and measured:
         contexts, responses = zip(*run.validation.texts, strict=True)
@@ -160,22 +156,54 @@ def finish_run(run: RewardRun, tracker: Tracker, folder: Path) -> None:
         for i in range(min(BAR_CHARTS, len(run.validation.trajectories))):  # numbered: ids are not sent to wandb
             rewards = run.rewards[run.validation.turns_of(i)]
             tracker.log_bars(f"val/rewards_by_turn_{i + 1}", {n + 1: float(r) for n, r in enumerate(rewards)})
+    tracker.log_pictures({f"report/{name}": path for name, (path, _) in pictures.items()})
     tracker.summary({f"final/{key}": value for key, value in measured.items()})
+    run.paths.append(write_page(reward_page(run, tracker, pictures), report_path(folder, tracker.name)))
+    path = record_path(folder, tracker.name)
+    write_json(path, _record(run, tracker, folder))
+    run.paths.append(path)
     tracker.finish()
     rows = [{"measured on validation": key, "value": value} for key, value in measured.items()]
     print(format_table(rows or [{"measured": "nothing (no --val)"}], f"\n{run.title}, run {tracker.name}"))
-    print("\n".join(["Written:", *(f"  {path}" for path in [*run.paths, path])]))
+    print("\n".join(["Written:", *(f"  {path}" for path in run.paths)]))
 
 
-def _record(run: RewardRun, name: str) -> dict:
+def write_pictures(run: RewardRun, tracker: Tracker, folder: Path) -> dict[str, tuple[Path, str]]:
+    """Writes `val_turn_rewards_{run}.csv` and the pictures, and adds their paths to the run's; returns name -> (PNG,
+    caption)."""
+    captions = {
+        "learning": "Losses by optimizer step.",
+        "val_turn_rewards": "Predicted reward along two validation conversations, with the listener's affect above.",
+        "val_returns": "The return that the turn rewards predict, against the score that was given.",
+        "val_affects": "Predicted rewards by the listener's affect.",
+    }
+    png = {name: folder / f"{name}_{tracker.name}.png" for name in captions}
+    written = []
+    if tracker.logged["rows"]:
+        written += plots.learning(tracker.logged["rows"], png["learning"])
+    if run.rewards is not None:
+        table = turn_table(run.validation, run.rewards)
+        path = png["val_turn_rewards"].with_suffix(".csv")
+        with atomic_path(path) as temporary:
+            table.to_csv(temporary, index=False, float_format="%.6f", lineterminator="\n")
+        written += [path, *plots.turn_rewards(table, png["val_turn_rewards"])]
+        written += plots.returns(run.validation.scores, run.returns, png["val_returns"])
+        written += plots.affects(table, png["val_affects"])
+    run.paths += written
+    return {name: (path, captions[name]) for name, path in png.items() if path in written}
+
+
+def _record(run: RewardRun, tracker: Tracker, folder: Path) -> dict:
     """The content of `reward1_{run}.json`."""
     conversations = {
         key: list(dict.fromkeys(t.conversation.id for t in part.trajectories))
         for key, part in (("training_conversations", run.training), ("validation_conversations", run.validation))
     }
     return {
-        "run": name,
+        "run": tracker.name,
         "stage": run.stage,
+        "started_from": run.started_from and os.path.relpath(run.started_from, folder),
+        "wandb": tracker.wandb_run,
         "encoder": run.encoder,
         "arguments": run.arguments,
         "seed": run.arguments["seed"],
@@ -188,43 +216,58 @@ def _record(run: RewardRun, name: str) -> dict:
     }
 
 
-def conversations_seen(head_path: Path, config: RewardHeadConfig) -> frozenset[str]:
-    """The conversations that a saved head, or the encoder that it uses, was trained on, as far as records exist.
-
-    Raises:
-        UserError: if a record is not readable.
-    """
-    records = [head_path.with_name(head_path.name + ".json")]
-    if config.encoder_is_folder:
-        encoder = Path(encoder_of_head(config, head_path))
-        records.append(encoder.with_name(f"reward1_{encoder.name.removeprefix('lang_model_')}.json"))
-    seen: set[str] = set()
-    for record in records:
-        if not record.is_file():
-            continue  # published heads have none
-        content = read_json(record, str(record))
-        metrics, trained_on = content.get("metrics", {}), content.get("training_conversations", [])
-        if not isinstance(metrics, dict) or not isinstance(trained_on, list):
-            raise UserError(f"{record}: expected the record of a run, with its metrics and training_conversations")
-        if "steps" in metrics:  # otherwise the run only evaluated
-            seen.update(map(str, trained_on))
-    return frozenset(seen)
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
 
 
-def warn_of_leaks(seen: frozenset[str], validation: TurnSet) -> None:
-    """Prints a warning if an earlier stage was trained on conversations that are now used for validation."""
-    both = seen & {t.conversation.id for t in validation.trajectories}
-    if both:
-        print(
-            f"Warning: {len(both)} of this run's validation conversations were trained on before: the data has changed "
-            "since. Validation results will look better than they are; train stage 1 again."
-        )
+def reward_page(run: RewardRun, tracker: Tracker, pictures: dict[str, tuple[Path, str]]) -> Page:
+    """The page of a run of stage 1 or 2."""
+    sizes = {
+        name: f"{len({t.conversation.id for t in part.trajectories}):,} conversations, {len(part):,} agent turns"
+        for name, part in (("training", run.training), ("validation", run.validation))
+    }
+    summary = {
+        "data": f"{Path(run.arguments['data_dir']).name}, score {run.arguments['reward_class']}", **sizes,
+        "encoder": Path(run.encoder).name, "seed": str(run.arguments["seed"]),
+        **{name: f"{value:.4g}" for name, value in run.metrics.items() if isinstance(value, (int, float))},
+    }  # fmt: skip
+    sections = [Section("What was learned", pictures=list(pictures.values()))]
+    if run.rewards is not None:
+        note = "On the validation conversations, with 95% intervals over them. The baseline predicts the mean score."
+        sections.insert(0, Section("Measured", note, measured_rows(run)))
+        if run.arguments["log_text"]:
+            sections.append(Section("Best and worst turns", "By predicted reward.", extreme_turns(run)))
+    dropped = by_count([*run.corpus.dropped.values(), *run.corpus.dropped_trajectories.values()])
+    sections += [
+        Section("Data", run.corpus.describe(), [{"dropped because": k, "times": str(n)} for k, n in dropped.items()]),
+        Section("Time", "Of this process, slowest part first.", seconds_table(run.seconds)),
+        Section("Options", "Those that differ from the defaults come first.",
+                changed_options(run.arguments, run.defaults), folded=True),
+        Section("Versions", rows=[versions()]),
+    ]  # fmt: skip
+    links = [(ancestor.label, ancestor.report) for ancestor in lineage(run.started_from)]
+    return Page(f"{run.title}: run {tracker.name}", summary, links, sections)
 
 
-def warn_of_constant_targets(training: TurnSet, signal: SignalOptions) -> None:
-    """Prints a warning if all LI targets are the same, so that there is nothing to learn from them."""
-    if training.targets.min() == training.targets.max():
-        print(
-            f"Warning: all {len(training):,} LI targets are {training.targets[0]:g}: --li_signal {signal.li_signal} "
-            "found no reaction that differs; another signal may, or train GE alone"
-        )
+def measured_rows(run: RewardRun) -> list[dict]:
+    """Each metric with its interval, and that of always predicting the mean training score."""
+    data = HeldOut.from_turns(run.validation)
+    mean = float(run.training.scores.mean())
+    constant = (np.zeros(len(run.rewards)), np.full(len(run.returns), mean))
+    columns = [estimates(data, metrics(data, *part, mean)) for part in ((run.rewards, run.returns), constant)]
+    return [
+        {"metric": column.meaning, **{name: cell(found[metric], column.decimals) for name, found in
+         zip(("this head", "mean score"), columns, strict=True)}}
+        for metric, column in COLUMNS.items() if metric in columns[0]
+    ]  # fmt: skip
+
+
+def extreme_turns(run: RewardRun) -> list[dict]:
+    """The three turns with the highest and the three with the lowest predicted reward, with their words."""
+    table = turn_table(run.validation, run.rewards).assign(text=[response for _, response in run.validation.texts])
+    ordered = table.sort_values("reward", ascending=False, kind="stable")
+    chosen = pd.concat([ordered.head(3), ordered.tail(3)])
+    return [
+        {"reward": float(row.reward), "listener": row.affect, "turn": row.text.removeprefix("AI: ")}
+        for row in chosen.itertuples()
+    ]

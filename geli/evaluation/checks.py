@@ -1,0 +1,52 @@
+"""Checks of the data that a head is trained and measured on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_utils import SignalOptions, Trajectory, TurnSet
+from geli.nets.encoder import encoder_of_head
+from geli.nets.pretrained import read_json
+from geli.run.errors import UserError
+from models import RewardHeadConfig
+
+
+def conversations_seen(head_path: Path, config: RewardHeadConfig) -> frozenset[str]:
+    """The conversations that a saved head, or the encoder that it uses, was trained on, as far as records exist.
+
+    Raises:
+        UserError: if a record is not readable.
+    """
+    records = [head_path.with_name(head_path.name + ".json")]
+    if config.encoder_is_folder:
+        encoder = Path(encoder_of_head(config, head_path))
+        records.append(encoder.with_name(f"reward1_{encoder.name.removeprefix('lang_model_')}.json"))
+    seen: set[str] = set()
+    for record in records:
+        if not record.is_file():
+            continue  # published heads have none
+        content = read_json(record, str(record))
+        metrics, trained_on = content.get("metrics", {}), content.get("training_conversations", [])
+        if not isinstance(metrics, dict) or not isinstance(trained_on, list):
+            raise UserError(f"{record}: expected the record of a run, with its metrics and training_conversations")
+        if "steps" in metrics:  # otherwise the run only evaluated
+            seen.update(map(str, trained_on))
+    return frozenset(seen)
+
+
+def warn_of_leaks(seen: frozenset[str], validation: Sequence[Trajectory]) -> None:
+    """Prints a warning if an earlier stage was trained on conversations that are now used for validation."""
+    both = seen & {t.conversation.id for t in validation}
+    if both:
+        print(
+            f"Warning: {len(both)} of this run's validation conversations were trained on before: the data has changed "
+            "since. Validation results will look better than they are; train stage 1 again."
+        )
+
+
+def warn_of_constant_targets(training: TurnSet, signal: SignalOptions) -> None:
+    """Prints a warning if all LI targets are the same, so that there is nothing to learn from them."""
+    if training.targets.min() == training.targets.max():
+        print(
+            f"Warning: all {len(training):,} LI targets are {training.targets[0]:g}: --li_signal {signal.li_signal} "
+            "found no reaction that differs; another signal may, or train GE alone"
+        )

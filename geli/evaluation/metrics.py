@@ -1,0 +1,181 @@
+"""Metrics of turn rewards as functions of how often each conversation counts.
+
+Weights (B, C) are how often each of C conversations is drawn in each of B bootstrap resamples (`geli.statistics`);
+ones give the metric itself. A metric returns (B,), NaN where it is undefined. All resamples are measured in a few array
+operations, because scikit-learn and scipy, which the tests compare with, take one resample at a time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_utils import TurnSet
+from geli.data.candor import HAPPINESS
+from geli.statistics import Estimate, interval, resample
+
+Metric = Callable[[np.ndarray], np.ndarray]
+ELEMENTS = 4_000_000  # of an array over resamples and turns
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What rewards are measured against.
+
+    Attributes:
+        conversations: C. of_turn: (N,) the conversation of each turn. of_trajectory: (n,) that of each trajectory.
+        happy: (N,) bool, whether the listener was happy. scores: (n,) R in points.
+        truth: (N,) hidden rewards; None where they are not known.
+    """
+
+    conversations: int
+    of_turn: np.ndarray
+    of_trajectory: np.ndarray
+    happy: np.ndarray
+    scores: np.ndarray
+    truth: np.ndarray | None = None
+
+    @classmethod
+    def from_turns(cls, turns: TurnSet, truth: np.ndarray | None = None):
+        """What the turns of some trajectories are measured against."""
+        places: dict[str, int] = {}
+        of_trajectory = np.array([places.setdefault(t.conversation.id, len(places)) for t in turns.trajectories])
+        of_turn = np.repeat(of_trajectory, np.diff(turns.offsets))
+        return cls(len(places), of_turn, of_trajectory, turns.affects == HAPPINESS, turns.scores, truth)
+
+
+def metrics(data: HeldOut, rewards: np.ndarray, returns: np.ndarray, baseline: float) -> dict[str, Metric]:
+    """The metrics of predicted rewards, by name.
+
+    Args:
+        rewards: (N,). returns: (n,) that they predict, in points. baseline: a constant prediction of R in points, the
+            mean score of the training conversations.
+
+    Returns:
+        `ge_loss`: mean of (R - return)², points². `ge_share`: as a share of the baseline's. `delta_li`: mean reward of
+        turns with a happy listener less that of the others (the paper's Δr_LI). `roc_auc`, `average_precision`: of
+        happy listeners. `return_correlation`: Spearman's, of returns and R. `truth_correlation`: Spearman's, of turn
+        rewards and hidden rewards; absent without truth.
+    """
+    rewards, returns = np.asarray(rewards, dtype=np.float64), np.asarray(returns, dtype=np.float64)
+    errors, constant = (_Sums(data, (data.scores - value) ** 2, data.of_trajectory) for value in (returns, baseline))
+    happy, others = (_Sums(data, rewards, data.of_turn, chosen) for chosen in (data.happy, ~data.happy))
+    found = {
+        "ge_loss": errors.mean,
+        "ge_share": lambda weights: _divide(errors.mean(weights), constant.mean(weights)),
+        "delta_li": lambda weights: happy.mean(weights) - others.mean(weights),
+        "roc_auc": roc_auc(data.happy, rewards, data.of_turn),
+        "average_precision": average_precision(data.happy, rewards, data.of_turn),
+        "return_correlation": spearman(returns, data.scores, data.of_trajectory),
+    }
+    if data.truth is not None:
+        found["truth_correlation"] = spearman(rewards, data.truth, data.of_turn)
+    return found
+
+
+def estimates(
+    data: HeldOut, measured: dict[str, Metric], repetitions: int = 1000, seed: int = 0
+) -> dict[str, Estimate]:
+    """The metrics of one head with their intervals."""
+    weights, everything = resample(data.conversations, repetitions, seed), np.ones((1, data.conversations))
+    return {
+        name: interval(metric(everything)[0], metric(weights), data.conversations) for name, metric in measured.items()
+    }
+
+
+class _Sums:
+    """The mean of values (k,) that belong to conversations `of` (k,); only the `chosen` (k,) count."""
+
+    def __init__(self, data: HeldOut, values: np.ndarray, of: np.ndarray, chosen: np.ndarray | None = None):
+        counts = np.ones(len(of)) if chosen is None else chosen.astype(np.float64)
+        self.sums = np.bincount(of, values * counts, data.conversations)
+        self.counts = np.bincount(of, counts, data.conversations)
+
+    def mean(self, weights: np.ndarray) -> np.ndarray:
+        return _divide(weights @ self.sums, weights @ self.counts)
+
+
+def roc_auc(positive: np.ndarray, values: np.ndarray, of: np.ndarray) -> Metric:
+    """The area under the ROC curve: how often a positive's value (k,) is above a negative's; ties count half."""
+    ranked = _Ranked(values, of)
+    positive = positive[ranked.order]
+
+    def measure(weights: np.ndarray) -> np.ndarray:
+        drawn = weights[:, ranked.of]
+        positives = ranked.groups(drawn * positive)
+        negatives = ranked.groups(drawn * ~positive)
+        below = negatives.cumsum(axis=1) - negatives / 2
+        pairs = positives.sum(axis=1) * negatives.sum(axis=1)
+        return _divide((positives * below).sum(axis=1), pairs)
+
+    return _in_chunks(measure, len(values))
+
+
+def average_precision(positive: np.ndarray, values: np.ndarray, of: np.ndarray) -> Metric:
+    """The mean, over positives, of the precision among the values (k,) that are not below theirs."""
+    ranked = _Ranked(-values, of)
+    positive = positive[ranked.order]
+
+    def measure(weights: np.ndarray) -> np.ndarray:
+        drawn = weights[:, ranked.of]
+        positives = ranked.groups(drawn * positive)
+        precision = _divide(positives.cumsum(axis=1), ranked.groups(drawn).cumsum(axis=1), where_zero=0.0)
+        return _divide((positives * precision).sum(axis=1), positives.sum(axis=1))
+
+    return _in_chunks(measure, len(values))
+
+
+def spearman(a: np.ndarray, b: np.ndarray, of: np.ndarray) -> Metric:
+    """Spearman's rank correlation of two quantities (k,): Pearson's of their ranks, ties at their mean rank."""
+    ranked = [_Ranked(values, of) for values in (a, b)]
+
+    def measure(weights: np.ndarray) -> np.ndarray:
+        drawn = weights[:, of]
+        total = drawn.sum(axis=1, keepdims=True)
+        x, y = (part.ranks(weights) - (total + 1) / 2 for part in ranked)
+        xy, xx, yy = (np.einsum("bk,bk,bk->b", drawn, *pair) for pair in ((x, y), (x, x), (y, y)))
+        return _divide(xy, np.sqrt(xx * yy))
+
+    return _in_chunks(measure, len(a))
+
+
+class _Ranked:
+    """Values (k,) in ascending order, in groups of equal ones.
+
+    Attributes:
+        order: (k,) indices that sort the values. of: (k,) their conversations in that order.
+    """
+
+    def __init__(self, values: np.ndarray, of: np.ndarray):
+        self.order = np.argsort(values, kind="stable")
+        self.of = of[self.order]
+        ascending = values[self.order]
+        new = np.concatenate([[True], ascending[1:] != ascending[:-1]])
+        self.starts = np.flatnonzero(new)
+        self.group = np.empty(len(values), dtype=int)  # of each value, in the original order
+        self.group[self.order] = new.cumsum() - 1
+
+    def groups(self, ordered: np.ndarray) -> np.ndarray:
+        """(B, groups) sums over groups of (B, k) in ascending order."""
+        return ordered if len(self.starts) == ordered.shape[1] else np.add.reduceat(ordered, self.starts, axis=1)
+
+    def ranks(self, weights: np.ndarray) -> np.ndarray:
+        """(B, k) mean ranks in the original order, from 1."""
+        sizes = self.groups(weights[:, self.of])
+        return (sizes.cumsum(axis=1) - (sizes - 1) / 2)[:, self.group]
+
+
+def _in_chunks(measure: Metric, size: int) -> Metric:
+    """`measure` for any number of resamples, a few at a time, so that memory stays small."""
+    rows = max(1, ELEMENTS // size)
+
+    def measured(weights: np.ndarray) -> np.ndarray:
+        weights = weights.astype(np.float64)
+        return np.concatenate([measure(weights[i : i + rows]) for i in range(0, len(weights), rows)])
+
+    return measured
+
+
+def _divide(a: np.ndarray, b: np.ndarray, where_zero: float = np.nan) -> np.ndarray:
+    """a / b, and `where_zero` where b is 0."""
+    return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, where_zero), where=b != 0)

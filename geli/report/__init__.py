@@ -1,0 +1,1 @@
+"""What the stages report: files, tables, pictures and a page for each run."""
