@@ -106,7 +106,7 @@ def affects(table, path: Path) -> list[Path]:
     for box, name in zip(boxes["boxes"], groups, strict=True):
         box.set_facecolor(AFFECT_COLORS[name])
     axis.invert_yaxis()
-    axis.set(xlabel="predicted reward (box: quartiles; whiskers: 1.5 times their range)", ylabel="affect (turns)")
+    axis.set(xlabel="predicted reward", ylabel="affect (turns)")
     return _save_both(figure, path)
 
 
@@ -123,14 +123,16 @@ def learning(rows: list[dict], path: Path) -> list[Path]:
     Args:
         rows: what was logged, each with `step`.
     """
-    shown = {title: names for title, names in LEARNING.items() if any(name in row for row in rows for name in names)}
+    shown = {title: names for title, names in LEARNING.items() if any(names[0] in row for row in rows)}
     figure, axes = _figure(1, len(shown), 3.1 * len(shown), 3)
-    styles = {"training": dict(color=GRAY, lw=0.8), "validation": dict(color=BLUE, marker="o", ms=3, lw=1.4)}
-    for axis, (title, names) in zip(axes[0], shown.items(), strict=True):
-        for name, (label, style) in zip(names, styles.items(), strict=True):
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=label, **style)
+    for axis, (title, (training, validation)) in zip(axes[0], shown.items(), strict=True):
+        steps, values = (np.array([row[key] for row in rows if training in row]) for key in ("step", training))
+        axis.plot(steps, values, color=GRAY, lw=0.5, alpha=0.35)
+        window = max(1, len(steps) // 25)
+        axis.plot(steps[window - 1 :], _moving_mean(values, window), color=GRAY, label=f"training, mean of {window}")
+        if any(validation in row for row in rows):
+            steps, values = (np.array([row[key] for row in rows if validation in row]) for key in ("step", validation))
+            axis.plot(steps, values, color=BLUE, marker="o", ms=3, lw=1.4, label="validation")
         axis.set(xlabel="optimizer step", title=title)
         axis.set_ylim(bottom=0)
     axes[0, 0].legend(frameon=False)

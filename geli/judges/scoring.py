@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import binomtest
 
+from geli.statistics import Estimate, interval, resample
+
 BOOTSTRAP = 10_000  # repetitions
 VALUES = (1, 0, -1)
 OUTCOMES = ("win", "tie", "loss")  # of the first response, for each of `VALUES`
@@ -19,16 +21,17 @@ def count_votes(votes: np.ndarray) -> np.ndarray:
     return np.stack([(votes == value).sum(0) for value in VALUES], axis=-1)
 
 
-def interval(counts: np.ndarray, seed: int) -> np.ndarray:
-    """(3, 3): the share of each of `VALUES`, and the ends of its 95% bootstrap interval over prompts; NaN if nobody
-    voted. Args: counts: (prompts, 3)."""
+def shares(counts: np.ndarray, seed: int) -> list[Estimate]:
+    """The share of each of `VALUES` with its 95% bootstrap interval over prompts; NaN if nobody voted. Args: counts:
+    (prompts, 3)."""
     counts = counts[counts.sum(1) > 0]
     n = len(counts)
     if not n:
-        return np.full((3, 3), np.nan)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=BOOTSTRAP) @ counts
-    low, high = np.quantile(drawn / drawn.sum(1, keepdims=True), [0.025, 0.975], axis=0)
-    return np.stack([counts.sum(0) / counts.sum(), low, high], axis=-1)
+        return [Estimate(np.nan, np.nan, np.nan)] * len(VALUES)
+    drawn = resample(n, BOOTSTRAP, seed) @ counts
+    samples = drawn / drawn.sum(1, keepdims=True)
+    measured = counts.sum(0) / counts.sum()
+    return [interval(value, of_value, n) for value, of_value in zip(measured, samples.T, strict=True)]
 
 
 def sign_test(counts: np.ndarray) -> float:
@@ -71,7 +74,7 @@ def score(votes: np.ndarray, criteria: Sequence[str], seed: int) -> list[dict]:
     tests = [sign_test(count) for count in counts]
     for name, count, p, corrected in zip(criteria, counts, tests, holm(tests), strict=True):
         row = {"criterion": name, "votes": int(count.sum())}
-        for outcome, (share, low, high) in zip(OUTCOMES, interval(count, seed).tolist(), strict=True):
+        for outcome, (share, low, high) in zip(OUTCOMES, shares(count, seed), strict=True):
             row |= {outcome: share, f"{outcome}_low": low, f"{outcome}_high": high}
         rows.append({**row, "p": p, "p_holm": float(corrected), "alpha": alpha(count)})
     return rows

@@ -172,7 +172,7 @@ def checkpoint_at(steps: Sequence[dict], target: float, saved: Sequence[int]) ->
     kl = {row["step"]: row["kl"] for row in steps}
     last = max(kl)
     means = {step: np.mean([kl[min(step + i, last)] for i in range(1, KL_WINDOW + 1)]) for step in saved}
-    return min(saved, key=lambda step: abs(means[step] - target))
+    return min(saved, key=lambda step: (abs(means[step] - target), -step))
 
 
 def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:

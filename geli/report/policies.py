@@ -157,7 +157,7 @@ def policy_page(run: PolicyRun, pictures: dict[str, tuple[Path, str]]) -> Page:
         Section("Time", "Slowest part first.", seconds_table(parts_of(run))),
         Section("Options", "Those that differ from the defaults come first.",
                 changed_options(run.arguments, run.defaults), folded=True),
-        Section("Versions", rows=[versions()]),
+        Section("Versions", rows=[{"package": k, "version": v} for k, v in versions().items()], folded=True),
     ]  # fmt: skip
     links = [(ancestor.label, ancestor.report) for ancestor in lineage(run.head)]
     return Page(f"{run.title}, run {run.arguments['exp_name']}", summary, links, sections)

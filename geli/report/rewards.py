@@ -175,7 +175,7 @@ def write_pictures(run: RewardRun, tracker: Tracker, folder: Path) -> dict[str, 
         "learning": "Losses by optimizer step.",
         "val_turn_rewards": "Predicted reward along two validation conversations, with the listener's affect above.",
         "val_returns": "The return that the turn rewards predict, against the score that was given.",
-        "val_affects": "Predicted rewards by the listener's affect.",
+        "val_affects": "Predicted rewards by the listener's affect: quartiles, and whiskers of 1.5 times their range.",
     }
     png = {name: folder / f"{name}_{tracker.name}.png" for name in captions}
     written = []
@@ -243,7 +243,7 @@ def reward_page(run: RewardRun, tracker: Tracker, pictures: dict[str, tuple[Path
         Section("Time", "Of this process, slowest part first.", seconds_table(run.seconds)),
         Section("Options", "Those that differ from the defaults come first.",
                 changed_options(run.arguments, run.defaults), folded=True),
-        Section("Versions", rows=[versions()]),
+        Section("Versions", rows=[{"package": k, "version": v} for k, v in versions().items()], folded=True),
     ]  # fmt: skip
     links = [(ancestor.label, ancestor.report) for ancestor in lineage(run.started_from)]
     return Page(f"{run.title}: run {tracker.name}", summary, links, sections)

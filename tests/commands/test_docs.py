@@ -68,7 +68,15 @@ def test_files_that_pages_name_exist(page):
 
 def test_pages_use_options_that_exist():
     known = {*re.findall(r"`(--\w+)`", options_page())}
-    for script in ("sample_candor", "compare", "tiny_models", "closed_loop", "human_eval"):
+    for script in (
+        "sample_candor",
+        "compare",
+        "tiny_models",
+        "closed_loop",
+        "evaluate_rewards",
+        "when_geli_helps",
+        "human_eval",
+    ):
         known |= {*re.findall(r'"(--\w+)"', (ROOT / f"tools/{script}.py").read_text())}
     for script in ROOT.glob("benchmarks/*.py"):
         known |= {*re.findall(r'"(--\w+)"', script.read_text())}

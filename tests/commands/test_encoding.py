@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 from conftest import call_script
+from no_pictures import without_pictures
 
-from geli import plots
 from geli.nets.encoder import TurnEncoder, load_encoder
 from geli.nets.features import encoder_fingerprint
 
@@ -17,8 +17,7 @@ from geli.nets.features import encoder_fingerprint
 def quick(monkeypatch):
     """Without wandb and pictures."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    for picture in ("turn_rewards", "returns"):
-        monkeypatch.setattr(plots, picture, lambda *arguments: arguments[-1])
+    without_pictures(monkeypatch)
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def test_conversations_that_a_head_was_trained_on_are_warned_of(evaluated, monke
     [
         (["missing"], "missing: expected a run name or the path of a reward1_ file"),
         (["a=li", "a=ge-0"], "a: two rows of the table have this name"),
-        (["li", "--reward_class", "enjoy"], "was trained for overall_affect, others for enjoy"),
+        (["li", "--reward_class", "you_are_funny"], "was trained for overall_affect, others for you_are_funny"),
         (["li", "--truth", "nowhere.csv"], "--truth nowhere.csv: expected a CSV file"),
     ],
 )
@@ -90,12 +90,10 @@ def test_mistakes_are_answered_in_one_line(evaluated, words, message):
 
 
 def test_a_truth_that_misses_turns_is_refused(sample, tmp_path):
-    table = pd.read_csv(sample / "truth.csv")
-    table.iloc[: len(table) // 2].to_csv(tmp_path / "truth.csv", index=False)
-    data = DataOptions(str(sample))
-    half = Evaluation.of(data, [], cache=None, val_all=False, truth=tmp_path / "truth.csv")
-    with pytest.raises(UserError, match="no hidden reward for"):
-        compare(half, {"x": []})
+    pd.read_csv(sample / "truth.csv").head(3).to_csv(tmp_path / "truth.csv", index=False)
+    some = Evaluation.of(DataOptions(str(sample)), [], cache=None, val_all=False, truth=tmp_path / "truth.csv")
+    with pytest.raises(UserError, match=r"has no hidden reward for \d+ of the \d+ validation turns"):
+        compare(some, {})
 
 
 def test_differences_are_paired(sample):

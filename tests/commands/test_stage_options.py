@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, call_script, small_model
+from no_pictures import without_pictures
 from options_table import options_page
 from textblob import TextBlob
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -21,7 +22,6 @@ from turn_sets import trajectory, turn_set
 
 import train_rl_GELI
 from data_utils import make_trajectory, read_corpus, split, turn_text
-from geli import plots
 from geli.data.candor import REWARD_CLASSES, read_conversation
 from geli.data.writer import write_conversation
 from geli.nets import encoder as encoder_module
@@ -53,8 +53,7 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "disabled")
         patch.setattr(train_rl_GELI, "parse_options", parse_short)
-        for picture in ("turn_rewards", "returns", "ppo"):
-            patch.setattr(plots, picture, lambda *arguments: arguments[-1])
+        without_pictures(patch)
         yield
 
 

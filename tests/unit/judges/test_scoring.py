@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from geli.judges.scoring import alpha, count_votes, for_print, holm, interval, score, sign_test
+from geli.judges.scoring import alpha, count_votes, for_print, holm, score, shares, sign_test
 
 NAN = np.nan
 WIN, TIE, LOSS = [1, 0, 0], [0, 1, 0], [0, 0, 1]
@@ -21,23 +21,23 @@ def test_votes_are_counted_by_hand():
 
 
 def test_an_interval_of_two_prompts_by_hand():
-    found = interval(np.array([WIN, LOSS]), seed=0)  # of resamples a quarter are all wins, a quarter all losses
-    assert found.tolist() == [[0.5, 0, 1], [0, 0, 0], [0.5, 0, 1]]
+    found = shares(np.array([WIN, LOSS]), seed=0)  # of resamples a quarter are all wins, a quarter all losses
+    assert found == [(0.5, 0, 1), (0, 0, 0), (0.5, 0, 1)]
 
 
 def test_prompts_without_votes_do_not_count():
     with_empty = np.array([WIN, WIN, LOSS, [0, 0, 0]])
-    assert interval(with_empty, seed=0).tolist() == interval(with_empty[:3], seed=0).tolist()
-    assert np.isnan(interval(with_empty[3:], seed=0)).all()
+    assert shares(with_empty, seed=0) == shares(with_empty[:3], seed=0)
+    assert np.isnan(shares(with_empty[3:], seed=0)).all()
 
 
 def test_raters_who_always_agree_are_worth_no_more_than_one():
     counts = np.array([WIN] * 12 + [TIE] * 5 + [LOSS] * 8)
-    assert interval(3 * counts, seed=1).tolist() == interval(counts, seed=1).tolist()
+    assert shares(3 * counts, seed=1) == shares(counts, seed=1)
 
 
 def test_an_interval_is_that_of_a_normal_distribution_for_many_prompts():
-    share, low, high = interval(np.array([WIN] * 240 + [LOSS] * 160), seed=0)[0]
+    share, low, high = shares(np.array([WIN] * 240 + [LOSS] * 160), seed=0)[0]
     half = 1.96 * np.sqrt(0.6 * 0.4 / 400)
     assert share == 0.6 and (low, high) == (pytest.approx(0.6 - half, abs=0.004), pytest.approx(0.6 + half, abs=0.004))
 
@@ -120,7 +120,7 @@ def test_exchanging_the_policies_exchanges_wins_and_losses():
 def test_intervals_narrow_with_the_number_of_prompts():
     widths = []
     for size in (10, 40, 160, 640):
-        _, low, high = interval(np.array([WIN, LOSS] * (size // 2)), seed=0)[0]
+        _, low, high = shares(np.array([WIN, LOSS] * (size // 2)), seed=0)[0]
         widths.append(high - low)
     assert widths == sorted(widths, reverse=True)
 

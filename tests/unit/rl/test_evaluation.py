@@ -26,7 +26,8 @@ def accelerator():
 
 
 def some_prompts(n=10):
-    return prompts(np.random.default_rng(0), n)
+    """Prompts of n conversations."""
+    return [prompt._replace(name=f"{i}/0/1") for i, prompt in enumerate(prompts(np.random.default_rng(0), n))]
 
 
 def test_the_metrics_are_those_of_the_responses(policy, accelerator):

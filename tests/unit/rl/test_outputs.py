@@ -65,7 +65,7 @@ def test_a_checkpoint_every_10_steps_and_at_the_last(tmp_path):
         if step == 10:
             assert names(tmp_path) == ["GELI_llama_10", "GELI_llama_steps.csv"]
     written = run.finish()
-    assert [path.name for path in written] == ["GELI_llama_25", "GELI_llama_steps.csv", "GELI_llama_ppo.png"]
+    assert [path.name for path in written] == ["GELI_llama_25", "GELI_llama_steps.csv"]
     assert names(tmp_path) == sorted([*(path.name for path in written), "GELI_llama_10", "GELI_llama_20"])
     table = pd.read_csv(tmp_path / "GELI_llama_steps.csv")
     assert table["step"].tolist() == list(range(1, 26)) and (table["kl"] == 4).all()
@@ -75,7 +75,7 @@ def test_a_checkpoint_every_10_steps_and_at_the_last(tmp_path):
 def test_a_run_that_changes_no_policy_saves_none(tmp_path):
     run = recorder(tmp_path, steps=1, saves=False)
     run.step(1, FINE)
-    assert [path.name for path in run.finish()] == ["GELI_llama_steps.csv", "GELI_llama_ppo.png"]
+    assert [path.name for path in run.finish()] == ["GELI_llama_steps.csv"]
 
 
 def test_a_warning_is_given_once_a_run_even_if_it_is_resumed(tmp_path, monkeypatch):
