@@ -8,7 +8,6 @@ from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, roc_auc_score
 from turn_sets import trajectory, turn_set
 
-from geli.evaluation import metrics as module
 from geli.evaluation.metrics import HeldOut, average_precision, metrics, roc_auc, spearman
 
 TURNS = turn_set(
@@ -75,13 +74,3 @@ def test_a_weight_is_the_number_of_times_that_a_conversation_is_there(case):
     found["rho"] = spearman(a, b, of)(weights[None])[0]
     peers["rho"] = spearmanr(a[rows], b[rows]).statistic if varied else np.nan
     assert found == pytest.approx(peers, nan_ok=True)
-
-
-def test_many_resamples_are_measured_a_few_at_a_time(monkeypatch):
-    rng = np.random.default_rng(0)
-    values, happy, of = rng.normal(size=40), rng.random(40) < 0.4, rng.integers(5, size=40)
-    weights = rng.integers(3, size=(30, 5))
-    whole = [metric(weights) for metric in (roc_auc(happy, values, of), spearman(values, values**3, of))]
-    monkeypatch.setattr(module, "ELEMENTS", 100)
-    parts = [metric(weights) for metric in (roc_auc(happy, values, of), spearman(values, values**3, of))]
-    assert np.allclose(whole, parts, equal_nan=True)
