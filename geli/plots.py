@@ -151,29 +151,46 @@ def ppo(steps, path: Path) -> list[Path]:
         steps: table with the columns step and score_mean, and optionally human_score_mean, kl, response_length_mean and
             distinct_2.
     """
-    figure, axes = _figure(2, 2, 9, 6)
-    (score, kl), (tradeoff, text) = axes
-    score.plot(steps["step"], steps["score_mean"], label="policy", color=GREEN)
+    drawn = [_score_by_step]
+    drawn += [_kl_by_step, _score_by_kl] if "kl" in steps else []
+    drawn += [_text_by_step] if "response_length_mean" in steps else []
+    rows = -(-len(drawn) // 2)
+    figure, axes = _figure(rows, 2, 9, 3 * rows)
+    for axis, draw in zip(axes.flat, drawn, strict=False):
+        draw(axis, steps)
+    for axis in axes.flat[len(drawn) :]:
+        axis.remove()
+    return _save_both(figure, path)
+
+
+def _score_by_step(axis, steps) -> None:
+    axis.plot(steps["step"], steps["score_mean"], label="policy", color=GREEN)
     if "human_score_mean" in steps:
-        score.plot(steps["step"], steps["human_score_mean"], label="human answer", color=GRAY, lw=0.9)
-    score.set(xlabel="step", ylabel="mean reward")
-    score.legend(frameon=False)
-    if "kl" in steps:
-        kl.plot(steps["step"], steps["kl"], color=RED)
-        points = tradeoff.scatter(steps["kl"], steps["score_mean"], c=steps["step"], s=14, cmap="cividis")
-        figure.colorbar(points, label="step")
-    kl.set(xlabel="step", ylabel="KL to the reference (nats a response)")
-    tradeoff.set(xlabel="KL to the reference (nats a response)", ylabel="mean reward")
-    if "response_length_mean" in steps:
-        text.plot(steps["step"], steps["response_length_mean"], color=BLUE)
-    text.set(xlabel="step")
-    text.set_ylabel("response length (tokens)", color=BLUE)
+        axis.plot(steps["step"], steps["human_score_mean"], label="human answer", color=GRAY, lw=0.9)
+    axis.set(xlabel="step", ylabel="mean reward")
+    axis.legend(frameon=False)
+
+
+def _kl_by_step(axis, steps) -> None:
+    axis.plot(steps["step"], steps["kl"], color=RED)
+    axis.set(xlabel="step", ylabel="KL to the reference (nats a response)")
+
+
+def _score_by_kl(axis, steps) -> None:
+    points = axis.scatter(steps["kl"], steps["score_mean"], c=steps["step"], s=14, cmap="cividis")
+    axis.figure.colorbar(points, label="step")
+    axis.set(xlabel="KL to the reference (nats a response)", ylabel="mean reward")
+
+
+def _text_by_step(axis, steps) -> None:
+    axis.plot(steps["step"], steps["response_length_mean"], color=BLUE)
+    axis.set_xlabel("step")
+    axis.set_ylabel("response length (tokens)", color=BLUE)
     if "distinct_2" in steps:
-        diversity = text.twinx()
+        diversity = axis.twinx()
         diversity.plot(steps["step"], steps["distinct_2"], color=ORANGE)
         diversity.set_ylabel("distinct-2", color=ORANGE)
         diversity.set_ylim(0, 1.02)
-    return _save_both(figure, path)
 
 
 def before_after(metrics: dict[str, dict], path: Path) -> list[Path]:
@@ -187,7 +204,7 @@ def before_after(metrics: dict[str, dict], path: Path) -> list[Path]:
     figure, axes = _figure(1, 1, 5.4, 0.9 + 0.5 * len(shown))
     axis = axes[0, 0]
     for place, (found, color) in enumerate(zip(shown.values(), (GRAY, GREEN, BLUE), strict=False)):
-        value, low, high = (found[name] for name in ("reward", "reward_low", "reward_high"))
+        value, low, high = (found.get(name) for name in ("reward", "reward_low", "reward_high"))
         error = None if low is None else [[value - low], [high - value]]
         axis.errorbar(value, place, xerr=error, fmt="o", color=color, capsize=4)
     axis.set_yticks(range(len(shown)), list(shown))

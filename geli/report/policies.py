@@ -105,11 +105,20 @@ def response_table(run: PolicyRun) -> pd.DataFrame:
 
 def metric_rows(metrics: dict[str, dict]) -> list[dict]:
     """A row for each metric, with columns for the reference, the tuned policy, the gain and the human answers."""
-    columns = {when: metrics.get(when, {}) for when in ("before", "after", "gain", "human")}
+    columns = {when: _with_interval(metrics.get(when, {})) for when in ("before", "after", "gain", "human")}
     return [
         {"on held-out prompts": key, **{when: column.get(key) for when, column in columns.items()}}
-        for key in metrics["before"]
+        for key in columns["before"]
     ]
+
+
+def _with_interval(found: dict) -> dict:
+    """The metrics, with the reward and its interval in one cell."""
+    low, high = found.get("reward_low"), found.get("reward_high")
+    shown = {key: value for key, value in found.items() if key not in ("reward_low", "reward_high")}
+    if low is not None:
+        shown["reward"] = f"{found['reward']:.3f} [{low:.3f}, {high:.3f}]"
+    return shown
 
 
 def write_pictures(run: PolicyRun) -> dict[str, tuple[Path, str]]:
