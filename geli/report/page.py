@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from geli.run.console import is_main_process
 from geli.run.files import atomic_path
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -44,6 +45,8 @@ class Page:
 
 def write_page(page: Page, path: Path) -> Path:
     """Writes the page; returns `path`. It needs no other file: pictures are in it."""
+    if not is_main_process():  # only the main process has written the pictures
+        return path
     from jinja2 import Environment  # slow to import
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
