@@ -253,28 +253,30 @@ def curves(rewards: dict[str, list[list[float]]], target: float, path: Path) -> 
     return _save(figure, path)
 
 
-def closed_loop(runs: dict[str, list[list[dict]]], path: Path, window: int = 5) -> Path:
+def closed_loop(runs: dict[str, list[list[dict]]], path: Path, window: int = 3) -> list[Path]:
     """Proxy reward (the one trained on) and hidden reward of the policy's responses in training, against the KL to the
-    reference (as Gao et al., ICML 2023, draw over-optimization); returns `path`.
+    reference (as Gao et al., ICML 2023, draw over-optimization); returns the paths of a PNG and a PDF.
 
     Args:
-        runs: reward -> a list of steps (step, kl, score_mean, gold_mean) for each seed. window: steps averaged.
+        runs: reward -> a list of steps (step, kl, score_mean, score_std, gold_mean) for each seed.
+        window: steps averaged.
     """
-    figure, axes = _figure(1, 2, 9, 3.4)
-    titles = {"gold_mean": "hidden reward", "score_mean": "proxy reward (first steps 0, last 1)"}
-    for axis, (column, label) in zip(axes[0], titles.items(), strict=True):
-        for (name, seeds), color in zip(runs.items(), OKABE_ITO, strict=False):
-            for i, steps in enumerate(seeds):
-                if column == "score_mean" and name == "random":
-                    continue
-                mean_of = max(1, min(window, len(steps) // 2))
-                kl, value = (_moving_mean([row[key] for row in steps], mean_of) for key in ("kl", column))
-                if column == "score_mean" and value[-1] != value[0]:
-                    value = (value - value[0]) / abs(value[-1] - value[0])
-                axis.plot(kl, value, color=color, lw=1.2, label=None if i else name)
-        axis.set(xlabel="KL to the reference (nats a response)", ylabel=label)
-    axes[0, 0].legend(frameon=False)
-    return _save(figure, path)
+    figure, axes = _figure(1, 2, 9, 3.6)
+    hidden, proxy = axes[0]
+    for (name, seeds), color in zip(runs.items(), OKABE_ITO, strict=False):
+        for i, steps in enumerate(seeds):
+            kl, gold, score, spread = (
+                _moving_mean([row[key] for row in steps], min(window, len(steps)))
+                for key in ("kl", "gold_mean", "score_mean", "score_std")
+            )
+            style = dict(color=color, lw=1.3, alpha=0.85, label=None if i else name)
+            hidden.plot(kl, gold, **style)
+            if name != "random" and spread[0] > 0:
+                proxy.plot(kl, (score - score[0]) / spread[0], **style)
+    hidden.set(xlabel="KL to the reference (nats a response)", ylabel="hidden reward")
+    proxy.set(xlabel="KL to the reference (nats a response)", ylabel="gain in proxy reward (standard deviations)")
+    hidden.legend(frameon=False, title="trained on")
+    return _save_both(figure, path)
 
 
 def sweeps(rows: list[dict], labels: dict[str, str], path: Path) -> list[Path]:

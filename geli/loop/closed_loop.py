@@ -209,5 +209,5 @@ def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:
     saved = sorted(int(p.name.rpartition("_")[2]) for p in stem.parent.glob(f"{stem.name}_[0-9]*") if p.is_dir())
     step = checkpoint_at(steps, options.target_kl, saved)
     policy.load(f"{stem}_{step}")
-    kept = [{key: row.get(key) for key in ("step", "kl", "score_mean", "gold_mean")} for row in steps]
+    kept = [{key: row.get(key) for key in ("step", "kl", "score_mean", "score_std", "gold_mean")} for row in steps]
     write_json(result_path(options, run), {**run._asdict(), "checkpoint": step, **evaluate(), "steps": kept})

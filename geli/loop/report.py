@@ -114,7 +114,7 @@ def write_report(results: Sequence[dict], references: dict[int, dict], out: Path
     for (reward, algo), runs in grouped(results).items():
         if algo == first:
             curves[reward] = [run["steps"] for run in runs]
-    paths.append(plots.closed_loop(curves, out / "closed_loop.png"))
+    paths += plots.closed_loop(curves, out / "closed_loop.png")
     prompts = len(results[0]["prompts"])
     print(format_table(tables["closed_loop"], f"\nHidden reward of responses to {prompts} held-out prompts a seed"))
     print(format_table(tables["phrases"], "\nWords and marks by the change of their share of responses, in points"))
