@@ -119,7 +119,7 @@ from geli.run.gradients import NotFinite, apply_gradients
 from geli.run.lock import reward_run_to_resume
 from geli.run.timing import Clock
 from geli.run.tracking import Tracker
-from geli.run.training import train_steps
+from geli.run.training import Stage, train_steps
 from models import (
     contrastive_term,
     geli_loss,
@@ -354,9 +354,8 @@ def train(
     return dict(stage.best)
 
 
-class GELITraining:
-    """Trains a head on the GELI loss (or GE alone), with a learning rate that decays linearly to 0 (a
-    `training.Stage`).
+class GELITraining(Stage):
+    """Trains a head on the GELI loss (or GE alone), with a learning rate that decays linearly to 0.
 
     Args:
         head: trained in place; its configuration says whether it learns LI. features: of turns; trains the encoder too

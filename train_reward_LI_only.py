@@ -82,7 +82,7 @@ from geli.run.gradients import NotFinite, apply_gradients
 from geli.run.lock import reward_run_to_resume
 from geli.run.timing import Clock
 from geli.run.tracking import Tracker
-from geli.run.training import train_steps
+from geli.run.training import Stage, train_steps
 from models import (
     contrastive_term,
     head_rewards,
@@ -188,8 +188,8 @@ def new_head(options: Options, encoder: TurnEncoder, encoder_path: Path, trainin
     return head
 
 
-class LITraining:
-    """Trains encoder and head on the LI loss, with a learning rate that decays linearly to 0 (a `training.Stage`).
+class LITraining(Stage):
+    """Trains encoder and head on the LI loss, with a learning rate that decays linearly to 0.
 
     Args:
         encoder, head: trained in place. training: turns to train on.

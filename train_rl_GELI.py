@@ -205,6 +205,12 @@ class RLOptions:
     ppo_off: bool = option(False, "with --train: generate and score, without updates")
     val_prompts: int = option(96, "how many held-out prompts", type=positive_int)
     steps: int = option(200, "PPO steps", type=positive_int)
+    stop_kl: float | None = option(
+        None,
+        "ppo: end before --steps when the mean KL of two steps reaches it, in nats a response (default: never)",
+        type=positive_float,
+        metavar="NATS",
+    )
 
 
 @dataclass(frozen=True)
@@ -244,6 +250,8 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         for word in rl.trl or ():  # options by which TRL sends prompts and responses elsewhere
             if word.partition("=")[0].startswith(("report_to", "log_completions", "push_to_hub", "hub_")):
                 parser.error(f"--trl {word}: it can send conversations elsewhere: give --log_text if they may")
+    if rl.stop_kl and rl.algo != "ppo":
+        parser.error("--stop_kl is for --algo ppo")
     if rl.ppo_off and not algorithm.skips_updates:
         parser.error("--ppo_off is for --algo ppo")
     for name, given in {"ppo_off": rl.ppo_off, "resume": run_options.resume, "sft_steps": rl.sft_steps}.items():
@@ -287,7 +295,7 @@ from geli.run.lock import RunLock, lock_to_resume
 from geli.run.sharding import shard
 from geli.run.timing import Clock
 from geli.run.tracking import Tracker
-from geli.run.training import train_steps
+from geli.run.training import Stage, train_steps
 
 
 def main(options: Options) -> None:
@@ -555,8 +563,8 @@ def hash_inputs(prompts: list[Prompt], head_path: Path | None) -> dict[str, str]
 # Training
 
 
-class PPOTraining:
-    """PPO steps (`models.PPO.step`) over shuffled prompts (a `training.Stage`)."""
+class PPOTraining(Stage):
+    """PPO steps (`models.PPO.step`) over shuffled prompts."""
 
     def __init__(self, ppo: PPO, prompts: list[Prompt], recorder: Recorder, options: Options):
         self.ppo, self.prompts, self.recorder, self.options = ppo, prompts, recorder, options
@@ -581,8 +589,11 @@ class PPOTraining:
         return logged
 
     def after_step(self, step: int, logged: dict[str, float]) -> bool:
-        """Records what was logged, and saves the adapter at intervals."""
-        self.recorder.step(step, logged)
+        """Records what was logged, and saves the adapter at intervals; with `--stop_kl` sees whether to end."""
+        stop_kl, kl = self.options.rl.stop_kl, logged.get("kl", 0.0)
+        before = self.recorder.rows[-1].get("kl", 0.0) if self.recorder.rows else 0.0
+        self.finished = stop_kl is not None and (before + kl) / 2 >= stop_kl
+        self.recorder.step(step, logged, last=self.finished)
         return False
 
     def batch_ids(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from geli.data.candor import ANSWER_LIMITS, FACES, FEATURES_FILE, REWARD_CLASSES, SURVEY_FILE, TRANSCRIPTS
@@ -32,7 +33,37 @@ def write_conversation(
     Raises:
         ValueError: for a face class or a question that CANDOR does not have, or an answer out of the question's range.
     """
-    _check(faces, answers)
+    for *_, face in faces:
+        if face not in FACES:
+            raise ValueError(f"face class {face!r}, expected one of {', '.join(FACES)}")
+    seconds = range(int(turns[-1][2]) + 1 if turns else 0)
+    frames = {}
+    for user in dict.fromkeys([*answers, *(turn[0] for turn in turns)]):
+        spans = [span for span in faces if span[0] == user]
+        shown = (next((face for _, start, stop, face in spans if start <= s <= stop), "neutral") for s in seconds)
+        frames[user] = [
+            None if (user, second) in lost else _frame(face) for second, face in zip(seconds, shown, strict=True)
+        ]
+    write_conversation_of_frames(folder, turns, frames, answers)
+
+
+def write_conversation_of_frames(
+    folder: Path,
+    turns: Sequence[tuple[str, float, float, str]],
+    frames: Mapping[str, Sequence[Sequence[float] | None]],
+    answers: Mapping[str, Mapping[str, float]],
+) -> None:
+    """As `write_conversation`, with the face probabilities of each second.
+
+    Args:
+        frames: user id -> for second 0, 1, … the eight probabilities in the order of `FACES`; None where the face was
+            lost (empty cells).
+
+    Raises:
+        ValueError: for anything but eight probabilities, a question that CANDOR does not have, or an answer out of the
+            question's range.
+    """
+    _check(frames, answers)
     (folder / "transcription").mkdir(parents=True, exist_ok=True)
     rows = list(_transcript_rows(turns))
     for name in TRANSCRIPTS:  # the three differ in how they cut speech into turns, which is given here
@@ -41,23 +72,21 @@ def write_conversation(
         _write(folder / "transcription" / f"transcript_{name}.csv", TRANSCRIPT_COLUMNS + more, padded)
 
     columns = ["user_id", "timedelta", *(f"prob_face_{face}" for face in FACES)]
-    rows = []
-    for user in dict.fromkeys([*answers, *(turn[0] for turn in turns)]):
-        spans = [span for span in faces if span[0] == user]
-        for second in range(int(turns[-1][2]) + 1 if turns else 0):
-            shown = next((face for _, start, stop, face in spans if start <= second <= stop), "neutral")
-            cells = [""] * len(FACES) if (user, second) in lost else _frame(shown)
-            rows.append([user, _timedelta(second), *cells])
+    rows = [
+        [user, _timedelta(second), *([""] * len(FACES) if frame is None else frame)]
+        for user, shown in frames.items()
+        for second, frame in enumerate(shown)
+    ]
     _write(folder / FEATURES_FILE, columns, rows)
 
     survey = [[user, *(given.get(question, "") for question in REWARD_CLASSES)] for user, given in answers.items()]
     _write(folder / SURVEY_FILE, ["user_id", *REWARD_CLASSES], survey)
 
 
-def _check(faces, answers: dict[str, dict[str, float]]) -> None:
-    for *_, face in faces:
-        if face not in FACES:
-            raise ValueError(f"face class {face!r}, expected one of {', '.join(FACES)}")
+def _check(frames: Mapping[str, Sequence[Sequence[float] | None]], answers: Mapping[str, Mapping[str, float]]) -> None:
+    for frame in (frame for shown in frames.values() for frame in shown if frame is not None):
+        if len(frame) != len(FACES) or not all(0 <= probability <= 1 for probability in frame):
+            raise ValueError(f"face probabilities {list(frame)}, expected {len(FACES)} numbers from 0 to 1")
     for question, answer in (item for given in answers.values() for item in given.items()):
         if question not in REWARD_CLASSES:
             raise ValueError(f"survey question {question!r}, expected one of {', '.join(REWARD_CLASSES)}")

@@ -8,12 +8,11 @@ Everything is run by the commands that users run, in processes of their own. Wha
 not run again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -33,8 +32,6 @@ HEADS = ("GELI", "GE", "LI")
 REWARDS = (*HEADS, "truth", "random")
 CONTEXT_TURNS = 2  # of heads and policies: on CaSiNo more turns cost time and help no head
 TRAIN_CONVERSATIONS = 980  # of the heads; CaSiNo has 1,030
-SAVE_STEPS = 1  # between checkpoints, one of which is evaluated
-KL_WINDOW = 2  # steps whose mean KL is taken for that of the policy before them
 
 
 @dataclass(frozen=True)
@@ -45,9 +42,8 @@ class LoopOptions:
         out: folder of everything. data_dir: corpus in CANDOR's layout. encoder: hub id or folder, of the heads.
         policy: `--model_name`. seeds: of everything but the planted corpus. algorithms: of `--algo`; all rewards are
             tried with the first of them, GELI with all.
-        steps: PPO steps. prompts: held-out prompts. device: `--device`.
-        dtype: `--dtype` of the policies. target_kl: nats a response; of each run the checkpoint is evaluated whose KL
-            in training was closest to it.
+        steps: of training at most. prompts: held-out prompts. device: `--device`.
+        dtype: `--dtype` of the policies. target_kl: nats a response, at which PPO ends.
     """
 
     out: Path
@@ -56,9 +52,9 @@ class LoopOptions:
     policy: str = "smollm2"
     seeds: tuple[int, ...] = (0, 1, 2)
     algorithms: tuple[str, ...] = ("ppo", "rloo", "grpo")
-    steps: int = 12
+    steps: int = 30
     prompts: int = 256
-    target_kl: float = 6.0
+    target_kl: float = 5.0
     device: str = "cpu"
     dtype: str = "auto"
 
@@ -113,8 +109,8 @@ def policy_command(options: LoopOptions, run: PolicyRun) -> list:
         "train_rl_GELI.py", "--train", "--preset", "small", "--prompt_format", "chat", "--model_name", options.policy,
         "--exp_name", run.name, "--steps", options.steps, "--algo", run.algo, "--seed", run.seed, *reward,
         "--gold_function", HIDDEN, "--data_dir", options.out / "candor", "--output_dir", options.out / "policies",
-        "--context_turns", CONTEXT_TURNS, "--save_steps", SAVE_STEPS, "--device", options.device,
-        "--dtype", options.dtype, *(["--resume"] if run.algo == "ppo" else []),
+        "--context_turns", CONTEXT_TURNS, "--save_steps", 10, "--device", options.device,
+        "--dtype", options.dtype, *(["--resume", "--stop_kl", options.target_kl] if run.algo == "ppo" else []),
     ]  # fmt: skip
 
 
@@ -166,18 +162,9 @@ def evaluation_arguments(options: LoopOptions, run: PolicyRun) -> list:
     ]  # fmt: skip
 
 
-def checkpoint_at(steps: Sequence[dict], target: float, saved: Sequence[int]) -> int:
-    """The saved step whose policy's KL is closest to `target`. It is judged by the mean KL of the next `KL_WINDOW`
-    training steps, whose responses it and its successors gave; that of the last step by its own."""
-    kl = {row["step"]: row["kl"] for row in steps}
-    last = max(kl)
-    means = {step: np.mean([kl[min(step + i, last)] for i in range(1, KL_WINDOW + 1)]) for step in saved}
-    return min(saved, key=lambda step: (abs(means[step] - target), -step))
-
-
 def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:
-    """Samples responses to held-out prompts by the run's checkpoint at the target KL, and by the reference policy if
-    no run of this seed did yet; writes both results."""
+    """Samples responses to held-out prompts by the run's policy, and by the reference policy if no run of this seed did
+    yet; writes both results."""
     seed_everything(run.seed)
     accelerator, preset = make_accelerator(options.device, options.dtype, "float32"), PPO_PRESETS["small"]
     data = DataOptions(str(options.out / "candor"), context_turns=CONTEXT_TURNS, train_size=None)
@@ -206,8 +193,6 @@ def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:
             write_json(reference, evaluate() | {"human": human})
     stem = options.out / "policies" / "rlmf_weights" / f"{run.name}_{policy_name(options)}"
     steps = pd.read_csv(f"{stem}_steps.csv").to_dict("records")
-    saved = sorted(int(p.name.rpartition("_")[2]) for p in stem.parent.glob(f"{stem.name}_[0-9]*") if p.is_dir())
-    step = checkpoint_at(steps, options.target_kl, saved)
-    policy.load(f"{stem}_{step}")
+    policy.load(f"{stem}_{steps[-1]['step']}")
     kept = [{key: row.get(key) for key in ("step", "kl", "score_mean", "score_std", "gold_mean")} for row in steps]
-    write_json(result_path(options, run), {**run._asdict(), "checkpoint": step, **evaluate(), "steps": kept})
+    write_json(result_path(options, run), {**run._asdict(), **evaluate(), "steps": kept})

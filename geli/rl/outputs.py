@@ -115,8 +115,8 @@ class Recorder:
         self.checkpoint = Path(state["checkpoint"]) if state["checkpoint"] else None
         self._bar.update(len(self.rows))
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Records the metrics of a step.
+    def step(self, step: int, metrics: dict[str, float], last: bool = False) -> None:
+        """Records the metrics of a step. Args: last: whether the run ends with it.
 
         Raises:
             UserError: if some of them are not finite.
@@ -134,7 +134,7 @@ class Recorder:
             if check not in self._warned:  # once a run
                 self._warned.add(check)
                 self._bar.write(f"Step {step}: {problem}.")
-        if step % self.save_every == 0 or step == self.steps:
+        if step % self.save_every == 0 or step == self.steps or last:
             self._save(step)
 
     def _save(self, step: int) -> None:

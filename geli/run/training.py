@@ -10,7 +10,13 @@ from geli.run.tracking import Tracker
 
 
 class Stage(Protocol):
-    """What a stage does in each step of `train_steps`."""
+    """What a stage does in each step of `train_steps`.
+
+    Attributes:
+        finished: whether training ends with the step that was done last, although more were to come.
+    """
+
+    finished: bool = False
 
     def step(self, step: int) -> dict[str, float]:
         """Computes a loss, updates the parameters, and returns what is logged. Raises `NotFinite` instead of applying
@@ -52,3 +58,5 @@ def train_steps(
                 tracker.log(logged, step)
             if checkpointer:
                 checkpointer.done(step, save=improved)
+            if stage.finished:
+                break

@@ -129,3 +129,15 @@ def test_a_preset_sets_the_defaults_of_other_options(monkeypatch):
     assert given.ppo.learning_rate == 1.4e-5 and given.ppo.beta == PPO_PRESETS["small"].beta
     with pytest.raises(SystemExit):
         train_rl_GELI.parse_options(["--train", "--preset", "huge"])
+
+
+def test_training_ends_at_a_kl(stage_3, tiny, tmp_path):
+    """With a threshold that the second step reaches, the run ends there and keeps that policy."""
+    options = ("--train", "--reward_function", "functions:words", "--learning_rate", 0.05, "--steps", 6)
+    stage_3(tiny / "llama", *options, "--stop_kl", 1e-6)
+    steps = pd.read_csv(tmp_path / "rlmf_weights" / "GELI_llama_steps.csv")
+    last = len(steps)
+    assert 2 <= last < 6 and steps["kl"].iloc[-2:].mean() >= 1e-6 > steps["kl"].iloc[0]
+    assert (tmp_path / "rlmf_weights" / f"GELI_llama_{last}").is_dir()
+    printed = stage_3(tiny / "llama", "--train", "--algo", "grpo", "--stop_kl", 1, check=2)
+    assert "--stop_kl is for --algo ppo" in printed.stderr

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import safetensors.torch
 import torch
+from no_pictures import save_pixel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (lazy there)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
@@ -105,7 +106,7 @@ def child(script: str, arguments: list[str], log: str, event=None, torn=None, st
     os.dup2(output, 2)
     sys.argv = [script, *arguments]
     arm(event, torn, step, signal)
-    plots._save = lambda figure, path: path.touch() or path
+    plots._save = save_pixel
     module, code = importlib.import_module(Path(script).stem), 0
     try:
         options = module.parse_options()
