@@ -10,14 +10,15 @@ import pytest
 import torch
 import wandb
 from conftest import call_script, run_script, small_model
+from no_pictures import without_pictures
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
 import train_rl_GELI
 from data_utils import make_prompts, read_corpus, split
-from geli import plots
 from geli.nets.policy import load_policy
 
+OF_BASE = {f"GELI_llama_base{end}" for end in (".json", "_report.html", "_before_after.png")}
 WARM = ("--train", "--sft_steps", 3, "--sft_learning_rate", 5e-3)
 
 
@@ -33,7 +34,7 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "disabled")
         patch.setattr(train_rl_GELI, "parse_options", parse_short)
-        patch.setattr(plots, "ppo", lambda *arguments: arguments[-1])
+        without_pictures(patch)
         yield
 
 
@@ -74,12 +75,11 @@ def test_sft_alone_makes_held_out_human_answers_likelier(stage_3, held_out, tiny
     printed = stage_3("--rf_model", "base", "--val", *WARM, "--sft_steps", 30).stdout
     assert "no RL" in printed and "SFT: " in printed
     weights = tmp_path / "rlmf_weights"
-    names = sorted(path.name for path in weights.iterdir())
-    assert names == ["GELI_llama_base.json", "GELI_llama_sft"]
+    assert {path.name for path in weights.iterdir()} == {"GELI_llama_sft", *OF_BASE}
     folders = (tiny / "llama", weights / "GELI_llama_sft")
     before, after = (nats_a_token(policy_of(path), held_out[:24]) for path in folders)
     assert after < before - 0.02  # the tokens that it hardly knows yet are frozen: there is little to gain
-    assert set(json.loads((weights / names[0]).read_text())["metrics"]) == {"before", "human"}
+    assert set(json.loads((weights / "GELI_llama_base.json").read_text())["metrics"]) == {"before", "human"}
     assert json.loads((weights / "GELI_llama_sft" / "config.json").read_text())["use_cache"]
 
 
@@ -144,8 +144,9 @@ def test_an_earlier_runs_adapters_keep_the_model_that_they_belong_to(stage_3, tm
 def test_losses_are_logged_and_wandbs_steps_only_increase(stage_3, monkeypatch):
     logged = []
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(wandb.Run, "log", lambda self, values, step: logged.append((step, set(values))))
+    monkeypatch.setattr(wandb.Run, "log", lambda self, values, step=None: logged.append((step, set(values))))
     stage_3(*WARM)
+    assert logged.pop() == (None, {"report/training"})  # the picture, at wandb's own next step
     assert [step for step, _ in logged] == list(range(1, 6))
     assert all(keys == {"sft/loss"} for _, keys in logged[:3])
     assert all("ppo/kl" in keys for _, keys in logged[3:])

@@ -566,7 +566,8 @@ def test_base_is_the_reference_policy_and_is_not_trained(stages):
     printed = stages.ppo("--rf_model", "base", "--train", "--val", "--generate", "--exp_name", "b").stdout
     assert "nothing is trained" in printed and "Reward head: " in printed
     weights = stages.folder / "rlmf_weights"
-    assert sorted(path.name for path in weights.glob("b_*")) == ["b_llama_base.json", "b_llama_base_responses.csv"]
+    ends = (".json", "_responses.csv", "_report.html", "_before_after.png")
+    assert {path.name for path in weights.glob("b_*")} == {f"b_llama_base{end}" for end in ends}
     assert set(json.loads((weights / "b_llama_base.json").read_text())["metrics"]) == {"before", "human"}
     assert "give --val or --generate" in stages.ppo("--rf_model", "base", "--train", check=2).stderr
 

@@ -164,7 +164,8 @@ def test_ppo_gives_what_one_process_gives(runs, name):
     folders = [out / "rlmf_weights" for out in (runs.one, getattr(runs, name))]
     first, second = (metrics_of(folder, "GELI_llama.json") for folder in folders)
     for when in ("before", "after"):
-        assert second[when] == pytest.approx(first[when], rel=1e-3, abs=1e-3)
+        numbers, others = ({k: v for k, v in found[when].items() if v is not None} for found in (first, second))
+        assert others == pytest.approx(numbers, rel=1e-3, abs=1e-3)  # the prompts' one conversation has no interval
     for step in (1, 2):
         for file in ("adapter_model.safetensors", "value_head.safetensors"):
             assert_same_weights(*(f / f"GELI_llama_{step}" / file for f in folders), {}, atol=1e-4, least=1e-3)

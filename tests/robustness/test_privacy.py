@@ -201,7 +201,7 @@ import sys, train_reward_LI_only as stage
 from geli.run.errors import run
 def fail(*_, **__):
     raise RuntimeError("{CONVERSATION}: {TEXT} of {USER}")
-stage.write_validation = fail
+stage.finish_run = fail
 sys.argv[0] = "train_reward_LI_only.py"
 run(lambda: stage.main(stage.parse_options()))
 """

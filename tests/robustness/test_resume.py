@@ -34,6 +34,7 @@ STAGES = {
     ),
     3: ("train_rl_GELI.py", "--train --val --rf_model GELI --steps 7 --batch_size 4 --val_prompts 4"),
 }
+PATHS_INSIDE = ("README.md", "adapter_config.json")  # files of the adapter that name folders
 FOLDERS = {1: "SINGLE_*", 2: "visual_*", 3: "rlmf_weights"}  # the folders that the stages write to
 
 
@@ -111,7 +112,7 @@ class Stage:
         return sorted(self.folder().glob("state_*/step_*.pt"))
 
     def results(self) -> dict[str, bytes | str]:
-        """Name -> content of what the stage has made; seconds are left out."""
+        """Name -> content of what the stage has made; seconds, and the pages that tell them, are left out."""
         folder, found = self.folder(), {}
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
@@ -120,7 +121,11 @@ class Stage:
             elif path.suffix == ".csv":
                 table = pd.read_csv(path)
                 found[name] = table[[c for c in table if not c.startswith("seconds_")]].to_csv()
-            elif path.is_file() and path.suffix != ".png" and path.name not in ("README.md", "adapter_config.json"):
+            elif (
+                path.is_file()
+                and path.suffix not in (".png", ".html")
+                and path.name not in ("README.md", "adapter_config.json")
+            ):
                 found[name] = path.read_bytes()
         return found
 

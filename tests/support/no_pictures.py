@@ -4,6 +4,7 @@ import base64
 from pathlib import Path
 
 from geli import plots
+from geli.run.files import atomic_path
 
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg==")
 
@@ -16,5 +17,6 @@ def without_pictures(patch) -> None:
 
 def save_pixel(figure, path: Path) -> Path:
     """In place of `plots._save`."""
-    path.write_bytes(PIXEL)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(PIXEL)
     return path
