@@ -29,9 +29,11 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument(
         "--algorithms", nargs="+", default=["ppo", "rloo", "grpo"], help="as --algo of train_rl_GELI.py"
     )
-    parser.add_argument("--steps", type=positive_int, default=30, help="steps of each policy, at most")
+    parser.add_argument("--steps", type=positive_int, default=16, help="steps of each policy, at most")
     parser.add_argument("--prompts", type=positive_int, default=256, help="held-out prompts of a seed")
-    parser.add_argument("--target_kl", type=positive_float, default=5.0, help="nats a response at which PPO ends")
+    parser.add_argument(
+        "--target_kl", type=positive_float, default=5.0, help="nats a response at which policies are compared"
+    )
     parser.add_argument("--device", default="cpu", help="as in the commands")
     parser.add_argument("--dtype", default="auto", help="of the policies, as in train_rl_GELI.py")
     parser.add_argument(

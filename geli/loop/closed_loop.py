@@ -8,11 +8,12 @@ Everything is run by the commands that users run, in processes of their own. Wha
 not run again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -32,6 +33,8 @@ HEADS = ("GELI", "GE", "LI")
 REWARDS = (*HEADS, "truth", "random")
 CONTEXT_TURNS = 2  # of heads and policies: on CaSiNo more turns cost time and help no head
 TRAIN_CONVERSATIONS = 980  # of the heads; CaSiNo has 1,030
+STOP_AT = 1.4  # times the target KL: PPO goes past it, so that checkpoints on both sides are known
+KL_WINDOW = 2  # training steps whose mean KL is taken for that of the checkpoint before them
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class LoopOptions:
         policy: `--model_name`. seeds: of everything but the planted corpus. algorithms: of `--algo`; all rewards are
             tried with the first of them, GELI with all.
         steps: of training at most. prompts: held-out prompts. device: `--device`.
-        dtype: `--dtype` of the policies. target_kl: nats a response, at which PPO ends.
+        dtype: `--dtype` of the policies. target_kl: nats a response; of each run the checkpoint is
+            evaluated whose KL was closest to it.
     """
 
     out: Path
@@ -52,7 +56,7 @@ class LoopOptions:
     policy: str = "smollm2"
     seeds: tuple[int, ...] = (0, 1, 2)
     algorithms: tuple[str, ...] = ("ppo", "rloo", "grpo")
-    steps: int = 30
+    steps: int = 16
     prompts: int = 256
     target_kl: float = 5.0
     device: str = "cpu"
@@ -109,8 +113,8 @@ def policy_command(options: LoopOptions, run: PolicyRun) -> list:
         "train_rl_GELI.py", "--train", "--preset", "small", "--prompt_format", "chat", "--model_name", options.policy,
         "--exp_name", run.name, "--steps", options.steps, "--algo", run.algo, "--seed", run.seed, *reward,
         "--gold_function", HIDDEN, "--data_dir", options.out / "candor", "--output_dir", options.out / "policies",
-        "--context_turns", CONTEXT_TURNS, "--save_steps", 10, "--device", options.device,
-        "--dtype", options.dtype, *(["--resume", "--stop_kl", options.target_kl] if run.algo == "ppo" else []),
+        "--context_turns", CONTEXT_TURNS, "--save_steps", 1, "--device", options.device,
+        "--dtype", options.dtype, *(["--resume", "--stop_kl", STOP_AT * options.target_kl] if run.algo == "ppo" else []),
     ]  # fmt: skip
 
 
@@ -162,9 +166,17 @@ def evaluation_arguments(options: LoopOptions, run: PolicyRun) -> list:
     ]  # fmt: skip
 
 
+def checkpoint_at(steps: Sequence[dict], target: float) -> int:
+    """The step whose policy's KL is closest to `target`, judged by the mean KL of the next `KL_WINDOW` training steps,
+    whose responses it and its successors gave; that of the last step by its own."""
+    kl = [row["kl"] for row in steps]
+    means = [np.mean(kl[place + 1 : place + 1 + KL_WINDOW] or kl[-1:]) for place in range(len(kl))]
+    return steps[int(np.argmin(np.abs(np.array(means) - target)))]["step"]
+
+
 def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:
-    """Samples responses to held-out prompts by the run's policy, and by the reference policy if no run of this seed did
-    yet; writes both results."""
+    """Samples responses to held-out prompts by the run's checkpoint at the target KL, and by the reference policy if
+    no run of this seed did yet; writes both results."""
     seed_everything(run.seed)
     accelerator, preset = make_accelerator(options.device, options.dtype, "float32"), PPO_PRESETS["small"]
     data = DataOptions(str(options.out / "candor"), context_turns=CONTEXT_TURNS, train_size=None)
@@ -193,6 +205,7 @@ def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:
             write_json(reference, evaluate() | {"human": human})
     stem = options.out / "policies" / "rlmf_weights" / f"{run.name}_{policy_name(options)}"
     steps = pd.read_csv(f"{stem}_steps.csv").to_dict("records")
-    policy.load(f"{stem}_{steps[-1]['step']}")
+    step = checkpoint_at(steps, options.target_kl)
+    policy.load(f"{stem}_{step}")
     kept = [{key: row.get(key) for key in ("step", "kl", "score_mean", "score_std", "gold_mean")} for row in steps]
-    write_json(result_path(options, run), {**run._asdict(), **evaluate(), "steps": kept})
+    write_json(result_path(options, run), {**run._asdict(), "checkpoint": step, **evaluate(), "steps": kept})

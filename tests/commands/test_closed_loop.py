@@ -7,7 +7,7 @@ from conftest import call_script
 from small_models import chat_model
 
 from geli.loop import closed_loop
-from geli.loop.closed_loop import LoopOptions, PolicyRun
+from geli.loop.closed_loop import LoopOptions, PolicyRun, checkpoint_at
 from geli.loop.report import gains, phrases
 
 
@@ -54,6 +54,12 @@ def test_a_result_is_that_of_the_responses(looped):
     assert [row["step"] for row in found["steps"]] == [1, 2]
     first = found["steps"][0]
     assert first["gold_mean"] == pytest.approx(first["score_mean"], abs=1e-4)  # it is trained on the truth
+
+
+def test_the_checkpoint_closest_to_the_kl_is_chosen():
+    steps = [{"step": i, "kl": float(i)} for i in range(1, 31)]
+    assert checkpoint_at(steps, 12.6) == 11  # steps 12 and 13 have the mean 12.5
+    assert checkpoint_at(steps, 100.0) == 29 and checkpoint_at(steps[:1], 5.0) == 1
 
 
 def results(*golds, reference=(0.1, 0.2, 0.3)):
