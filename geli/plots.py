@@ -64,7 +64,8 @@ def turn_rewards(table, path: Path, conversations: int = 2) -> list[Path]:
         affect.bar(middle, 1, width, color=colors)
         reward.sharex(affect)
         affect.set_title(f"conversation {i + 1}: the listener's affect", fontsize=9, loc="left")
-        affect.set(xticks=[], yticks=[], ylim=(0, 1))
+        affect.set(yticks=[], ylim=(0, 1))
+        affect.tick_params(bottom=False, labelbottom=False)
         affect.spines[:].set_visible(False)
         reward.bar(middle, rows["reward"], width, color=BLUE, edgecolor="white", lw=0.3)
         reward.axhline(0, color="black", lw=0.6)
@@ -173,7 +174,7 @@ def _score_by_step(axis, steps) -> None:
 
 def _kl_by_step(axis, steps) -> None:
     axis.plot(steps["step"], steps["kl"], color=RED)
-    axis.set(xlabel="step", ylabel="KL to the reference (nats a response)")
+    axis.set(xlabel="step", ylabel="KL (nats a response)")
 
 
 def _score_by_kl(axis, steps) -> None:
