@@ -115,14 +115,11 @@ class Policy(nn.Module):
             states that they were sampled from, for `logprobs_from_hidden`.
         """
         uniforms = uniforms.to(query.device, torch.float64)
-        decoder = self._decoder(query, query_mask, room=uniforms.shape[1])
+        decoder = self.decoder(query, query_mask, room=uniforms.shape[1])
         response = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
         ended, states = torch.zeros(len(query), dtype=torch.bool, device=query.device), []
         for step in range(1, uniforms.shape[1] + 1):
-            cumulative = self._logits(decoder.state).double().softmax(dim=-1).cumsum(dim=-1)
-            goal = uniforms[:, step - 1 : step] * cumulative[:, -1:]
-            token = torch.searchsorted(cumulative, goal, right=True).squeeze(1).clamp(max=cumulative.shape[1] - 1)
-            token = token.masked_fill(ended, self.pad)
+            token = self.sample(decoder.state, uniforms[:, step - 1]).masked_fill(ended, self.pad)
             response = torch.cat([response, token[:, None]], dim=1)
             states.append(decoder.state)
             ended |= token == self.end
@@ -134,8 +131,20 @@ class Policy(nn.Module):
             decoder.read(token)
         return response, torch.stack(states, dim=1)
 
-    def _decoder(self, query: torch.Tensor, query_mask: torch.Tensor, room: int) -> CausalDecoder | EncoderDecoder:
-        """What reads the prompts, and then the tokens of their responses."""
+    def sample(self, states: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        """(n,) next tokens, at temperature 1 from the full distribution.
+
+        Args:
+            states: (n, hidden) a decoder's `state`. uniforms: (n,) float64 in [0, 1), which select the tokens by
+                inverse transform sampling.
+        """
+        cumulative = self._logits(states).double().softmax(dim=-1).cumsum(dim=-1)
+        goal = uniforms[:, None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, goal, right=True).squeeze(1)
+        return token.clamp(max=cumulative.shape[1] - 1)
+
+    def decoder(self, query: torch.Tensor, query_mask: torch.Tensor, room: int) -> CausalDecoder | EncoderDecoder:
+        """What reads the prompts (see `generate`), and then at most `room` tokens of their responses."""
         base = self.model.get_base_model()
         if self.has_encoder:
             return EncoderDecoder(base, query, query_mask)
@@ -294,22 +303,29 @@ def saved_prompt_format(folder: str | Path) -> str:
 
 
 def load_policy(
-    name: str, rank: int, alpha: int, dtype: torch.dtype, trust_remote_code: bool = False, prompt_format: str = "raw"
+    name: str,
+    rank: int,
+    alpha: int,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    prompt_format: str = "raw",
+    option: str = "--model_name",
 ) -> Policy:
     """Loads a language model (hub id or folder) as a policy with a new adapter, which does not change its output yet.
 
     Args:
         rank, alpha: of LoRA (Hu et al., 2022). dtype: of the frozen weights; the adapter is float32.
         trust_remote_code: run code that the model brings along. prompt_format: a key of `PROMPT_FORMATS`.
+        option: the option that names it, for error messages.
 
     Raises:
         UserError: if the model cannot be loaded, or its tokenizer lacks what the prompt format needs.
     """
-    tokenizer = load_pretrained(AutoTokenizer, name, "--model_name", trust_remote_code)
-    config = load_pretrained(AutoConfig, name, "--model_name", trust_remote_code)
+    tokenizer = load_pretrained(AutoTokenizer, name, option, trust_remote_code)
+    config = load_pretrained(AutoConfig, name, option, trust_remote_code)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = load_pretrained(kind, name, "--model_name", trust_remote_code, config=config, dtype=dtype)
-    check_vocabulary(tokenizer, model, name, "--model_name")
+    model = load_pretrained(kind, name, option, trust_remote_code, config=config, dtype=dtype)
+    check_vocabulary(tokenizer, model, name, option)
     return adapt_policy(model, tokenizer, rank, alpha, prompt_format)
 
 

@@ -349,9 +349,10 @@ SLOW = {"transformers", "peft", "trl", "sklearn", "scipy", "wandb", "matplotlib"
 
 def test_the_list_of_commands_is_complete():
     assert SCRIPTS == [
-        "tools/casino_to_candor.py", "tools/closed_loop.py", "tools/compare.py", "tools/convert_corpus.py",
-        "tools/demo_report.py", "tools/evaluate_rewards.py", "tools/human_eval.py", "tools/plant_truth.py",
-        "tools/real_llama.py", "tools/sample_candor.py", "tools/tiny_models.py", "tools/when_geli_helps.py",
+        "tools/calls_to_candor.py", "tools/casino_to_candor.py", "tools/chat.py", "tools/closed_loop.py",
+        "tools/compare.py", "tools/convert_corpus.py", "tools/demo_report.py", "tools/evaluate_rewards.py",
+        "tools/forget.py", "tools/human_eval.py", "tools/plant_truth.py", "tools/real_llama.py",
+        "tools/sample_candor.py", "tools/tiny_models.py", "tools/when_geli_helps.py",
         "train_reward_GELI.py", "train_reward_LI_only.py", "train_rl_GELI.py",
     ]  # fmt: skip
 

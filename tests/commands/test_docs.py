@@ -69,6 +69,9 @@ def test_files_that_pages_name_exist(page):
 def test_pages_use_options_that_exist():
     known = {*re.findall(r"`(--\w+)`", options_page())}
     for script in (
+        "calls_to_candor",
+        "chat",
+        "forget",
         "sample_candor",
         "compare",
         "tiny_models",
@@ -81,6 +84,7 @@ def test_pages_use_options_that_exist():
     for script in ROOT.glob("benchmarks/*.py"):
         known |= {*re.findall(r'"(--\w+)"', script.read_text())}
     known |= {"--help", "--wide", "--config_file", "--standalone", "--nproc_per_node"}  # argparse, extending.md, torch
+    known |= {"--no"}  # pip's --no-deps
     for page in PAGES:
         found = set(re.findall(r"(?<![\w-])(--[a-zA-Z]\w*)", page.read_text()))
         if page.name not in ("hostile_inputs.md", "hostile_data.md"):

@@ -1,0 +1,117 @@
+"""Talk to a policy in the terminal, and collect what is said as training data if people agree.
+
+    python tools/chat.py --weights rlmf_weights/GELI_llama_200
+    python tools/chat.py --weights rlmf_weights/GELI_llama_200 --compare --collect my_talks
+
+Shows each reply as it grows, and its turn reward by the head that the policy was trained with. --help lists the
+options, and /help the commands of a conversation.
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
+
+from geli.data.candor import REWARD_CLASSES
+from geli.people.survey import new_user_id, user_id
+from geli.run.errors import run
+from geli.run.options import new_parser, positive_int, seed
+
+
+def parse_options(argv: Sequence[str] | None = None):
+    """The options on the command line."""
+    parser = new_parser("Talk to a policy, and collect what is said if people agree.")
+    parser.add_argument(
+        "--weights", required=True, help="a checkpoint rlmf_weights/EXP_MODEL_STEP, or any language model: a hub id, a "
+        "folder, or a short name as of train_rl_GELI.py (no default)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--base_model", help="the model under the checkpoint's adapter, hub id or folder (default: the recorded one)"
+    )
+    parser.add_argument("--compare", action="store_true", help="also show what the base policy replies")
+    parser.add_argument(
+        "--reward_path", metavar="HEAD", help="run name or path of the reward head (default: the one that the policy "
+        "was trained with)",
+    )  # fmt: skip
+    parser.add_argument("--lang_model_path", help="encoder of a published head, which records none")
+    parser.add_argument(
+        "--collect", type=Path, metavar="DIR", help="store rated conversations in this folder, if people agree "
+        "(default: store nothing)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reward_class", choices=REWARD_CLASSES, metavar="CLASS", help="the survey question that /rate asks, one of "
+        f"{', '.join(REWARD_CLASSES)} (default: the reward head's, else overall_affect)",
+    )  # fmt: skip
+    parser.add_argument("--user", type=user_id, help="id of the person who talks (default: a random one)")
+    parser.add_argument(
+        "--context_turns", type=positive_int, help="turns of history that the policy reads (default: as in training, "
+        "else 10)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt_format", choices=("raw", "chat"), help="how the policy reads the history (default: as in training, "
+        "else raw)",
+    )  # fmt: skip
+    parser.add_argument("--output_dir", default=".", help="folder of the runs, for names of reward heads")
+    parser.add_argument("--seed", type=seed, help="seed of the replies' sampling (default: another every time)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="as in training")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as in training")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run code that a model's folder or hub repository brings along"
+    )
+    return parser.parse_args(argv)
+
+
+# Parsed before the imports below, which take seconds, so that --help and mistakes in options are answered at once.
+OPTIONS = parse_options() if __name__ == "__main__" else None
+
+from geli.people.collect import Collection
+from geli.people.partner import Partner, load_partner, training_of
+from geli.people.rewards import TurnRewards, load_rewards
+from geli.people.talk import Talk
+from geli.people.terminal import Terminal
+from geli.run.distributed import make_accelerator
+from geli.run.errors import UserError
+from models import find_head
+
+
+def find_reward(options) -> Path | None:
+    """The reward head's file: the named one, else the one that the policy was trained with; None if there is none."""
+    if options.reward_path:
+        return find_head(options.reward_path, options.output_dir)
+    path = training_of(options.weights).reward_head
+    if path is None:
+        print(f"No rewards: no head is recorded beside {options.weights}; name one with --reward_path")
+    elif not path.is_file():
+        print(f"No rewards: {options.weights} was trained with {path}, which is not there; name it with --reward_path")
+        return None
+    return path
+
+
+def load(options) -> tuple[Partner, TurnRewards | None]:
+    """The policy, and what gives rewards."""
+    accelerator, trust = make_accelerator(options.device, options.dtype, cpu_dtype="float32"), options.trust_remote_code
+    head = find_reward(options)
+    print(f"Loading {options.weights} …", flush=True)
+    partner = load_partner(
+        options.weights, accelerator, cache_dir=Path(options.output_dir) / "cache", base_model=options.base_model,
+        prompt_format=options.prompt_format, context_turns=options.context_turns, trust_remote_code=trust,
+    )  # fmt: skip
+    if options.compare and not partner.tuned:
+        raise UserError(f"--compare: {options.weights} has no adapter, so there is no base policy beside it")
+    return partner, head and load_rewards(head, accelerator, options.lang_model_path, trust)
+
+
+def main(options) -> None:
+    """Loads the policy and its reward, and talks."""
+    collection = options.collect and Collection(options.collect)
+    partner, scorer = load(options)
+    user, settings = options.user or new_user_id(), {} if options.seed is None else {"seed": options.seed}
+    reward_class = options.reward_class or (scorer and scorer.head.config.reward_class) or "overall_affect"
+    new_talk = partial(Talk, partner, scorer, user=user, **settings)
+    Terminal(new_talk, options.compare, collection, reward_class).run()
+
+
+if __name__ == "__main__":
+    run(partial(main, OPTIONS))
