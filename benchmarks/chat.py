@@ -28,7 +28,7 @@ SENTENCES = (
     "Yes, and the tomatoes are nearly ripe.", "That is lovely, I have never grown any vegetables myself.",
     "You should try it, a pot on the balcony is enough to begin with.", "Which kind would you recommend to a beginner?",
     "Radishes, because you can eat them after four weeks.", "Four weeks sounds like something that I could wait for.",
-    "And if they do not grow, you have lost nothing but a bag of seeds.", "What else do you do when you are not outside?",
+    "If they do not grow, you have lost nothing but a bag of seeds.", "What else do you do when you are not outside?",
 )  # fmt: skip
 
 
@@ -60,14 +60,14 @@ def new_talk(partner: Partner, scorer: TurnRewards, number: int) -> Talk:
     return talk
 
 
-def time_generate(talk: Talk) -> float:
+def time_generate(talk: Talk) -> dict[str, float]:
     """Seconds of `generate` for the first token."""
     policy = talk.partner.policy
     query, mask = policy.tokenize([talk.prompt(len(talk.turns))])
     settings = dict(max_new_tokens=1, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=policy.pad)
     started = time.perf_counter()
     policy.model.generate(input_ids=query, attention_mask=mask, **settings)
-    return time.perf_counter() - started
+    return {"generate, one token": time.perf_counter() - started}
 
 
 def time_reply(talk: Talk) -> dict[str, float]:
@@ -106,9 +106,8 @@ def main() -> None:
     found: dict[str, list[float]] = {}
     for number in range(args.prompts):
         talk = new_talk(partner, scorer, number)
-        order = (lambda: {"generate, one token": time_generate(talk)}, lambda: time_reply(talk))
-        for measure in order if number % 2 else order[::-1]:
-            for name, seconds in measure().items():
+        for measure in (time_generate, time_reply)[:: 1 if number % 2 else -1]:
+            for name, seconds in measure(talk).items():
                 found.setdefault(name, []).append(seconds)
             talk.turns = talk.turns[:9]
     rows = []

@@ -67,7 +67,7 @@ def parse_options(argv: Sequence[str] | None = None):
 OPTIONS = parse_options() if __name__ == "__main__" else None
 
 from geli.people.collect import Collection
-from geli.people.partner import Partner, load_partner, training_of
+from geli.people.partner import Partner, is_checkpoint, load_partner, training_of
 from geli.people.rewards import TurnRewards, load_rewards
 from geli.people.talk import Talk
 from geli.people.terminal import Terminal
@@ -91,6 +91,8 @@ def find_reward(options) -> Path | None:
 
 def load(options) -> tuple[Partner, TurnRewards | None]:
     """The policy, and what gives rewards."""
+    if options.compare and not is_checkpoint(options.weights):
+        raise UserError(f"--compare: {options.weights} has no adapter, so there is no base policy beside it")
     accelerator, trust = make_accelerator(options.device, options.dtype, cpu_dtype="float32"), options.trust_remote_code
     head = find_reward(options)
     print(f"Loading {options.weights} …", flush=True)
@@ -98,8 +100,6 @@ def load(options) -> tuple[Partner, TurnRewards | None]:
         options.weights, accelerator, cache_dir=Path(options.output_dir) / "cache", base_model=options.base_model,
         prompt_format=options.prompt_format, context_turns=options.context_turns, trust_remote_code=trust,
     )  # fmt: skip
-    if options.compare and not partner.tuned:
-        raise UserError(f"--compare: {options.weights} has no adapter, so there is no base policy beside it")
     return partner, head and load_rewards(head, accelerator, options.lang_model_path, trust)
 
 

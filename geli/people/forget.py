@@ -12,9 +12,10 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from geli.data.cache import CHECKSUM_BYTES
-from geli.data.candor import SURVEY_FILE
+from geli.data.candor import MOST_BYTES, SURVEY_FILE
 from geli.evaluation.checks import conversations_seen
 from geli.people.collect import BROKEN_OFF
+from geli.people.survey import PARTNER_PREFIX
 from geli.run.errors import UserError, first_line
 from geli.run.files import TEMPORARY, read_json_or_empty, temporary_name
 from models import load_reward_head
@@ -63,8 +64,12 @@ def find_traces(user: str, data_dirs: Sequence[Path], output_dir: Path) -> Trace
         output_dir: `--output_dir` of the three commands.
 
     Raises:
-        UserError: if a folder is missing, or there is no conversation of that person.
+        UserError: if a folder is missing, the id is a policy's, or there is no conversation of that person.
     """
+    if user.startswith(PARTNER_PREFIX):
+        raise UserError(
+            f"{user}: expected the id of a person, found a policy's, which speaks in everybody's conversations"
+        )
     if missing := [path for path in (*data_dirs, output_dir) if not path.is_dir()]:
         raise UserError(f"{missing[0]}: expected a folder, found none")
     traces, looked_at, quotes = Traces(), 0, set()
@@ -79,9 +84,10 @@ def find_traces(user: str, data_dirs: Sequence[Path], output_dir: Path) -> Trace
             quotes |= quotes_of(folder)
     find_caches(user, output_dir / "cache", traces)
     if not traces.ids:
+        unclear = "".join(f"; {path}: {why}" for path, why in traces.unclear.items())
         raise UserError(
             f"{user}: expected an id that speaks in a conversation under {', '.join(map(str, data_dirs))}, found none "
-            f"in {looked_at:,} folders, nor in {output_dir / 'cache'}"
+            f"in {looked_at:,} folders, nor in {output_dir / 'cache'}{unclear}"
         )
     find_heads(output_dir, traces)
     find_policies(data_dirs, output_dir, traces)
@@ -153,6 +159,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file; none of what is no file, such as a pipe."""
     if not path.is_file():
         return []
+    csv.field_size_limit(MOST_BYTES)  # as for readers of the data
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -198,7 +205,8 @@ def find_heads(output_dir: Path, traces: Traces) -> None:
         if not content:
             traces.unclear[record] = "not the record of a run"
             continue
-        validated = traces.ids.intersection(map(str, content.get("validation_conversations") or ()))
+        listed = content.get("validation_conversations")
+        validated = traces.ids.intersection(map(str, listed if isinstance(listed, list) else ()))
         try:
             seen = conversations_seen(head, load_reward_head(head).config) if head.is_file() else frozenset()
         except UserError as error:

@@ -149,6 +149,11 @@ def training_of(weights: str | Path) -> Training:
     )
 
 
+def is_checkpoint(weights: str) -> bool:
+    """Whether `weights` is a folder with an adapter; otherwise it is a whole model."""
+    return (Path(weights) / "adapter_config.json").is_file()
+
+
 def load_partner(
     weights: str,
     accelerator: Accelerator,
@@ -172,7 +177,7 @@ def load_partner(
         UserError: if it cannot be loaded.
     """
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    tuned, trained = (Path(weights) / "adapter_config.json").is_file(), training_of(weights)
+    tuned, trained = is_checkpoint(weights), training_of(weights)
     if tuned:
         base, scale = base_model or base_of_checkpoint(weights), lora_of(weights)
         prompt_format = prompt_format or saved_prompt_format(weights)

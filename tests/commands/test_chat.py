@@ -274,20 +274,19 @@ def test_a_person_is_forgotten(trained, monkeypatch):
         return call_script(FORGET, "ann", "--data_dir", trained.talks, "--output_dir", trained.runs, *more, check=check)
 
     before = sorted(trained.talks.rglob("*"))
+    gone = {path.parent for path in trained.talks.rglob("survey.csv") if "ann" in path.read_text()}
     refused = forget(answer="y\n", check=2)
     assert (
         "nothing was removed: expected the answer yes" in refused.stderr and sorted(trained.talks.rglob("*")) == before
     )
     done = forget(answer="yes\n").stdout
     assert done.count(" conversation ") == 7 and "Removed 7 conversations" in done  # one was broken off
-    for named in (
-        "reward1_li",
-        "reward1_geli",
-        "GELI_llama.json",
-        "GELI_llama_responses.csv",
-        "val_turn_rewards_geli.csv",
-    ):
+    for named in ("reward1_li", "reward1_geli", "GELI_llama.json", "GELI_llama_responses.csv"):
         assert re.search(rf"{re.escape(named)} ", done), named
+    (validated,) = json.loads(next(trained.runs.glob("SINGLE*/reward1_li.json")).read_text())[
+        "validation_conversations"
+    ]
+    assert ("val_turn_rewards_geli.csv " in done) == (trained.talks / validated in gone)
     assert not [path for path in trained.talks.rglob("survey.csv") if "ann" in path.read_text()]
     assert len(list(trained.talks.rglob("survey.csv"))) == 5  # bob's
     assert not list((trained.runs / "cache").rglob("*.cache")) and not (trained.runs / "cache" / "features").exists()

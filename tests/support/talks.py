@@ -26,16 +26,16 @@ def write_head(folder: Path, encoder: Path, head: str = "default", **config) -> 
     return folder / f"reward1_{head}"
 
 
-def write_checkpoint(out: Path, base: Path, head: Path | None = None, step: int = 2, **arguments) -> Path:
+def write_checkpoint(out: Path, base: Path, head: Path | None = None, prompt_format: str = "raw") -> Path:
     """A checkpoint whose adapter changes the policy, beside the record of its run; returns its folder."""
     torch.manual_seed(0)
-    policy = load_policy(str(base.resolve()), 4, 8, torch.float32)
+    policy = load_policy(str(base.resolve()), 4, 8, torch.float32, prompt_format=prompt_format)
     for name, parameter in policy.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    folder = out / "rlmf_weights" / f"GELI_llama_{step}"
+    folder = out / "rlmf_weights" / "GELI_llama_2"
     policy.save(folder)
-    arguments = {"context_turns": 3, "max_new_tokens": 12, "train": True} | arguments
+    arguments = {"context_turns": 3, "max_new_tokens": 12, "train": True}
     record = {"stage": 3, "arguments": arguments, "reward_head": head and str(head)}
     (out / "rlmf_weights" / "GELI_llama.json").write_text(json.dumps(record))
     return folder

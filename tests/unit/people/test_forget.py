@@ -88,17 +88,29 @@ def test_half_written_ones_are_found_and_other_hidden_folders_are_not(data, trac
     assert names(data.iterdir()) == {"c-2", ".broken_off", ".git"}
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux")
 def test_links_and_unreadable_files_are_named_and_left(data, traces_of):
     elsewhere = write(data.parent / "elsewhere", "ann", "bob")
     (data / "c-9").symlink_to(elsewhere)
     write(data / "c-10", "dan", "bob")
     os.mkfifo(data / "c-10" / "transcription" / "x.csv")
-    (data / "c-10" / "transcription" / "y.csv").write_text("speaker\n" + "x" * 200_000)
+    (data / "c-10" / "transcription" / "y.csv").symlink_to("/proc/self/mem")  # a file that cannot be read
     traces = traces_of()
     assert "a link to a conversation of that person" in traces.unclear[data / "c-9"]
-    assert "cannot be read: field larger" in traces.unclear[data / "c-10" / "transcription" / "y.csv"]
+    assert "cannot be read: " in traces.unclear[data / "c-10" / "transcription" / "y.csv"]
     remove(traces)
     assert (elsewhere / "survey.csv").is_file() and (data / "c-9").is_symlink() and (data / "c-10").is_dir()
+
+
+def test_links_are_named_even_if_there_is_nothing_else(data, traces_of):
+    (data / "c-9").symlink_to(write(data.parent / "elsewhere", "eve", "bob"))
+    with pytest.raises(UserError, match=r"found none .*c-9: a link to a conversation of that person"):
+        traces_of("eve")
+
+
+def test_a_policy_is_not_forgotten(traces_of):
+    with pytest.raises(UserError, match="policy:x: expected the id of a person"):
+        traces_of("policy:x")
 
 
 def test_missing_folders_are_named(data, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from conftest import small_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_models import chat_model
 from talks import LetterPolicy, write_checkpoint
 
 from geli.nets.policy import load_policy
@@ -64,6 +65,13 @@ def test_a_reply_ends_at_the_limit_with_what_was_held_back():
 
 def test_an_empty_reply_is_yielded_too():
     assert replies_of(LetterPolicy("|", "User:")) == [[""]]
+
+
+def test_what_a_tokenizer_writes_differently_later_is_shown_at_the_end():
+    policy = LetterPolicy("do n't|")
+    decode = policy.tokenizer.batch_decode
+    policy.tokenizer.batch_decode = lambda rows, **how: [text.replace(" n't", "n't") for text in decode(rows, **how)]
+    assert replies_of(policy) == [["d", "do", "do n", "do n'", "don't"]]
 
 
 def test_the_base_policy_has_no_adapter_and_the_tuned_one_has_it_back():
@@ -207,6 +215,13 @@ def test_a_checkpoint_is_loaded_as_it_was_saved(made):
     assert [*partner.stream(PROMPT, uniforms, base=True)][-1] == expected(bare, uniforms)
     bare.load(weights)
     assert [*partner.stream(PROMPT, uniforms)][-1] == expected(bare, uniforms)
+
+
+def test_a_checkpoint_reads_prompts_as_in_its_training(made, tmp_path):
+    chat = chat_model(made[0] / "rlmf_weights" / "GELI_llama_sft", tmp_path / "chat")
+    weights = write_checkpoint(tmp_path, chat, prompt_format="chat")
+    assert load(weights).policy.prompt_format == "chat"
+    assert load(weights, prompt_format="raw").policy.prompt_format == "raw"
 
 
 def test_options_come_before_the_record(made):

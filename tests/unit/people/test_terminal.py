@@ -78,6 +78,11 @@ def test_replies_are_printed_as_text(converse):
     assert printed.splitlines()[1:] == ["AI: <b>Hi</b>�[2J", "AI: 你好", "world", "AI: 👋", ""]
 
 
+def test_a_reply_that_was_written_differently_is_printed_again(converse, monkeypatch):
+    monkeypatch.setattr(Partner, "stream", lambda *_: iter(["do", "do n", "don't"]))
+    assert converse(["one"]).splitlines()[1:] == ["AI: do n", "AI: don't", ""]
+
+
 def test_each_reply_has_its_reward_and_the_base_policys_reply_beside_it(converse):
     printed = converse(["one"], "ab", "abcdef", scorer=LetterScorer(), compare=True)
     assert printed.splitlines()[1:5] == [
@@ -216,9 +221,29 @@ def test_ctrl_c_in_the_middle_of_a_reply_keeps_what_was_said_before(converse, co
     assert [row.split(",")[4] for row in rows[1:]] == ["one", "ab", "two"]
 
 
-def test_without_prompt_toolkit_a_terminal_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(terminal, "PromptSession", None)
+def in_a_terminal(monkeypatch) -> None:
     for stream in (sys.stdin, sys.stdout):
         monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+
+
+def test_writing_a_message_is_noticed_and_writing_a_command_is_not(monkeypatch):
+    pytest.importorskip("prompt_toolkit", reason="needs prompt_toolkit (requirements-people.txt)")
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    in_a_terminal(monkeypatch)
+    noticed = []
+    with create_pipe_input() as keyboard, create_app_session(input=keyboard, output=DummyOutput()):
+        read = terminal.line_reader(lambda: noticed.append(1))
+        keyboard.send_text("/smile\r")
+        assert read("You: ") == "/smile" and not noticed
+        keyboard.send_text("日本 👋\r")
+        assert read("You: ") == "日本 👋" and noticed
+
+
+def test_without_prompt_toolkit_a_terminal_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "PromptSession", None)
+    in_a_terminal(monkeypatch)
     assert terminal.line_reader(lambda: None) is input
     assert "pip install -r requirements-people.txt" in capsys.readouterr().out
