@@ -14,7 +14,6 @@ from geli.run.files import atomic_folder, private_folder
 
 BROKEN_OFF = ".broken_off"  # subfolder of unrated conversations; what reads the data skips names that begin with a dot
 METADATA_FILE = "metadata.json"
-POLICIES = ("tuned", "base")  # by `TalkTurn.base`
 
 
 class Collection:
@@ -83,31 +82,9 @@ def write_talk(folder: Path, talk: Talk) -> None:
         "context_turns": talk.partner.context_turns,
         "reward_head": talk.scorer and talk.scorer.name,
         "rewards": talk.rewards(),
-        **talk.shown,
-        **({"comparisons": comparisons} if (comparisons := comparisons_of(talk)) else {}),
     }
     with open(folder / METADATA_FILE, "w", encoding="utf-8", opener=_for_its_owner) as file:
         json.dump(about, file, indent=1)
-
-
-def comparisons_of(talk: Talk) -> list[dict[str, str | bool | int]]:
-    """Each reply that had the other policy's beside it: which policy it is of, and whether the person chose it."""
-    return [
-        {"turn": i, "policy": POLICIES[turn.base], "chosen": turn.chosen, "other": turn.other}
-        for i, turn in enumerate(talk.turns)
-        if turn.other is not None
-    ]
-
-
-def talk_record(talk: Talk) -> str:
-    """A conversation as JSON, for its person: turns with reactions, rewards and answers."""
-    turns = [
-        {"speaker": talk.agent if turn.by_agent else talk.user, "start": round(turn.start, 2),
-         "stop": round(turn.stop, 2), "text": turn.text, "reaction": turn.reaction}
-        for turn in talk.turns
-    ]  # fmt: skip
-    record = {"id": talk.id, "turns": turns, "rewards": talk.rewards(), "answers": talk.answers}
-    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
 
 def person_frames(talk: Talk) -> list[Sequence[float] | None]:

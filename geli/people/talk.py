@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, zip_longest
+from itertools import islice
 
 import torch
 
@@ -38,9 +38,6 @@ class TalkTurn:
         prompt, uniforms, features: of a reply: the state that it answers, what it was sampled with, and its features
             for the reward.
         reaction: of a reply: the face of `FACES` with which the person reacted to it.
-        base: of a reply: whether the policy without its adapter said it.
-        other, other_features: of a reply: what the other of the two policies said beside it; None: it was not asked.
-        chosen: of a reply with another one beside it: whether the person has chosen it to go on with.
     """
 
     by_agent: bool
@@ -51,10 +48,6 @@ class TalkTurn:
     uniforms: torch.Tensor | None = None
     features: torch.Tensor | None = None
     reaction: str | None = None
-    base: bool = False
-    other: str | None = None
-    other_features: torch.Tensor | None = None
-    chosen: bool = False
 
     @property
     def utterance(self) -> str:
@@ -79,7 +72,6 @@ class Talk:
         seed: of the replies' sampling. clock: gives seconds.
         turns: what was said. answers: question of `REWARD_CLASSES` -> answer.
         frames: second -> probabilities of `FACES`, or None without a face, of the person, from a camera.
-        shown: how it was shown to the person, for `metadata.json`.
     """
 
     partner: Partner
@@ -93,7 +85,6 @@ class Talk:
     turns: list[TalkTurn] = field(default_factory=list)
     answers: dict[str, float] = field(default_factory=dict)
     frames: dict[int, Sequence[float] | None] = field(default_factory=dict)
-    shown: dict[str, str | bool] = field(default_factory=dict)
 
     def __post_init__(self):
         self._began, self._writing = self.clock(), None
@@ -143,62 +134,27 @@ class Talk:
         Raises:
             UserError: if there is no message to reply to.
         """
-        self._expect_message()
-        return (own for (own,) in self._generate(self.base))
-
-    def both_replies(self) -> Iterator[tuple[str, str]]:
-        """As `reply`, with the reply of the base policy (or the tuned one, if this talks to the base), which grows at
-        the same time from the same random numbers. `choose` puts that in the place of the first.
-
-        Raises:
-            UserError: if there is no message to reply to.
-        """
-        self._expect_message()
-        return self._generate(self.base, not self.base)
-
-    def _expect_message(self) -> None:
         if not self.turns or self.turns[-1].by_agent:
             raise UserError("there is no message to reply to")
+        return self._generate()
 
-    def _generate(self, *bases: bool) -> Iterator[tuple[str, ...]]:
-        """The replies with (`base`) and without the adapter, so far. The first of them becomes a turn."""
+    def _generate(self) -> Iterator[str]:
         prompt = self.prompt(len(self.turns))
         uniforms = draw_uniforms(1, self.partner.max_new_tokens, self._random)
-        start, texts = None, [""] * len(bases)
-        for parts in zip_longest(*(self.partner.stream(prompt, uniforms, base) for base in bases)):
+        start, text = None, ""
+        for text in self.partner.stream(prompt, uniforms, self.base):
             start = max(self.turns[-1].stop + GAP, self.now()) if start is None else start
-            texts = [text if part is None else part for text, part in zip(texts, parts, strict=True)]
-            yield tuple(texts)
-        features = [self.scorer and self.scorer.features(prompt.context, as_transcribed(text)) for text in texts]
-        turn = TalkTurn(True, texts[0], start, max(start + SHORTEST, self.now()), prompt, uniforms, base=bases[0])
-        turn.features, *others = features
-        if others:
-            turn.other, turn.other_features = texts[1], others[0]
+            yield text
+        turn = TalkTurn(True, text, start, max(start + SHORTEST, self.now()), prompt, uniforms)
         self.turns.append(turn)
-
-    def choose(self, other: bool) -> None:
-        """The person goes on with the last of `both_replies`, or with the `other` one, which takes its place.
-
-        Raises:
-            UserError: if there are no two replies, or one was chosen already.
-        """
-        turn = self._last_reply()
-        if turn.other is None or turn.chosen:
-            raise UserError("there are no two replies to choose from")
-        if other:
-            turn.base, turn.text, turn.other = not turn.base, turn.other, turn.text
-            turn.features, turn.other_features = turn.other_features, turn.features
-        turn.chosen = True
+        if self.scorer:
+            turn.features = self.scorer.features(prompt.context, turn.utterance)
 
     def retry(self) -> Iterator[str]:
         """Takes the last reply back, and generates another one; as `reply`."""
-        self.drop_reply()
-        return self.reply()
-
-    def drop_reply(self) -> None:
-        """Takes the reply to the last message back, if there is one."""
         if self.turns and self.turns[-1].by_agent:
             self.turns.pop()
+        return self.reply()
 
     def undo(self) -> str:
         """Takes the last message back, with the reply to it; returns the message.
@@ -239,16 +195,6 @@ class Talk:
         features = self.scorer.features(self._last_reply().prompt.context, as_transcribed(text))
         return self.scorer.rewards([*(turn.features for turn in self.replies[:-1]), features])[-1]
 
-    def other_rewards(self) -> list[float | None]:
-        """For every reply the reward of the other one in its place; None where there is none."""
-        replies = self.replies
-        return [
-            self.scorer.rewards([*(turn.features for turn in replies[:i]), reply.other_features])[-1]
-            if self.scorer and reply.other is not None
-            else None
-            for i, reply in enumerate(replies)
-        ]
-
     def react(self, face: str) -> None:
         """The person's reaction to the last reply: a face of `FACES`.
 
@@ -271,8 +217,7 @@ class Talk:
             UserError: if it cannot be one.
         """
         number = read_answer(question, answer)
-        if self._writing is None:
-            self._stop_reading(self.now())
+        self._stop_reading(self.now())
         self.answers[question] = number
 
     def _last_reply(self) -> TalkTurn:

@@ -1,16 +1,18 @@
 """A conversation with a policy in a terminal, or through pipes."""
 
 import io
+import json
+import signal
 import sys
 import textwrap
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from geli.people.collect import Collection, talk_record
-from geli.people.leaving import hang_ups_end_normally
+from geli.people.collect import Collection
 from geli.people.survey import question_text
 from geli.people.talk import Talk
 from geli.run.errors import UserError
@@ -72,6 +74,21 @@ def line_reader(on_writing: Callable[[], None]) -> Callable[[str], str]:
         return line.rstrip("\r\n")
 
     return read
+
+
+@contextmanager
+def hang_ups_end_normally() -> Iterator[None]:
+    """A closed window (SIGHUP) and SIGTERM end the block by `SystemExit`, so that what follows it is still done."""
+
+    def leave(number: int, _) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Command(NamedTuple):
@@ -231,9 +248,15 @@ def save(terminal: Terminal, arguments: str) -> None:
     path = Path(arguments or f"talk-{talk.id}.json")
     if arguments and path.exists():
         raise UserError(f"{path} exists; name a new file")
+    turns = [
+        {"speaker": talk.agent if turn.by_agent else talk.user, "start": round(turn.start, 2),
+         "stop": round(turn.stop, 2), "text": turn.text, "reaction": turn.reaction}
+        for turn in talk.turns
+    ]  # fmt: skip
+    record = {"id": talk.id, "turns": turns, "rewards": talk.rewards(), "answers": talk.answers}
     with atomic_path(path) as temporary:
         temporary.touch(mode=0o600)
-        temporary.write_text(talk_record(talk), encoding="utf-8")
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"Written: {path}")
 
 
