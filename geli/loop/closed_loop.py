@@ -8,7 +8,7 @@ Everything is run by the commands that users run, in processes of their own. Wha
 not run again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,17 +16,22 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import Accelerator
 
 from data_utils import DataOptions, load_prompts
+from geli.loop.best_of import BEST_OF, best_of, sample_responses
 from geli.loop.hidden_reward import hidden_reward
 from geli.loop.report import write_report
+from geli.nets.encoder import load_encoder_of_head
 from geli.nets.options import PolicyOptions
 from geli.nets.policy import load_policy
 from geli.rl.evaluation import evaluate_policy
+from geli.rl.reward_functions import FunctionScorer
+from geli.rl.rollout import RandomScorer, RewardScorer
 from geli.run.commands import finished_head, run_command
-from geli.run.distributed import make_accelerator, seed_everything
+from geli.run.distributed import frozen_dtype, make_accelerator, seed_everything
 from geli.run.files import read_json_or_empty, write_json
-from models import PPO_PRESETS
+from models import PPO_PRESETS, load_reward_head
 
 HIDDEN = "geli.loop.hidden_reward:score"
 HEADS = ("GELI", "GE", "LI")
@@ -43,8 +48,8 @@ class LoopOptions:
 
     Attributes:
         out: folder of everything. data_dir: corpus in CANDOR's layout. encoder: hub id or folder, of the heads.
-        policy: `--model_name`. seeds: of everything but the planted corpus. algorithms: of `--algo`; all rewards are
-            tried with the first of them, GELI with all.
+        policy: `--model_name`. seeds: of everything but the planted corpus. algorithms: of `--algo`, or best-of-N; all
+            rewards are tried with the first of them and with best-of-N, GELI with all.
         steps: of training at most. prompts: held-out prompts. device: `--device`.
         dtype: `--dtype` of the policies. target_kl: nats a response; of each run the checkpoint is
             evaluated whose KL was closest to it.
@@ -55,7 +60,7 @@ class LoopOptions:
     encoder: str
     policy: str = "smollm2"
     seeds: tuple[int, ...] = (0, 1, 2)
-    algorithms: tuple[str, ...] = ("ppo", "rloo", "grpo")
+    algorithms: tuple[str, ...] = ("ppo", "best-of-8", "rloo", "grpo")
     steps: int = 16
     prompts: int = 256
     target_kl: float = 5.0
@@ -85,7 +90,8 @@ def policy_runs(options: LoopOptions) -> Iterator[PolicyRun]:
             yield PolicyRun(reward, first, seed)
     for seed in options.seeds:
         for algo in others:
-            yield PolicyRun(HEADS[0], algo, seed)
+            for reward in REWARDS if algo.startswith(BEST_OF) else HEADS[:1]:
+                yield PolicyRun(reward, algo, seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,7 +141,8 @@ def closed_loop(options: LoopOptions) -> None:
     for run in policy_runs(options):
         if not result_path(options, run).is_file():
             print(f"policy {run.name} …", flush=True)
-            if not (options.out / "policies" / "rlmf_weights" / f"{run.name}_{policy_name(options)}.json").is_file():
+            trained = options.out / "policies" / "rlmf_weights" / f"{run.name}_{policy_name(options)}.json"
+            if not (run.algo.startswith(BEST_OF) or trained.is_file()):
                 run_command(options.out, *policy_command(options, run))
             run_command(options.out, "tools/closed_loop.py", *evaluation_arguments(options, run))
     finished = [found for run in policy_runs(options) if (found := read_json_or_empty(result_path(options, run)))]
@@ -176,8 +183,8 @@ def checkpoint_at(steps: Sequence[dict], target: float) -> int:
 
 
 def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:
-    """Samples responses to held-out prompts by the run's checkpoint at the target KL, and by the reference policy if
-    no run of this seed did yet; writes both results."""
+    """Samples responses to held-out prompts by the run's checkpoint at the target KL (of best-of-N: lets its reward
+    choose), and by the reference policy if no run of this seed did yet; writes both results."""
     seed_everything(run.seed)
     accelerator, preset = make_accelerator(options.device, options.dtype, "float32"), PPO_PRESETS["small"]
     data = DataOptions(str(options.out / "candor"), context_turns=CONTEXT_TURNS, train_size=None)
@@ -189,12 +196,12 @@ def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:
     frozen = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32  # as in stage 3
     policy = load_policy(settings.source(cache), *settings.lora, frozen, prompt_format="chat")
     policy.to(accelerator.device)
+    lengths = {"min_new_tokens": preset.min_new_tokens, "max_new_tokens": preset.max_new_tokens}
 
     def evaluate() -> dict:
         metrics, texts, _ = evaluate_policy(
-            policy, None, prompts, accelerator, seed=run.seed, batch_size=64, mini_batch_size=8,
-            min_new_tokens=preset.min_new_tokens, max_new_tokens=preset.max_new_tokens,
-        )  # fmt: skip
+            policy, None, prompts, accelerator, seed=run.seed, batch_size=64, mini_batch_size=8, **lengths
+        )
         names = [prompt.name for prompt in prompts]
         return {**metrics, "prompts": names, "texts": texts, "gold": [hidden_reward(text) for text in texts]}
 
@@ -204,9 +211,28 @@ def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:
         with policy.reference():
             human = [hidden_reward(prompt.human) for prompt in prompts]
             write_json(reference, evaluate() | {"human": human})
+    if run.algo.startswith(BEST_OF):
+        folder, n = options.out / "samples" / str(run.seed), int(run.algo.removeprefix(BEST_OF))
+        samples = sample_responses(policy, prompts, folder, n, seed=run.seed, batch_size=64, **lengths)
+        found = best_of(samples, load_score(options, run, accelerator), prompts)
+        found["prompts"] = [prompt.name for prompt in prompts]
+        write_json(result_path(options, run), {**run._asdict(), **found})
+        return
     stem = options.out / "policies" / "rlmf_weights" / f"{run.name}_{policy_name(options)}"
     steps = pd.read_csv(f"{stem}_steps.csv").to_dict("records")
     step = checkpoint_at(steps, options.target_kl)
     policy.load(f"{stem}_{step}")
     kept = [{key: row.get(key) for key in ("step", "kl", "score_mean", "score_std", "gold_mean")} for row in steps]
     write_json(result_path(options, run), {**run._asdict(), "checkpoint": step, **evaluate(), "steps": kept})
+
+
+def load_score(options: LoopOptions, run: PolicyRun, accelerator: Accelerator) -> Callable:
+    """(prompts, responses) -> rewards (n,) of a run, as in stage 3."""
+    if run.reward == "truth":
+        return FunctionScorer(HIDDEN, "--reward_function")
+    if run.reward == "random":
+        return RandomScorer(run.seed)
+    path = finished_head(options.out / "rewards", f"{run.reward}-{run.seed}")
+    head = load_reward_head(path, accelerator.device)
+    encoder = load_encoder_of_head(head.config, path, head.config.max_length, None, frozen_dtype(accelerator))
+    return RewardScorer(encoder.to(accelerator.device), head, accelerator.autocast)

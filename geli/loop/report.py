@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from geli import plots
+from geli.loop.best_of import BEST_OF
 from geli.run.console import format_table
 from geli.run.files import atomic_path
-from geli.statistics import interval_over_seeds, resample
+from geli.statistics import interval_over_seeds, resample, t_interval
 
 REPETITIONS = 10_000  # of the bootstrap
 PHRASES = 8  # words that are shown
@@ -69,18 +70,19 @@ def grouped(results: Sequence[dict]) -> dict[tuple[str, str], list[dict]]:
 
 def rows(results: Sequence[dict], references: dict[int, dict]) -> list[dict]:
     """A row for each reward and algorithm: hidden reward before and after, with intervals over seeds and conversations,
-    and the difference from the first row's gain."""
-    found, first = [], None
+    and the difference from the gain of the algorithm's first reward."""
+    found, first = [], {}
     for (reward, algo), runs in grouped(results).items():
-        gained = gains(runs, references)
-        first = first or (gained, [run["seed"] for run in runs])
-        paired = first[0] if found and first[1] == [run["seed"] for run in runs] else None
+        gained, seeds = gains(runs, references), [run["seed"] for run in runs]
+        paired = first[algo][0] if algo in first and first[algo][1] == seeds else None
+        first.setdefault(algo, (gained, seeds))
         before = np.mean([np.mean(references[run["seed"]]["gold"]) for run in runs])
         row = {"reward": reward, "algorithm": algo, "seeds": len(runs), "hidden before": before}
         row |= {"hidden after": before + gained.values.mean(), "gain": str(gained.interval())}
-        row["gain of the first row less this"] = str(first[0].interval(gained)) if paired else None
+        row["gain of its first reward less this"] = str(paired.interval(gained)) if paired else None
         for name in ("kl", "response_words", "ended_share", "distinct_2"):
             row[name] = float(np.mean([run[name] for run in runs]))
+        row["order"] = str(t_interval([run["order"] for run in runs])) if algo.startswith(BEST_OF) else None
         found.append(row)
     return found
 
@@ -110,11 +112,14 @@ def write_report(results: Sequence[dict], references: dict[int, dict], out: Path
     for path, table in zip(paths, tables.values(), strict=True):
         with atomic_path(path) as temporary:
             pd.DataFrame(table).to_csv(temporary, index=False, float_format="%.4f")
-    curves, first = {}, results[0]["algo"]
-    for (reward, algo), runs in grouped(results).items():
-        if algo == first:
-            curves[reward] = [run["steps"] for run in runs]
-    paths += plots.closed_loop(curves, out / "closed_loop.png")
+    trained = [run for run in results if "steps" in run]
+    curves = {
+        reward: [run["steps"] for run in runs]
+        for (reward, algo), runs in grouped(trained).items()
+        if algo == trained[0]["algo"]
+    }
+    if curves:
+        paths += plots.closed_loop(curves, out / "closed_loop.png")
     prompts = len(results[0]["prompts"])
     print(format_table(tables["closed_loop"], f"\nHidden reward of responses to {prompts} held-out prompts a seed"))
     print(format_table(tables["phrases"], "\nWords and marks by the change of their share of responses, in points"))
