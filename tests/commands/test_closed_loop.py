@@ -1,13 +1,16 @@
 """The closed loop on a small corpus with small models: it runs, resumes, and its intervals are right."""
 
 import json
+import math
 
 import pytest
 from conftest import call_script
 from small_models import chat_model
 
 from geli.loop import closed_loop
+from geli.loop.best_of import best_of
 from geli.loop.closed_loop import LoopOptions, PolicyRun, checkpoint_at
+from geli.loop.hidden_reward import hidden_reward
 from geli.loop.report import gains, phrases
 
 
@@ -17,7 +20,8 @@ def looped(sample, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("loop")
     chat_model(tiny / "llama", folder / "llama")
     arguments = ["tools/closed_loop.py", folder / "out", "--data_dir", sample, "--encoder", tiny / "bart"]
-    arguments += ["--policy", folder / "llama", "--seeds", 0, "--steps", 2, "--prompts", 6, "--algorithms", "ppo"]
+    arguments += ["--policy", folder / "llama", "--seeds", 0, "--steps", 2, "--prompts", 6]
+    arguments += ["--algorithms", "ppo", "best-of-2"]
 
     def run_here(options, script, *more):
         """Runs a command in this process, with less work."""
@@ -37,9 +41,11 @@ def looped(sample, tiny, tmp_path_factory):
 
 def test_every_reward_is_in_the_table_and_nothing_is_run_twice(looped):
     out, printed, commands = looped
-    assert printed[0].count("policy ") == 2 and "policy " not in printed[1]
+    assert printed[0].count("policy ") == 4 and "policy " not in printed[1]
     table = (out / "closed_loop.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in table[1:]] == ["GELI", "truth"]
+    assert [row.split(",")[:2] for row in table[1:]] == [
+        [r, a] for a in ("ppo", "best-of-2") for r in ("GELI", "truth")
+    ]
     scripts = [script for script, *_ in commands]
     assert scripts.count("train_rl_GELI.py") == 2 and scripts.count("tools/plant_truth.py") == 1
     assert (out / "closed_loop.png").stat().st_size > 5_000
@@ -54,6 +60,25 @@ def test_a_result_is_that_of_the_responses(looped):
     assert [row["step"] for row in found["steps"]] == [1, 2]
     first = found["steps"][0]
     assert first["gold_mean"] == pytest.approx(first["score_mean"], abs=1e-4)  # it is trained on the truth
+
+
+def test_the_hidden_reward_chooses_the_best_of_n(looped):
+    out, _, _ = looped
+    samples = [json.loads((out / "samples" / "0" / f"{k}.json").read_text())["texts"] for k in (0, 1)]
+    found = json.loads((out / "results" / "truth-best-of-2-0.json").read_text())
+    assert samples[0] != samples[1]
+    assert found["gold"] == [max(map(hidden_reward, both)) for both in zip(*samples, strict=True)]
+
+
+def test_best_of_n_by_hand():
+    samples = [
+        {"texts": ["great", "no"], "ended": [True, True]},
+        {"texts": ["awful thing", "no"], "ended": [False, True]},
+    ]
+    found = best_of(samples, lambda prompts, texts: [len(text) for text in texts], ["a", "b"])
+    assert found["texts"] == ["awful thing", "no"] and found["ended_share"] == 0.5 and found["response_words"] == 1.5
+    assert found["order"] == pytest.approx(-1)  # the longer text is the colder; the second prompt has no order
+    assert found["kl"] == pytest.approx(math.log(2) - 0.5)
 
 
 def test_the_checkpoint_closest_to_the_kl_is_chosen():
@@ -86,5 +111,6 @@ def test_words_are_listed_by_the_change_of_their_share():
 def test_every_reward_is_tried_before_the_other_algorithms():
     options = LoopOptions(out=None, data_dir="", encoder="", seeds=(3, 4))
     runs = list(closed_loop.policy_runs(options))
-    assert len(runs) == 14 and runs[0] == PolicyRun("GELI", "ppo", 3) and runs[5] == PolicyRun("GELI", "ppo", 4)
-    assert runs[10:12] == [PolicyRun("GELI", "rloo", 3), PolicyRun("GELI", "grpo", 3)]
+    assert len(runs) == 24 and runs[0] == PolicyRun("GELI", "ppo", 3) and runs[5] == PolicyRun("GELI", "ppo", 4)
+    assert [run.reward for run in runs[10:15]] == list(closed_loop.REWARDS) and runs[10].algo == "best-of-8"
+    assert runs[15:17] == [PolicyRun("GELI", "rloo", 3), PolicyRun("GELI", "grpo", 3)]
