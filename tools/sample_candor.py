@@ -112,12 +112,15 @@ KIND = ("comfort", "compliment", "joke", "question", "sharing")
 SELFISH = ("brag", "complaint", "dismissal")
 
 
-def converse(rng: random.Random, users: tuple[str, str], n_turns: int, face_noise: float = 0.0):
+def converse(
+    rng: random.Random, users: tuple[str, str], n_turns: int, noise: random.Random | None = None, share: float = 0.0
+):
     """One conversation: turns [(user, start, stop, text)], faces [(listener, start, stop, face)], and each turn's
     (act, worth).
 
     Args:
-        face_noise: share of turns at which the listener's face follows another act than the one that was said.
+        noise: random numbers of their own, so that words and scores stay the same. share: of turns at which the
+            listener's face follows another act than the one that was said.
     """
     manners = {user: _manner(rng) for user in users}
     smiles = {user: rng.uniform(0.7, 1.3) for user in users}
@@ -138,13 +141,11 @@ def converse(rng: random.Random, users: tuple[str, str], n_turns: int, face_nois
             text = f"{_reply(rng, truth[-1][1])} {text}"
         stop = clock + len(text.split()) / WORDS_PER_SECOND
         listener = users[1] if speaker == users[0] else users[0]
-        shown, seen = rng.random(), act
-        if face_noise and rng.random() < face_noise:
-            seen = ACTS[rng.choice(list(ACTS))]
-        if shown < seen.smile * smiles[listener]:
-            faces.append((listener, clock, stop, "happiness"))
-        elif shown > 1 - seen.frown:
-            faces.append((listener, clock, stop, rng.choice(("anger", "sadness", "contempt"))))
+        face = _face(rng, act, smiles[listener])
+        if share and noise.random() < share:
+            face = _face(noise, ACTS[noise.choice(list(ACTS))], smiles[listener])
+        if face:
+            faces.append((listener, clock, stop, face))
         turns.append((speaker, clock, stop, text))
         truth.append((act_name, worth))
         clock = stop + PAUSE
@@ -158,6 +159,14 @@ def _manner(rng: random.Random) -> list[float]:
     warmth = rng.random()
     scale = {name: warmth if name in KIND else 1 - warmth if name in SELFISH else 0.35 for name in ACTS}
     return [scale[name] * rng.gammavariate(1.0, 1.0) + 0.01 for name in ACTS]
+
+
+def _face(rng: random.Random, act: Act, smiles: float) -> str | None:
+    """How a listener who smiles `smiles` times as often as others looks at an act; None: neutral."""
+    shown = rng.random()
+    if shown < act.smile * smiles:
+        return "happiness"
+    return rng.choice(("anger", "sadness", "contempt")) if shown > 1 - act.frown else None
 
 
 def _reply(rng: random.Random, worth: float) -> str:
@@ -177,12 +186,12 @@ def answers_of(rng: random.Random, mean_worth: float) -> dict[str, float]:
 
 def write_corpus(out: Path, conversations: int, n_turns: int, seed: int, face_noise: float = 0.0) -> None:
     """Writes `conversations` folders below `out`, and `out/truth.csv`."""
-    rng = random.Random(seed)
+    rng, noise = random.Random(seed), random.Random(f"faces {seed}")
     rows = []
     for _ in progress_bar(range(conversations), desc="sample conversations", unit="conversation"):
         conversation_id = str(uuid.UUID(int=rng.getrandbits(128), version=4))
         users = (f"{rng.getrandbits(96):024x}", f"{rng.getrandbits(96):024x}")
-        turns, faces, truth = converse(rng, users, round(n_turns * rng.uniform(0.8, 1.2)), face_noise)
+        turns, faces, truth = converse(rng, users, round(n_turns * rng.uniform(0.8, 1.2)), noise, face_noise)
         answers = {}
         for user in users:
             other = [worth for (speaker, *_), (_, worth) in zip(turns, truth, strict=True) if speaker != user]

@@ -80,6 +80,14 @@ def test_the_whole_of_casino_is_usable(tmp_path):
     assert (len(training), len(validation)) == (1000, 100)
 
 
+def test_noise_of_the_face_changes_faces_alone(tmp_path):
+    for share in (0.0, 1.0):
+        sample_candor.write_corpus(tmp_path / str(share), conversations=3, n_turns=24, seed=5, face_noise=share)
+    files = {path.relative_to(tmp_path / "0.0"): path for path in (tmp_path / "0.0").rglob("*.csv")}
+    changed = {p.name for p, path in files.items() if path.read_bytes() != (tmp_path / "1.0" / p).read_bytes()}
+    assert changed == {"audio_video_features.csv"}
+
+
 def test_a_seed_gives_the_same_sample_and_another_one_another(tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         sample_candor.write_corpus(tmp_path / name, conversations=3, n_turns=12, seed=seed)
