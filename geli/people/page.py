@@ -157,6 +157,9 @@ def make_page(gr: ModuleType, sessions: Sessions, survey: Survey, camera: bool):
             offered = camera and is_local(request.client.host)
             return whole(session, request.session_hash) | {camera_part: gr.update(visible=offered)}
 
+        def close_session(request: gr.Request):
+            sessions.leave(request.session_hash)
+
         def grow(request: gr.Request):
             session = sessions.find(request.session_hash)
             for _ in session.reply() if session else ():
@@ -181,10 +184,10 @@ def make_page(gr: ModuleType, sessions: Sessions, survey: Survey, camera: bool):
                 elif question == survey.score:
                     raise UserError("please answer the first question")
             session.rate([*rows.values()], agreed)
-            return {field: None for field in answers}
+            return dict.fromkeys(answers)
 
         page.load(open_session, None, [*everything, camera_part], show_progress="hidden", api_visibility="private")
-        page.unload(lambda request: sessions.leave(request.session_hash))
+        page.unload(close_session)
         on(timer.tick, lambda session: None)
         on(agree.click, lambda session: session.consent(True))
         on(decline.click, lambda session: session.consent(False))

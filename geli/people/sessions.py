@@ -133,7 +133,8 @@ class Session:
         """Takes the last message back, with the replies to it; returns the message."""
         with self.lock:
             self._expect_idle()
-            return [talk.undo() for talk in self.talks][0]
+            message, *_ = [talk.undo() for talk in self.talks]
+            return message
 
     def writes(self) -> None:
         """The person begins to write."""
