@@ -180,7 +180,7 @@ def make_page(gr: ModuleType, sessions: Sessions, survey: Survey, camera: bool):
             rows = {column: {} for column in columns}
             for (column, question, _), value in zip(fields, values, strict=True):
                 if value not in (None, ""):
-                    rows[column][question] = f"{value:g}" if isinstance(value, float) else str(value)
+                    rows[column][question] = str(value)
                 elif question == survey.score:
                     raise UserError("please answer the first question")
             session.rate([*rows.values()], agreed)
@@ -211,8 +211,8 @@ def answer_field(gr: ModuleType, question: str, name: str):
     """The field for the answer to a question of the survey."""
     low, high = answer_range(question)
     if high <= 10:
-        return gr.Radio([*range(low, high + 1)], label=f"{name}{low} to {high}", elem_classes="answer")
-    return gr.Number(None, label=f"{name}{low} to {high}", minimum=low, maximum=high, elem_classes="answer")
+        return gr.Radio([*range(low, high + 1)], label=f"{name}{low} to {high}", min_width=300, elem_classes="answer")
+    return gr.Textbox(label=f"{name}{low} to {high}", max_length=8, min_width=300, elem_classes="answer")
 
 
 def state_html(session: Session) -> str:
