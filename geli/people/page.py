@@ -123,13 +123,14 @@ def make_page(gr: ModuleType, sessions: Sessions, survey: Survey, camera: bool):
                     retry: gr.update(interactive=free and bool(session.talks[0].replies)),
                     undo: gr.update(interactive=free and bool(session.talks[0].turns)),
                     finish: gr.update(interactive=session.can_finish),
+                    camera_part: gr.update(visible=session.camera and session.agreed),
                     result: result_html(session),
                 }
             return parts
 
         everything = [
-            state, notice, asking, consent_text, talking, *shown, writing, retry, undo, finish, rating, what_is_stored,
-            done, result, timer,
+            state, notice, asking, consent_text, talking, *shown, writing, retry, undo, finish, camera_part,
+            rating, what_is_stored, done, result, timer,
         ]  # fmt: skip
 
         def on(trigger, act, inputs=(), more=()):
@@ -153,9 +154,8 @@ def make_page(gr: ModuleType, sessions: Sessions, survey: Survey, camera: bool):
             )  # fmt: skip
 
         def open_session(request: gr.Request):
-            session = sessions.open(request.session_hash)
-            offered = camera and is_local(request.client.host)
-            return whole(session, request.session_hash) | {camera_part: gr.update(visible=offered)}
+            session = sessions.open(request.session_hash, camera and is_local(request.client.host))
+            return whole(session, request.session_hash)
 
         def close_session(request: gr.Request):
             sessions.leave(request.session_hash)
@@ -186,7 +186,7 @@ def make_page(gr: ModuleType, sessions: Sessions, survey: Survey, camera: bool):
             session.rate([*rows.values()], agreed)
             return dict.fromkeys(answers)
 
-        page.load(open_session, None, [*everything, camera_part], show_progress="hidden", api_visibility="private")
+        page.load(open_session, None, everything, show_progress="hidden", api_visibility="private")
         page.unload(close_session)
         on(timer.tick, lambda session: None)
         on(agree.click, lambda session: session.consent(True))

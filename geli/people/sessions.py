@@ -35,12 +35,14 @@ class Session:
 
     Attributes:
         new_talks: makes the conversations, one for each column. collection: where they are stored; None: nowhere.
+        camera: whether one is offered, if the person agrees to storing.
         key: names the session in the addresses of its page; nobody else knows it.
         agreed: to storing. growing: the reply so far, by column; None: no reply is being made.
     """
 
     new_talks: Callable[[], list[Talk]]
     collection: Collection | None
+    camera: bool = False
     key: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     phase: Phase = Phase.WAITING
     agreed: bool = False
@@ -151,7 +153,7 @@ class Session:
     def see(self, probabilities: Sequence[float] | None, camera: str) -> None:
         """What a camera sees of the person's face; counts while a reply is read. `camera`: how it was read."""
         with self.lock:
-            if self.reading and self.agreed:
+            if self.camera and self.agreed and self.reading:
                 for talk in self.talks:
                     talk.see(probabilities)
                     talk.notes["camera"] = camera
@@ -243,10 +245,10 @@ class Sessions:
         self._all: dict[str, Session] = {}  # by the window's id
         self._lock = threading.RLock()
 
-    def open(self, window: str) -> Session:
+    def open(self, window: str, camera: bool = False) -> Session:
         """A new session, which waits or has a place."""
         user = self.user or new_user_id()
-        session = Session(lambda: self._talks(user), self.collection)
+        session = Session(lambda: self._talks(user), self.collection, camera)
         with self._lock:
             self.leave(window)
             self._all[window] = session

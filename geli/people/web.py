@@ -105,7 +105,7 @@ def make_app(sessions: Sessions, survey: Survey, camera: Camera | None):
     @app.post("/talk/{key}/frame/{width}")
     async def frame(key: str, width: int, request: fastapi.Request) -> None:
         session = session_of(key)
-        if camera is None or not session.agreed or not is_local(request.client.host):
+        if not (session.camera and session.agreed and is_local(request.client.host)):
             raise fastapi.HTTPException(403)
         pixels = await camera.receive(request.stream(), width)
         await require("starlette.concurrency", "--web").run_in_threadpool(camera.look, session, pixels)
