@@ -59,8 +59,10 @@
   }
 
   function showCamera(state, problem = "") {
-    document.documentElement.dataset.camera = state;
-    for (const place of document.querySelectorAll(".camera .problem")) place.textContent = problem;
+    const camera = document.querySelector(".camera");
+    if (!camera) return;
+    camera.dataset.state = state;
+    camera.querySelector(".problem").textContent = problem;
   }
 
   async function look() {

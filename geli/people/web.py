@@ -112,9 +112,8 @@ def make_app(sessions: Sessions, survey: Survey, camera: Camera | None):
 
     return gr.mount_gradio_app(
         app, make_page(gr, sessions, survey, camera is not None), "/", footer_links=[], show_error=False,
-        css=STYLE.read_text(encoding="utf-8"),
         theme=gr.themes.Default(primary_hue="blue", font="system-ui", font_mono="monospace"),  # not from the web
-        head=f"<script>{SCRIPT.read_text(encoding='utf-8')}</script>",
+        css=STYLE.read_text(encoding="utf-8"), head=f"<script>{SCRIPT.read_text(encoding='utf-8')}</script>",
     )  # fmt: skip
 
 

@@ -3,9 +3,7 @@
 import csv
 import importlib.util
 import json
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 from conftest import ROOT, environment_of_its_own, small_model
 from talks import HEADS, write_checkpoint, write_head
+
+from geli.data.candor import FACES
 
 pytest.importorskip("gradio", reason="needs gradio (requirements-people.txt)")
 
@@ -74,10 +74,10 @@ class Person:
     """
 
     def __init__(self, browser, url: str, agree: bool | None = True, script: str = ""):
-        self.context = browser.new_context(viewport={"width": 1400, "height": 900}, accept_downloads=True)
-        self.context.add_init_script(script)
-        self.page, self.requests, self.wrong = self.context.new_page(), [], []
+        self.page, self.requests, self.wrong = browser.new_page(), [], []
+        self.page.set_viewport_size({"width": 1400, "height": 900})
         self.page.set_default_timeout(60_000)
+        self.page.add_init_script(script)
         self.page.on("request", lambda request: self.requests.append((request.method, request.url)))
         self.page.on("console", lambda message: self.wrong.append(message.text) if message.type == "error" else None)
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
@@ -194,7 +194,7 @@ def test_three_turns_side_by_side_rated_exported_and_left(browser, server):
     person.wait_for_replies(0, whole=False)
     person.wait_for_replies(2)
     assert person.went_elsewhere(server.url) == [] and person.wrong == []
-    person.context.close()  # the window is closed
+    person.page.close()  # the window is closed
     wait_for(server.process, "2 finished, 2 broken off")
     for folder in conversations_in(server.talks / ".broken_off"):
         assert utterances(folder)[:1] == ["I am soon gone"] and len(utterances(folder)) == 2
@@ -216,7 +216,7 @@ def test_two_people_do_not_see_each_other_and_a_third_waits(browser, server):
     assert not eve.page.locator("#message").is_visible() and not eve.page.locator("#agree").is_visible()
     for key in (keys[1], "A" * 32):  # Bob's conversation goes on, and nobody's has the other key
         assert eve.page.request.get(f"{server.url}talk/{key}/export/0").status == 404
-    bob.context.close()
+    bob.page.close()
     eve.page.locator("#agree").click()  # has Bob's place
     eve.page.locator("#message textarea").wait_for()
     assert eve.texts(".turn") == [] and ann.wrong == eve.wrong == []
@@ -224,7 +224,7 @@ def test_two_people_do_not_see_each_other_and_a_third_waits(browser, server):
     said = [text for path in server.talks.rglob("transcript_cliffhanger.csv") for text in utterances(path.parents[1])]
     assert said.count("I am Ann") == said.count("Ann again") == 2 and "I am Bob" not in said  # Bob did not agree
     for person in (ann, eve):
-        person.context.close()
+        person.page.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,8 +253,8 @@ SPY = """
 
 
 @pytest.fixture
-def filmed(browser, tmp_path):
-    """A browser whose camera shows a face: neutral, then happy. Its files are in `tmp_path / "browser"`."""
+def filmed(chromium, tmp_path):
+    """A browser whose camera shows a face: neutral, then happy. It keeps its files in `tmp_path`."""
     face_clips = pytest.importorskip("face_clips", reason="needs av (requirements-people.txt)")
     face_clips.clips_or_skip()
     import av  # which face_clips needs
@@ -267,15 +267,37 @@ def filmed(browser, tmp_path):
             for frame in face_clips.second_of(face_clips.MAN, face, size)[::3] * seconds:
                 planes = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p").to_ndarray()
                 file.write(b"FRAME\n" + planes.tobytes())
-    (tmp_path / "browser").mkdir()
     flags = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # the browser's question: yes
-    flags += [f"--use-file-for-fake-video-capture={film}"]
-    started = browser.browser_type.launch(
-        executable_path=shutil.which("chromium") or shutil.which("chromium-browser"), args=[*ARGUMENTS, *flags],
-        env=dict(os.environ, TMPDIR=str(tmp_path / "browser")),
-    )  # fmt: skip
+    flags.append(f"--use-file-for-fake-video-capture={film}")
+    kind, options = chromium
+    started = kind.launch_persistent_context(tmp_path / "browser", **options | {"args": [*options["args"], *flags]})
     yield started
     started.close()
+
+
+def check_faces(folder, started: float, frames: list[float]) -> None:
+    """Checks the faces that were stored against the film.
+
+    Args:
+        started: when the film began. frames: when pictures were taken. Both in seconds.
+    """
+    about = json.loads((folder / "metadata.json").read_text())
+    assert about["camera"] == "fer"
+    rows = rows_of(folder / "audio_video_features.csv")
+    rows = [row for row in rows if not row["user_id"].startswith("policy:")]  # one for each second
+    seen = {
+        second: max(FACES, key=lambda face: float(row[f"prob_face_{face}"]))
+        for second, row in enumerate(rows)
+        if row["prob_face_happiness"]
+    }
+    assert len(seen) > NEUTRAL + HAPPY - 1
+    checked = set()
+    for second, face in seen.items():
+        place = (frames[0] + second - min(seen) - started) % (NEUTRAL + HAPPY)
+        if min(place % NEUTRAL, NEUTRAL - place % NEUTRAL) > 1:  # not beside a change
+            assert face == ("neutral" if place < NEUTRAL else "happiness"), (second, place)
+            checked.add(face)
+    assert checked == {"neutral", "happiness"}
 
 
 def test_the_camera_sees_neutral_then_happy_in_the_right_seconds_and_leaves_no_picture(filmed, server, tmp_path):
@@ -285,7 +307,7 @@ def test_the_camera_sees_neutral_then_happy_in_the_right_seconds_and_leaves_no_p
     assert not shy.page.locator(".camera").is_visible()  # faces would not be stored
     key = shy.page.locator("#session").get_attribute("data-key")
     assert shy.page.request.post(f"{server.url}talk/{key}/frame/2", data=bytes(16)).status == 403
-    shy.context.close()
+    shy.page.close()
 
     person = Person(filmed, server.url, script=SPY)
     page = person.page
@@ -307,12 +329,12 @@ def test_the_camera_sees_neutral_then_happy_in_the_right_seconds_and_leaves_no_p
     person.rate(9, 8, 7, 6)
     assert person.went_elsewhere(server.url) == [] and person.wrong == []
     assert {address.split("/")[-2] for method, address in person.requests if method == "POST"} == {"a"}
-    person.context.close()
+    person.page.close()
 
     stored = set(conversations_in(server.talks)) - before
     assert len(stored) == 2
     for folder in stored:
-        check_faces(folder, [(time - started) / 1000 for time in frames])
+        check_faces(folder, started / 1000, [time / 1000 for time in frames])
     probes = [bytes(piece) for piece in pieces]
     for path in (path for path in tmp_path.rglob("*") if path.is_file() and path.name != "film.y4m"):
         assert not any(probe in path.read_bytes() for probe in probes), path
