@@ -1,6 +1,7 @@
 """The conversations of the people who have the page open: one session for each browser window."""
 
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -195,7 +196,10 @@ class Session:
             unfinished = self.phase in (Phase.TALKING, Phase.RATING)
             self.phase = Phase.LEFT
             if unfinished:
-                self._store()
+                try:
+                    self._store()
+                except UserError as error:  # nobody is left to tell, and others have to be stored
+                    print(f"Not stored: {error}", file=sys.stderr, flush=True)
 
     def _agree(self, agreed: bool) -> None:
         self.agreed = bool(agreed and self.collection)

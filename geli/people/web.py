@@ -6,6 +6,7 @@ from collections.abc import Callable
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
 
+from geli.people.bubbles import REACTIONS
 from geli.people.camera import Camera
 from geli.people.collect import talk_record
 from geli.people.packages import require
@@ -93,7 +94,10 @@ def make_app(sessions: Sessions, survey: Survey, camera: Camera | None):
 
     @app.post("/talk/{key}/react/{column}/{face}")
     def react(key: str, column: int, face: str) -> None:
-        session_of(key).react(column, face)
+        session = session_of(key)
+        if face not in REACTIONS or not 0 <= column < len(session.talks):
+            raise fastapi.HTTPException(404)
+        session.react(column, face)
 
     @app.get("/talk/{key}/export/{column}")
     def export(key: str, column: int):
