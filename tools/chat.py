@@ -107,7 +107,7 @@ from geli.people.rewards import TurnRewards, load_rewards
 from geli.people.sessions import Sessions
 from geli.people.talk import Talk
 from geli.people.terminal import Terminal
-from geli.people.web import serve
+from geli.people.web import listen, serve
 from geli.run.distributed import make_accelerator
 from geli.run.errors import UserError
 from models import find_head
@@ -142,6 +142,7 @@ def load(options) -> tuple[Partner, TurnRewards | None]:
 
 def main(options) -> None:
     """Loads the policy and its reward, and talks."""
+    listener = listen(options.host, options.port) if options.web else None
     collection = options.collect and Collection(options.collect)
     camera = Camera(options.face_model) if options.camera else None
     partner, scorer = load(options)
@@ -150,7 +151,7 @@ def main(options) -> None:
     if options.web:
         sessions = Sessions(new_talk, options.compare, collection, options.people, options.user, options.seed)
         more = [question for question in options.questions if question != reward_class]
-        serve(sessions, Survey(reward_class, more), camera, options.host, options.port)
+        serve(sessions, Survey(reward_class, more), camera, options.host, listener)
     else:
         settings = {} if options.seed is None else {"seed": options.seed}
         new_talk = partial(new_talk, user=options.user or new_user_id(), **settings)

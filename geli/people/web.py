@@ -115,28 +115,26 @@ def make_app(sessions: Sessions, survey: Survey, camera: Camera | None):
         await require("starlette.concurrency", "--web").run_in_threadpool(camera.look, session, pixels)
 
     return gr.mount_gradio_app(
-        app, make_page(gr, sessions, survey, camera is not None), "/", footer_links=[], show_error=False,
+        app, make_page(gr, sessions, survey, camera is not None), "/",
+        footer_links=[], app_kwargs={"openapi_url": None},
         theme=gr.themes.Default(primary_hue="blue", font="system-ui", font_mono="monospace"),  # not from the web
         css=STYLE.read_text(encoding="utf-8"), head=f"<script>{SCRIPT.read_text(encoding='utf-8')}</script>",
     )  # fmt: skip
 
 
-def serve(sessions: Sessions, survey: Survey, camera: Camera | None, host: str, port: int) -> None:
+def serve(sessions: Sessions, survey: Survey, camera: Camera | None, host: str, listener: socket.socket) -> None:
     """Serves the page until Ctrl-C or SIGTERM; then what is open is stored as broken off, if its people agreed.
 
     Args:
         host: if it is not this machine's own address, the link has a token, without which the page cannot be opened.
-        port: 0: one that is free.
+        listener: at this host.
 
     Raises:
-        UserError: if a package is missing, or the port is taken.
+        UserError: if a package is missing.
     """
-    uvicorn = require("uvicorn", "--web")
-    app = make_app(sessions, survey, camera)
-    listener = listen(host, port)
-    port = listener.getsockname()[1]
+    uvicorn, port = require("uvicorn", "--web"), listener.getsockname()[1]
     token = None if host == "localhost" or is_local(host) else secrets.token_urlsafe(16)
-    door = Door(app, token, f"geli-{port}")
+    door = Door(make_app(sessions, survey, camera), token, f"geli-{port}")
     config = uvicorn.Config(door, log_level="critical", access_log=False, timeout_graceful_shutdown=1)
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     print(f"Open http://{shown}:{port}/{f'?token={token}' if token else ''} (Ctrl-C ends it)", flush=True)
@@ -158,5 +156,6 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror or error}; name another") from None
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {host} --port {port}: {reason}; name another") from None

@@ -204,6 +204,12 @@ def test_a_head_that_is_gone_is_named_and_another_can_be_given(made, tmp_path):
         ("--weights {policy} --prompt_format chat", "has no chat template; use raw"),
         ("--weights {policy} --reward_path nobody", "nobody: expected a run name or the path of a reward1_ file"),
         ("--weights {policy} --collect {policy}/config.json", "File exists"),
+        ("--weights x --port 80", "--port is for the page: add --web"),
+        ("--weights x --camera", "--camera is for the page: add --web"),
+        ("--weights x --questions i_like_you", "--questions is for the page: add --web"),
+        ("--weights x --web --people 0", "a whole number of at least 1 is expected, not '0'"),
+        ("--weights x --web --camera", "faces are for training data, so name a folder with --collect"),
+        ("--weights x --web --port 70000", "--port 70000: bind(): port must be 0-65535.; name another"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(arguments, message, made, tmp_path, monkeypatch):

@@ -147,7 +147,7 @@ def test_what_was_rated_is_stored_with_its_column(collection, capsys):
 
 
 def test_an_impossible_answer_changes_nothing(collection):
-    session = opened(sessions_with("a", "b", compare=True, collection=collection))
+    session = opened(sessions_with(*"abcd", compare=True, collection=collection))
     say(session)
     session.finish()
     with pytest.raises(UserError, match="a number from 1 to 9 is expected, not '12'"):
