@@ -101,6 +101,7 @@ OPTIONS = parse_options() if __name__ == "__main__" else None
 
 from geli.people.camera import Camera
 from geli.people.collect import Collection
+from geli.people.packages import require
 from geli.people.page import Survey
 from geli.people.partner import Partner, is_checkpoint, load_partner, training_of
 from geli.people.rewards import TurnRewards, load_rewards
@@ -142,7 +143,9 @@ def load(options) -> tuple[Partner, TurnRewards | None]:
 
 def main(options) -> None:
     """Loads the policy and its reward, and talks."""
-    listener = listen(options.host, options.port) if options.web else None
+    if options.web:
+        require("gradio", "--web")
+        listener = listen(options.host, options.port)
     collection = options.collect and Collection(options.collect)
     camera = Camera(options.face_model) if options.camera else None
     partner, scorer = load(options)

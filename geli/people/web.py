@@ -133,7 +133,7 @@ def serve(sessions: Sessions, survey: Survey, camera: Camera | None, host: str, 
         UserError: if a package is missing.
     """
     uvicorn, port = require("uvicorn", "--web"), listener.getsockname()[1]
-    token = None if host == "localhost" or is_local(host) else secrets.token_urlsafe(16)
+    token = token_for(host)
     door = Door(make_app(sessions, survey, camera), token, f"geli-{port}")
     config = uvicorn.Config(door, log_level="critical", access_log=False, timeout_graceful_shutdown=1)
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
@@ -145,6 +145,11 @@ def serve(sessions: Sessions, survey: Survey, camera: Camera | None, host: str, 
             print()
         finally:
             sessions.close()
+
+
+def token_for(host: str) -> str | None:
+    """A new token, or None if only this machine reaches the address."""
+    return None if host == "localhost" or is_local(host) else secrets.token_urlsafe(16)
 
 
 def listen(host: str, port: int) -> socket.socket:

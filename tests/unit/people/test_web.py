@@ -64,6 +64,8 @@ def test_at_this_machine_no_token_is_needed_and_the_page_loads_nothing_from_else
 def test_loopback_addresses_are_local():
     assert all(map(is_local, ("127.0.0.1", "127.3.2.1", "::1")))
     assert not any(map(is_local, ("192.168.0.1", "8.8.8.8", "::2", "testclient", "", None)))
+    assert not any(map(web.token_for, ("127.0.0.1", "localhost", "::1")))
+    assert len({web.token_for(host) for host in ("0.0.0.0", "::", "192.168.0.1", "my-machine")}) == 4
 
 
 def test_a_port_that_is_taken_is_named():
