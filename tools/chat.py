@@ -144,8 +144,8 @@ def load(options) -> tuple[Partner, TurnRewards | None]:
 def main(options) -> None:
     """Loads the policy and its reward, and talks."""
     if options.web:
-        require("gradio", "--web")
         listener = listen(options.host, options.port)
+        require("gradio", "--web")
     collection = options.collect and Collection(options.collect)
     camera = Camera(options.face_model) if options.camera else None
     partner, scorer = load(options)

@@ -24,6 +24,7 @@ CAMERA = """
   <span class="problem" role="alert"></span>
 </div>
 """
+WAIT = "All places are taken. You are number {place} in the queue; this page goes on by itself."
 CLOSED = "This conversation was closed, because the page was left or nothing was said for a long time. Reload the page."
 
 
@@ -43,119 +44,137 @@ def is_local(host: str | None) -> bool:
         return False
 
 
-def make_page(gr: ModuleType, sessions: Sessions, survey: Survey, camera: bool):
-    """The page, a `gradio.Blocks`.
+class Page:
+    """The components of the page, and what happens on their events.
 
     Args:
         gr: the module gradio. camera: whether the camera is offered to people who sit at this machine.
+
+    Attributes:
+        blocks: the `gradio.Blocks`.
     """
-    columns = COLUMNS[: 1 + sessions.compare]
-    names = {column: f"{column}: " if sessions.compare else "" for column in columns}
-    with gr.Blocks(title="Talk", analytics_enabled=False) as page:
-        state = gr.HTML(elem_id="state")
-        notice = gr.HTML(visible=False, elem_classes="notice")
-        with gr.Column(visible=False) as asking:
-            consent_text = gr.HTML(elem_classes="notice")
+
+    def __init__(self, gr: ModuleType, sessions: Sessions, survey: Survey, camera: bool):
+        self.gr, self.sessions, self.survey, self.camera = gr, sessions, survey, camera
+        self.columns = COLUMNS[: 1 + sessions.compare]
+        with gr.Blocks(title="Talk", analytics_enabled=False) as self.blocks:
+            self._lay_out()
+            self._connect()
+
+    def _lay_out(self) -> None:
+        """Makes the components. Which of them are visible depends on the phase of the session."""
+        gr = self.gr
+        self.state, self.timer = gr.HTML(elem_id="state"), gr.Timer(2, active=False)
+        self.notice = gr.HTML(visible=False, elem_classes="notice")
+        with gr.Column(visible=False) as self.asking:
+            self.consent_text = gr.HTML(elem_classes="notice")
             with gr.Row():
-                agree = gr.Button("I agree", variant="primary", elem_id="agree")
-                decline = gr.Button("Talk without storing", elem_id="decline")
-        with gr.Column(visible=False) as talking:
+                self.agree = gr.Button("I agree", variant="primary", elem_id="agree")
+                self.decline = gr.Button("Talk without storing", elem_id="decline")
+        with gr.Column(visible=False) as self.talking:
             with gr.Row(elem_classes="columns"):
-                shown = [gr.HTML(elem_classes="conversation", elem_id=f"conversation-{column}") for column in columns]
-            with gr.Column(visible=False) as writing:
-                message = gr.Textbox(
+                self.shown = [gr.HTML(elem_classes="conversation", elem_id=f"conversation-{c}") for c in self.columns]
+            with gr.Column(visible=False) as self.writing:
+                self.message = gr.Textbox(
                     placeholder="Your message", lines=1, max_lines=6, max_length=MOST_CHARACTERS, show_label=False,
                     submit_btn="Send", autofocus=True, elem_id="message",
                 )  # fmt: skip
                 with gr.Row(elem_classes="actions"):
-                    retry = gr.Button("Another reply", size="sm", elem_id="retry")
-                    undo = gr.Button("Take back", size="sm", elem_id="undo")
-                    finish = gr.Button("Finish and rate", size="sm", variant="primary", elem_id="finish")
-                camera_part = gr.HTML(CAMERA, visible=False)
-        with gr.Column(visible=False, elem_classes="survey", elem_id="survey") as rating:
-            fields = []
-            for question in (survey.score, *survey.more):
-                gr.HTML(bubbles.question_block(question, optional=question in survey.more))
+                    self.retry = gr.Button("Another reply", size="sm", elem_id="retry")
+                    self.undo = gr.Button("Take back", size="sm", elem_id="undo")
+                    self.finish = gr.Button("Finish and rate", size="sm", variant="primary", elem_id="finish")
+                self.camera_part = gr.HTML(CAMERA, visible=False)
+        with gr.Column(visible=False, elem_classes="survey") as self.rating:
+            self.fields = []  # (column, question, its field)
+            for question in (self.survey.score, *self.survey.more):
+                gr.HTML(bubbles.question_block(question, optional=question in self.survey.more))
                 with gr.Row():
-                    fields += [(column, question, answer_field(gr, question, names[column])) for column in columns]
-            store = gr.Checkbox(label="Store this conversation", visible=sessions.collection is not None)
-            what_is_stored = gr.HTML(elem_classes="notice")
+                    self.fields += [(i, question, self._field(question, c)) for i, c in enumerate(self.columns)]
+            self.store = gr.Checkbox(label="Store this conversation", visible=self.sessions.collection is not None)
+            self.what_is_stored = gr.HTML(elem_classes="notice")
             with gr.Row():
-                send = gr.Button("Done", variant="primary", elem_id="done")
-                back = gr.Button("Talk on", elem_id="back")
-        with gr.Column(visible=False) as done:
-            result = gr.HTML(elem_classes="notice", elem_id="result")
-            again = gr.Button("Another conversation", variant="primary", elem_id="again")
-        timer = gr.Timer(2, active=False)
-        answers = [field for _, _, field in fields]
+                self.rated = gr.Button("Done", variant="primary", elem_id="done")
+                self.back = gr.Button("Talk on", elem_id="back")
+        with gr.Column(visible=False) as self.done:
+            self.result = gr.HTML(elem_classes="notice", elem_id="result")
+            self.again = gr.Button("Another conversation", variant="primary", elem_id="again")
 
-        def conversations(session: Session) -> dict:
-            """What changes while a reply grows."""
-            return {state: state_html(session)} | {
-                part: bubbles.conversation(
-                    talk, session.growing and session.growing[i], i, session.phase is Phase.TALKING,
-                    title_of(session, i),
-                )
-                for i, (part, talk) in enumerate(zip(shown, session.talks, strict=True))
-            }  # fmt: skip
+    def _field(self, question: str, column: str):
+        """The field for the answer to a question of the survey."""
+        low, high = answer_range(question)
+        label = f"{column}: {low} to {high}" if self.sessions.compare else f"{low} to {high}"
+        if high <= 10:
+            return self.gr.Radio([*range(low, high + 1)], label=label, min_width=300, elem_classes="answer")
+        return self.gr.Textbox(label=label, max_length=8, min_width=300, elem_classes="answer")
 
-        def whole(session: Session | None, window: str) -> dict:
-            """What is to be seen, from what the session is at."""
-            phase = session.phase if session else Phase.LEFT
-            parts = {
-                asking: gr.update(visible=phase is Phase.CONSENT),
-                talking: gr.update(visible=phase in (Phase.TALKING, Phase.RATING, Phase.DONE)),
-                writing: gr.update(visible=phase is Phase.TALKING),
-                rating: gr.update(visible=phase is Phase.RATING),
-                done: gr.update(visible=phase is Phase.DONE),
-                timer: gr.Timer(active=phase is Phase.WAITING),
-                notice: gr.update(visible=phase in (Phase.WAITING, Phase.LEFT), value=bubbles.text_block(CLOSED)),
+    # What is to be seen
+
+    def show_conversations(self, session: Session) -> dict:
+        """What changes while a reply grows: component -> value."""
+        with session.lock:
+            reactable, growing = session.phase is Phase.TALKING, session.growing or [None] * len(session.talks)
+            return {self.state: state_html(session)} | {
+                part: bubbles.conversation(talk, growing[i], i, reactable, title_of(session, i))
+                for i, (part, talk) in enumerate(zip(self.shown, session.talks, strict=True))
             }
-            if phase is Phase.WAITING:
-                place = sessions.place_in_queue(window)
-                text = f"All places are taken. You are number {place} in the queue; this page goes on by itself."
-                parts[notice] = gr.update(visible=True, value=bubbles.text_block(text))
-            if session and phase is not Phase.LEFT:
-                free = session.growing is None
-                parts |= conversations(session) | {
-                    consent_text: bubbles.text_block(session.consent_text),
-                    what_is_stored: bubbles.text_block(session.consent_text),
-                    retry: gr.update(interactive=free and bool(session.talks[0].replies)),
-                    undo: gr.update(interactive=free and bool(session.talks[0].turns)),
-                    finish: gr.update(interactive=session.can_finish),
-                    camera_part: gr.update(visible=session.camera and session.agreed),
-                    result: result_html(session),
-                }
-            return parts
 
+    def show(self, session: Session | None, window: str) -> dict:
+        """The whole page of a session: component -> value or update. None: the session is over."""
+        gr, phase = self.gr, session.phase if session else Phase.LEFT
+        place = self.sessions.place_in_queue(window) if phase is Phase.WAITING else 0
+        parts = {
+            self.asking: gr.update(visible=phase is Phase.CONSENT),
+            self.talking: gr.update(visible=phase in (Phase.TALKING, Phase.RATING, Phase.DONE)),
+            self.writing: gr.update(visible=phase is Phase.TALKING),
+            self.rating: gr.update(visible=phase is Phase.RATING),
+            self.done: gr.update(visible=phase is Phase.DONE),
+            self.timer: gr.Timer(active=phase is Phase.WAITING),
+            self.notice: gr.update(
+                visible=phase in (Phase.WAITING, Phase.LEFT),
+                value=bubbles.text_block(WAIT.format(place=place) if phase is Phase.WAITING else CLOSED),
+            ),
+        }
+        if phase is Phase.LEFT:
+            return parts
+        turns, free = session.talks[0].turns, session.growing is None
+        return parts | self.show_conversations(session) | {
+            self.consent_text: bubbles.text_block(session.consent_text),
+            self.what_is_stored: bubbles.text_block(session.consent_text),
+            self.retry: gr.update(interactive=free and bool(turns) and turns[-1].by_agent),
+            self.undo: gr.update(interactive=free and bool(turns)),
+            self.finish: gr.update(interactive=session.can_finish),
+            self.camera_part: gr.update(visible=session.camera and session.agreed),
+            self.result: result_html(session),
+        }  # fmt: skip
+
+    # What happens
+
+    def _connect(self) -> None:
+        """Connects the events. Every one changes the session, and shows what it has become."""
+        gr, sessions = self.gr, self.sessions
         everything = [
-            state, notice, asking, consent_text, talking, *shown, writing, retry, undo, finish, camera_part,
-            rating, what_is_stored, done, result, timer,
+            self.state, self.timer, self.notice, self.asking, self.consent_text, self.talking, *self.shown,
+            self.writing, self.retry, self.undo, self.finish, self.camera_part, self.rating, self.what_is_stored,
+            self.done, self.result,
         ]  # fmt: skip
+        settings = {"show_progress": "hidden", "api_visibility": "private"}
 
         def on(trigger, act, inputs=(), more=()):
-            """Lets `act` (session, inputs) change the session on an event, and shows what it has become.
+            """`act` gets the session and the values of `inputs`; it returns values of `more`, by component, or None."""
 
-            Args:
-                more: further components that `act` returns updates of.
-            """
-
-            def react(request: gr.Request, *values):
+            def answer(request: gr.Request, *values):
                 session, changes = sessions.find(request.session_hash), None
                 try:
                     changes = act(session, *values) if session else None
                 except UserError as error:
                     gr.Warning(str(error))
-                return whole(session, request.session_hash) | (changes or {})
+                return self.show(session, request.session_hash) | (changes or {})
 
-            return trigger(
-                react, list(inputs), [*everything, *more], show_progress="hidden", concurrency_limit=None,
-                api_visibility="private",
-            )  # fmt: skip
+            return trigger(answer, [*inputs], [*everything, *more], concurrency_limit=None, **settings)
 
         def open_session(request: gr.Request):
-            session = sessions.open(request.session_hash, camera and is_local(request.client.host))
-            return whole(session, request.session_hash)
+            session = sessions.open(request.session_hash, self.camera and is_local(request.client.host))
+            return self.show(session, request.session_hash)
 
         def close_session(request: gr.Request):
             sessions.leave(request.session_hash)
@@ -163,56 +182,43 @@ def make_page(gr: ModuleType, sessions: Sessions, survey: Survey, camera: bool):
         def grow(request: gr.Request):
             session = sessions.find(request.session_hash)
             for _ in session.reply() if session else ():
-                yield conversations(session)
-            yield whole(session, request.session_hash)
+                yield self.show_conversations(session)
+            yield self.show(session, request.session_hash)
 
-        def reply_after(event):
-            event.then(
-                grow, None, everything, show_progress="hidden", api_visibility="private",
-                concurrency_limit=sessions.people,
-            )  # fmt: skip
+        self.blocks.load(open_session, None, everything, **settings)
+        self.blocks.unload(close_session)
+        on(self.timer.tick, lambda session: None)
+        on(self.agree.click, lambda session: session.consent(True))
+        on(self.decline.click, lambda session: session.consent(False))
+        for said in (
+            on(self.message.submit, self._say, [self.message], [self.message]),
+            on(self.retry.click, Session.retry),
+        ):
+            said.then(grow, None, everything, concurrency_limit=sessions.people, **settings)
+        on(self.undo.click, lambda session: {self.message: session.undo()}, more=[self.message])
+        on(self.finish.click, self._finish, more=[self.store])
+        on(self.back.click, Session.go_on)
+        answers = [field for _, _, field in self.fields]
+        on(self.rated.click, self._rate, [self.store, *answers], answers)
+        on(self.again.click, Session.begin)
 
-        def say(session: Session, text: str) -> dict:
-            session.say(text)
-            return {message: ""}
+    def _say(self, session: Session, text: str) -> dict:
+        session.say(text)
+        return {self.message: ""}
 
-        def rate(session: Session, agreed: bool, *values) -> dict:
-            rows = {column: {} for column in columns}
-            for (column, question, _), value in zip(fields, values, strict=True):
-                if value not in (None, ""):
-                    rows[column][question] = str(value)
-                elif question == survey.score:
-                    raise UserError("please answer the first question")
-            session.rate([*rows.values()], agreed)
-            return dict.fromkeys(answers)
+    def _finish(self, session: Session) -> dict:
+        session.finish()
+        return {self.store: session.agreed}
 
-        page.load(open_session, None, everything, show_progress="hidden", api_visibility="private")
-        page.unload(close_session)
-        on(timer.tick, lambda session: None)
-        on(agree.click, lambda session: session.consent(True))
-        on(decline.click, lambda session: session.consent(False))
-        reply_after(on(message.submit, say, [message], [message]))
-        reply_after(on(retry.click, Session.retry))
-        on(undo.click, lambda session: {message: session.undo()}, more=[message])
-        on(finish.click, lambda session: {store: finished(session)}, more=[store])
-        on(back.click, Session.go_on)
-        on(send.click, rate, [store, *answers], answers)
-        on(again.click, Session.begin)
-    return page
-
-
-def finished(session: Session) -> bool:
-    """Asks for ratings; returns whether the person has agreed to storing."""
-    session.finish()
-    return session.agreed
-
-
-def answer_field(gr: ModuleType, question: str, name: str):
-    """The field for the answer to a question of the survey."""
-    low, high = answer_range(question)
-    if high <= 10:
-        return gr.Radio([*range(low, high + 1)], label=f"{name}{low} to {high}", min_width=300, elem_classes="answer")
-    return gr.Textbox(label=f"{name}{low} to {high}", max_length=8, min_width=300, elem_classes="answer")
+    def _rate(self, session: Session, agreed: bool, *values) -> dict:
+        rows = [{} for _ in self.columns]
+        for (column, question, _), value in zip(self.fields, values, strict=True):
+            if value not in (None, ""):
+                rows[column][question] = str(value)
+            elif question == self.survey.score:
+                raise UserError("please answer the first question")
+        session.rate(rows, agreed)
+        return dict.fromkeys(field for _, _, field in self.fields)
 
 
 def state_html(session: Session) -> str:

@@ -82,15 +82,13 @@ class Session:
     @property
     def can_finish(self) -> bool:
         """Whether there is a reply, and none is being made."""
-        return self.growing is None and any(turn.utterance for turn in self.talks[0].replies)
+        return self.growing is None and any(turn.utterance for talk in self.talks for turn in talk.replies)
 
     @property
     def reading(self) -> bool:
         """Whether a reply is before the person's eyes."""
-        last = self.talks[0].turns[-1:]
-        return self.phase is Phase.TALKING and (
-            bool(self.growing and any(self.growing)) or bool(last and last[0].by_agent)
-        )
+        shown = any(self.growing) if self.growing is not None else self._last_is(by_agent=True)
+        return shown and self.phase is Phase.TALKING
 
     def say(self, text: str) -> None:
         """Adds the person's message to all columns."""
@@ -104,7 +102,7 @@ class Session:
         """Generates the replies of all columns at the same time; yields whenever there is more to show. Stops, and
         leaves no reply, when the person leaves. Does nothing if there is nothing to reply to."""
         with self.lock:
-            if self.growing is not None or self.phase is not Phase.TALKING or not self._said():
+            if self.growing is not None or self.phase is not Phase.TALKING or not self._last_is(by_agent=False):
                 return
             talks = self.talks
             replies = {column: talk.reply() for column, talk in enumerate(talks)}
@@ -213,8 +211,10 @@ class Session:
             finished, broken_off = self.collection.counts()
             print(f"{self.collection.folder}: {finished:,} finished, {broken_off:,} broken off", flush=True)
 
-    def _said(self) -> bool:
-        return bool(self.talks[0].turns) and not self.talks[0].turns[-1].by_agent
+    def _last_is(self, by_agent: bool) -> bool:
+        """Whether the last turn is the policy's, or the person's."""
+        turns = self.talks[0].turns
+        return bool(turns) and turns[-1].by_agent == by_agent
 
     def _expect(self, phase: Phase) -> None:
         if self.phase is not phase:
@@ -265,7 +265,7 @@ class Sessions:
 
     def by_key(self, key: str) -> Session | None:
         """The session with this key."""
-        return next((session for session in [*self._all.values()] if secrets.compare_digest(session.key, key)), None)
+        return next((session for session in [*self._all.values()] if session.key == key), None)
 
     def place_in_queue(self, window: str) -> int:
         """How many wait before this window, and itself; 0 if it does not wait."""

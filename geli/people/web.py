@@ -10,7 +10,7 @@ from geli.people.bubbles import REACTIONS
 from geli.people.camera import Camera
 from geli.people.collect import talk_record
 from geli.people.packages import require
-from geli.people.page import SCRIPT, STYLE, Survey, is_local, make_page
+from geli.people.page import SCRIPT, STYLE, Page, Survey, is_local
 from geli.people.sessions import Phase, Sessions
 from geli.people.terminal import hang_ups_end_normally
 from geli.run.errors import UserError
@@ -115,7 +115,7 @@ def make_app(sessions: Sessions, survey: Survey, camera: Camera | None):
         await require("starlette.concurrency", "--web").run_in_threadpool(camera.look, session, pixels)
 
     return gr.mount_gradio_app(
-        app, make_page(gr, sessions, survey, camera is not None), "/",
+        app, Page(gr, sessions, survey, camera is not None).blocks, "/",
         footer_links=[], app_kwargs={"openapi_url": None},
         theme=gr.themes.Default(primary_hue="blue", font="system-ui", font_mono="monospace"),  # not from the web
         css=STYLE.read_text(encoding="utf-8"), head=f"<script>{SCRIPT.read_text(encoding='utf-8')}</script>",

@@ -227,7 +227,7 @@ def test_mistakes_are_answered_in_one_line(arguments, message, made, tmp_path, m
 
 def test_a_page_without_gradio_is_answered_in_one_line(made, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    error = pipe([], "--weights", made.policy, "--web", check=2).stderr
+    error = pipe([], "--weights", made.policy, "--web", "--port", 0, check=2).stderr
     assert "--web needs a Python package that is missing" in error and "pip install -r requirements-people" in error
 
 
