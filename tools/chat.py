@@ -20,6 +20,7 @@ from geli.people.survey import new_user_id, user_id
 from geli.run.errors import run
 from geli.run.options import new_parser, non_negative_int, positive_int, seed
 
+# options of the page, and their defaults
 WEB = {"host": "127.0.0.1", "port": 7860, "people": 4, "questions": (), "camera": False, "face_model": "fer"}
 
 
@@ -86,13 +87,15 @@ def parse_options(argv: Sequence[str] | None = None):
         + "; ".join(f"{name}, {model.help}" for name, model in FACE_MODELS.items()) + " (default: fer)",
     )  # fmt: skip
     options = parser.parse_args(argv)
-    for name, default in WEB.items():
-        if getattr(options, name) is None:
-            setattr(options, name, default)
-        elif not options.web:
-            parser.error(f"--{name} is for the page: add --web")
+    given = [name for name in WEB if getattr(options, name) is not None]
+    if given and not options.web:
+        parser.error(f"--{given[0]} is for the page: add --web")
+    if options.face_model and not options.camera:
+        parser.error("--face_model is for the camera: add --camera")
     if options.camera and not options.collect:
         parser.error("--camera: faces are for training data, so name a folder with --collect")
+    for name in WEB.keys() - given:
+        setattr(options, name, WEB[name])
     return options
 
 

@@ -3,7 +3,6 @@
 import secrets
 import socket
 from collections.abc import Callable
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
 
 from geli.people.bubbles import REACTIONS
@@ -15,7 +14,6 @@ from geli.people.sessions import Phase, Sessions
 from geli.people.terminal import hang_ups_end_normally
 from geli.run.errors import UserError
 
-PORT = 7860
 # nothing is loaded from, or sent to, another server; Gradio needs scripts and styles in the page
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
@@ -54,12 +52,9 @@ class Door:
         return secrets.compare_digest(text.encode(), self.token.encode())
 
     def _cookie_of(self, scope) -> str:
-        header = b"; ".join(value for name, value in scope["headers"] if name == b"cookie").decode("latin-1")
-        try:
-            found = SimpleCookie(header).get(self.cookie)
-        except CookieError:
-            return ""
-        return found.value if found else ""
+        header = b";".join(value for name, value in scope["headers"] if name == b"cookie").decode("latin-1")
+        pairs = (part.strip().partition("=") for part in header.split(";"))
+        return next((value for name, _, value in pairs if name == self.cookie), "")
 
 
 async def answer(send, status: int, headers: dict[str, str], body: bytes = b"") -> None:

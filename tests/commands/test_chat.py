@@ -216,6 +216,7 @@ def test_a_head_that_is_gone_is_named_and_another_can_be_given(made, tmp_path):
         ("--weights x --questions i_like_you", "--questions is for the page: add --web"),
         ("--weights x --web --people 0", "a whole number of at least 1 is expected, not '0'"),
         ("--weights x --web --camera", "faces are for training data, so name a folder with --collect"),
+        ("--weights x --web --face_model fer", "--face_model is for the camera: add --camera"),
         ("--weights x --web --port 70000", "--port 70000: bind(): port must be 0-65535.; name another"),
     ],
 )
