@@ -22,6 +22,7 @@
     "[data-camera=stop]": () => stopCamera(),
   };
   document.addEventListener("click", (event) => {
+    if (event.target.closest?.("#retry, #undo, #back, #again")) writing = null; // and reads again
     for (const [selector, act] of Object.entries(clicks)) {
       const button = event.target.closest?.(selector);
       if (button) act(button);

@@ -173,6 +173,8 @@ class Session:
         with self.lock:
             self._expect(Phase.RATING)
             self.phase = Phase.TALKING
+            for talk in self.talks:
+                talk.reads()
 
     def rate(self, answers: Sequence[dict[str, str]], agreed: bool) -> None:
         """Ends the conversation with the answers of each column, and stores it if the person agrees to that."""

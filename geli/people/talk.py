@@ -115,6 +115,10 @@ class Talk:
             self._writing = self.now()
             self._stop_reading(self._writing)
 
+    def reads(self) -> None:
+        """The person has begun to write, but gives that up and reads on."""
+        self._writing = None
+
     def say(self, text: str) -> None:
         """Adds the person's message.
 
@@ -159,6 +163,7 @@ class Talk:
 
     def drop_reply(self) -> None:
         """Takes the reply to the last message back, if there is one."""
+        self.reads()
         if self.turns and self.turns[-1].by_agent:
             self.turns.pop()
 

@@ -313,7 +313,7 @@ def test_the_camera_sees_neutral_then_happy_in_the_right_seconds_and_leaves_no_p
     page = person.page
     key = page.locator("#session").get_attribute("data-key")
     person.say("Do you see me, who smiles now and then?", 2)
-    page.wait_for_timeout(1500)
+    page.wait_for_timeout(1200)
     assert page.evaluate("[window.asked, window.frames.length]") == [0, 0]  # it was not allowed yet
     assert not page.locator(".camera .light").is_visible()
     page.get_by_role("button", name="Use the camera").click()
@@ -321,7 +321,7 @@ def test_the_camera_sees_neutral_then_happy_in_the_right_seconds_and_leaves_no_p
     page.wait_for_function(f"window.frames.length > {NEUTRAL + HAPPY}")
     page.locator("#message textarea").press_sequentially("I write")  # and read no longer
     sent = page.evaluate("window.frames.length")
-    page.wait_for_timeout(1500)
+    page.wait_for_timeout(1200)
     assert page.evaluate("window.frames.length") == sent and page.locator(".camera .light").is_visible()
     page.get_by_role("button", name="Stop the camera").click()
     assert page.evaluate("window.stream.getTracks().map((track) => track.readyState)") == ["ended"]

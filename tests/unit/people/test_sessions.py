@@ -178,14 +178,25 @@ def test_nothing_is_stored_without_a_collection():
     assert session.phase is Phase.DONE and not session.agreed
 
 
-def test_reading_ends_when_the_survey_begins():
+def test_reading_ends_when_the_survey_begins_and_goes_on_behind_it():
     session = opened(sessions_with("abc"))
+    (talk,), seconds = session.talks, iter((5, 60, 90))
     say(session)
-    session.talks[0].clock = lambda: session.talks[0]._began + 5
+
+    def wait() -> None:
+        now = talk._began + next(seconds)
+        talk.clock = lambda: now
+
+    wait()
     session.finish()
-    session.talks[0].clock = lambda: session.talks[0]._began + 60
+    assert talk.replies[0].stop == 5
+    wait()
+    session.go_on()
+    session.finish()
+    assert talk.replies[0].stop == 60
+    wait()
     session.rate([{"overall_affect": "7"}], agreed=False)
-    assert session.talks[0].replies[0].stop == 5
+    assert talk.replies[0].stop == 60
 
 
 # ---------------------------------------------------------------------------------------------------------------------
