@@ -48,7 +48,7 @@ def server(made, tmp_path_factory):
         url = re.search(r"Open (\S+)", wait_for(process, "Open "))[1]
         yield SimpleNamespace(url=url, process=process, talks=talks, folder=folder)
         process.send_signal(signal.SIGTERM)
-        printed = process.communicate(timeout=30)[0]
+        printed = process.communicate(timeout=120)[0]
         assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in printed
         assert not [path for path in (*temporary.rglob("*"), *cwd.rglob("*")) if path.is_file()]  # none of Gradio's
     finally:
