@@ -127,6 +127,7 @@ def main(options) -> None:
             value, low, high = t_interval(measured)
             for axis, at in places:
                 rows.append({"axis": axis, "value": at, "method": method, "truth": value, "low": low, "high": high})
+    rows.sort(key=lambda row: ([*AXES].index(row["axis"]), row["value"]))
     with atomic_path(out / "when_geli_helps.csv") as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.4f")
     labels = {axis: label for axis, (_, label) in AXES.items()}
