@@ -287,13 +287,14 @@ def sweeps(rows: list[dict], labels: dict[str, str], path: Path) -> list[Path]:
         rows: axis, value, method, truth, low, high. labels: axis -> label.
     """
     figure, axes = _figure(1, len(labels), 3.1 * len(labels), 3.2)
+    bottom = min(-0.05, *(row["low"] for row in rows))
     for axis, (name, label) in zip(axes[0], labels.items(), strict=True):
         for method, color in zip(dict.fromkeys(row["method"] for row in rows), OKABE_ITO, strict=False):
             line = [row for row in rows if row["axis"] == name and row["method"] == method]
             x, y, low, high = ([row[key] for row in line] for key in ("value", "truth", "low", "high"))
             axis.plot(x, y, "o-", color=color, lw=1.4, ms=4, label=method)
             axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
-        axis.set(xlabel=label, ylim=(min(-0.05, axis.get_ylim()[0]), 1))
+        axis.set(xlabel=label, ylim=(bottom, 1))
         if 0 < 4 * min(x) <= max(x):
             axis.set_xscale("log")
         axis.set_xticks(x, [f"{value:g}" for value in x])
