@@ -38,7 +38,7 @@ def read_messages(messages: Sequence[Message]) -> Turns:
         raise UserError(f"expected a list of chat messages, found {type(messages).__name__}")
     for place, message in enumerate(messages):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
-        if role not in (*ROLES, *UNREAD_ROLES) or not isinstance(content, str):
+        if not isinstance(role, str) or role not in (*ROLES, *UNREAD_ROLES) or not isinstance(content, str):
             raise UserError(
                 f'message {place}: expected {{"role": "user" or "assistant" or "system", "content": text}}, found '
                 + (f"role {role!r}, content of type {type(content).__name__}"[:100] if role else "something else")
