@@ -16,6 +16,7 @@ import train_rl_GELI
 from data_utils import TurnSet, make_prompts, read_corpus, split
 from geli import GELIReward
 from geli.nets.encoder import load_encoder_of_head
+from geli.rl.reward_functions import FunctionScorer
 from geli.rl.rollout import first_turn
 from geli.run.distributed import make_accelerator
 from geli.run.errors import UserError
@@ -93,6 +94,15 @@ def test_turn_rewards_are_those_of_stage_2(head, trajectories):
     found = reward.turn_rewards([*messages, []])
     assert list(map(len, found)) == [*np.diff(turns.offsets), 0]
     assert np.concatenate(found) == pytest.approx(expected, abs=1e-6)
+
+
+def test_stage_3_takes_it_as_a_reward_function(head, prompts, tmp_path, monkeypatch):
+    code = f"from geli import GELIReward\nreward = GELIReward({str(head)!r}, device='cpu')\n"
+    (tmp_path / f"my_{head.name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    expected = stage_3_scorer(head)(prompts, SAID[:1] * len(prompts))
+    found = FunctionScorer(f"my_{head.name}:reward", "--reward_function")(prompts, SAID[:1] * len(prompts))
+    assert found.dtype == expected.dtype and torch.allclose(found, expected, atol=1e-6)
 
 
 def test_threads_get_the_scores_that_one_thread_gets(head, prompts):
