@@ -11,7 +11,8 @@ from talks import write_head
 
 from geli import GELIReward
 
-pytest.importorskip("fastapi")
+for name in ("fastapi", "uvicorn", "prometheus_client"):
+    pytest.importorskip(name, reason=f"needs {name} (requirements-serve.txt)")
 from geli.serving.server import RewardServer
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -58,16 +59,12 @@ def test_openrlhfs_client_and_function_and_verls_function(head, capsys):
     states = [[{"role": "user", "content": text}] for text in ("I lost my job today.", "Hello!")]
     said = ["I am so sorry, do you want to talk about it?", "Hi! How was your day?"]
     expected = pytest.approx(reward(states, said), abs=1e-6)
-    assert (
-        asked["answer"].json()["rewards"] == expected
-        and str(asked["answer"].json()["rewards"]) in capsys.readouterr().out
-    )
+    rewards = asked["answer"].json()["rewards"]
+    assert rewards == expected and str(rewards) in capsys.readouterr().out
     function = execute(FUNCTION, RUN=str(head))["reward_func"]
     assert function(asked["data"]["query"], asked["prompts"], [None, None])["rewards"].tolist() == expected
-    scores = execute(VERL, RUN=str(head))["compute_score"](
-        ["chat"] * 2, said, [None] * 2, [{"prompt": s} for s in states]
-    )
-    assert scores == expected
+    compute_score = execute(VERL, RUN=str(head))["compute_score"]
+    assert compute_score(["chat"] * 2, said, [None] * 2, [{"prompt": state} for state in states]) == expected
 
 
 def test_scored_conversations(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,9 @@ import requests
 from conftest import ROOT, call_script, run_script, small_model
 from talks import write_head
 
+for name in ("fastapi", "uvicorn", "prometheus_client"):
+    pytest.importorskip(name, reason=f"needs {name} (requirements-serve.txt)")
+
 from geli import GELIReward
 from geli.nets.prompts import prompt_text
 

@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-pytest.importorskip("fastapi"), pytest.importorskip("uvicorn"), pytest.importorskip("prometheus_client")
+for name in ("fastapi", "uvicorn", "prometheus_client"):
+    pytest.importorskip(name, reason=f"needs {name} (requirements-serve.txt)")
 
 from geli.run.errors import UserError
 from geli.serving.reward import GELIReward
