@@ -147,7 +147,8 @@ def make_app(reward: GELIReward, batcher: Batcher, limits: Limits, token: str | 
             texts = [text for turns in conversations for _, text in turns]
             check_texts(texts, limits)
             read = sum(map(len, texts)) * reward.context_turns  # a turn is read again with each of those behind it
-            rewards = await scored(reward.score_turns, conversations, len(texts) + read // CHARACTERS_A_TEXT)
+            size = len(conversations) + len(texts) + read // CHARACTERS_A_TEXT
+            rewards = await scored(reward.score_turns, conversations, size)
             return JSONResponse({"rewards": rewards})
 
     @app.get("/health")

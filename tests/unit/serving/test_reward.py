@@ -130,6 +130,9 @@ def test_a_text_is_computed_once(head, prompts, monkeypatch):
     seen.clear()
     assert reward([prompts[0]] * 2, ["b", "a"]) == [first[1], first[0]] and not seen
     assert reward([], []) == []
+    shorter = prompts[3]._replace(trajectory=prompts[3].trajectory[:-1])
+    rewards = reward([prompts[3], shorter], ["a", "a"])
+    assert (rewards[0] != rewards[1]) == reward.head.sequential  # such a head's rewards depend on the whole trajectory
 
 
 def test_it_is_found_by_folder_by_file_and_by_run(head):
