@@ -350,11 +350,15 @@ def state_turns(conversation: Conversation, index: int, user: str, context_turns
     return tuple((turn.speaker != user, turn.utterance) for turn in before)
 
 
+def context_text(turns: Iterable[tuple[bool, str]]) -> str:
+    """A state as text: its turns (is_agent, utterance), each ` User: ...` or ` AI: ...`, joined by spaces."""
+    return " ".join(f" {'AI' if is_agent else 'User'}: {utterance}" for is_agent, utterance in turns)
+
+
 def turn_text(conversation: Conversation, index: int, user: str, context_turns: int) -> tuple[str, str]:
-    """State and action of turn `index` as text: the last `context_turns` turns before it, each ` User: ...` or
-    ` AI: ...`, joined by spaces; and `AI: ` + the turn itself."""
-    before = state_turns(conversation, index, user, context_turns)
-    context = " ".join(f" {'AI' if is_agent else 'User'}: {utterance}" for is_agent, utterance in before)
+    """State and action of turn `index` as text: the last `context_turns` turns before it (`context_text`), and `AI: ` +
+    the turn itself."""
+    context = context_text(state_turns(conversation, index, user, context_turns))
     return context, f"AI: {conversation.turns[index].utterance}"
 
 

@@ -149,12 +149,7 @@ def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversa
     Raises:
         Dropped: if something is missing, unreadable or contradictory.
     """
-    if not folder.name.isprintable():  # such an id could neither be printed nor written to every file
-        raise Dropped("the folder's name has characters that cannot be printed")
-    turns, skipped = _read_transcript(folder / "transcription" / f"transcript_{transcript}.csv")
-    speakers = tuple(dict.fromkeys(turn.speaker for turn in turns))
-    if len(speakers) != 2:
-        raise Dropped(f"2 speakers are expected, {len(speakers)} found in the transcript")
+    turns, speakers, skipped = read_turns(folder, transcript)
     faces = _read_faces(folder / FEATURES_FILE, speakers)
     if not any(len(seconds) for seconds, _ in faces.values()):
         raise Dropped(f"{FEATURES_FILE}: no frame with a face of either speaker")
@@ -177,6 +172,22 @@ def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversa
         questions=questions,
         skipped_turns=skipped,
     )
+
+
+def read_turns(folder: Path, transcript: str = "cliffhanger") -> tuple[list[Turn], tuple[str, str], Counter]:
+    """The turns in a conversation's folder, with neutral affects; its speakers, first the one who speaks first; and
+    how many rows of the transcript were skipped, by reason. Faces and survey are not read.
+
+    Raises:
+        Dropped: if the transcript is missing or unreadable, or has not two speakers.
+    """
+    if not folder.name.isprintable():  # such an id could neither be printed nor written to every file
+        raise Dropped("the folder's name has characters that cannot be printed")
+    turns, skipped = _read_transcript(folder / "transcription" / f"transcript_{transcript}.csv")
+    speakers = tuple(dict.fromkeys(turn.speaker for turn in turns))
+    if len(speakers) != 2:
+        raise Dropped(f"2 speakers are expected, {len(speakers)} found in the transcript")
+    return turns, speakers, skipped
 
 
 def conversation_or_reason(folder: Path, transcript: str) -> Conversation | str:

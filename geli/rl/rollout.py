@@ -23,6 +23,7 @@ MARKERS = re.compile("User:|AI:")  # start of the next turn: a response is cut b
 # The last tokens of a response that are searched for a marker: those since the last check, and 8 for a marker that
 # began before it.
 MARKER_TOKENS = 8 + DONE_EVERY
+MOST_REAL_TURNS = 1 << 16  # whose features a scorer with a sequential head keeps; 4 KiB each at a width of 1,024
 
 
 class Rollout(NamedTuple):
@@ -121,6 +122,11 @@ def cut_responses(response: torch.Tensor, texts_of: Callable, end: int) -> tuple
     return kept, texts
 
 
+def first_turn(text: str) -> str:
+    """A response that was not cut while it was sampled, cut before the first `User:` or `AI:`, and stripped."""
+    return MARKERS.split(text, maxsplit=1)[0].strip()
+
+
 def ended_themselves(batch: Rollout, end: int) -> torch.Tensor:
     """(n,) bool: whether the last kept token of each response is the end token."""
     last = batch.mask.sum(dim=1).long() - 1
@@ -187,21 +193,24 @@ class RewardScorer:
         A sequential head (RUDDER's) also sees the agent turns before each prompt.
         """
         pairs = [(prompt.context, f"AI: {response}") for prompt, response in zip(prompts, responses, strict=True)]
-        features = self._encode(pairs)
+        features = self.encode(pairs)
         if self.head.sequential:
             rewards = self._sequential_rewards(prompts, features)
         else:
             rewards = self.head(features.to(self.encoder.device)).squeeze(1)
         return rewards.float().cpu()
 
-    def _encode(self, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
+    def encode(self, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
+        """(n, hidden) features of (context, response with `AI:`), on the CPU."""
         return self.encoder.encode(self.encoder.tokenize(pairs), self.autocast)
 
     def _sequential_rewards(self, prompts: Sequence[Prompt], features: torch.Tensor) -> torch.Tensor:
         """(n,) rewards of responses with `features` (n, hidden), each the last turn of its own trajectory."""
         needed = {pair for prompt in prompts for pair in prompt.trajectory[: prompt.position]}
+        if len(self._real_turns) + len(needed) > MOST_REAL_TURNS:
+            self._real_turns = {}
         new = sorted(needed - self._real_turns.keys())
-        self._real_turns |= dict(zip(new, self._encode(new), strict=True))
+        self._real_turns |= dict(zip(new, self.encode(new), strict=True))
         longest = max((prompt.position + 1 for prompt in prompts), default=1)  # a process may have no prompt
         turns = torch.zeros(len(prompts), longest, features.shape[1])
         for row, (prompt, feature) in enumerate(zip(prompts, features, strict=True)):

@@ -16,7 +16,7 @@ from geli.nets.options import MAX_NEW_TOKENS
 from geli.nets.policy import Policy
 from geli.nets.pretrained import load_pretrained
 from geli.nets.prompts import Prompt
-from geli.rl.rollout import MARKERS
+from geli.rl.rollout import first_turn
 from geli.run.console import progress_bar
 from geli.run.errors import UserError, first_line
 
@@ -62,8 +62,7 @@ def train(
         """TRL's reward function: `prompts` are its own, `index` (a column of `rows`) points to ours. A completion is a
         text, or a list with one chat message."""
         said = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
-        texts = [MARKERS.split(text, maxsplit=1)[0].strip() for text in said]
-        return score([ours[i] for i in index], texts).tolist()
+        return score([ours[i] for i in index], list(map(first_turn, said))).tolist()
 
     ours = list(prompts)
     rows = {

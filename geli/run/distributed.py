@@ -40,17 +40,22 @@ def make_accelerator(device: str, dtype: str, cpu_dtype: str = "auto") -> Accele
         UserError: if the device is not available, or accelerate is configured for a way to shard models that is not
             supported (see `geli.run.sharding`).
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
-    if not available[device]:
-        raise UserError(f"--device {device}: this machine has none that torch can use; try --device auto")
-    if dtype == "auto" and (device == "cpu" or not (available["cuda"] or available["mps"])):
-        dtype = cpu_dtype
-    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and _computes_in_bfloat16(device))
+    bfloat16 = uses_bfloat16(device, dtype, cpu_dtype)
     check_sharding()
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if bfloat16 else "no")
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open until the process ends)
     return accelerator
+
+
+def uses_bfloat16(device: str, dtype: str, cpu_dtype: str = "auto") -> bool:
+    """Whether forward passes are computed in bfloat16; arguments and errors as of `make_accelerator`."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "auto": True}
+    if not available[device]:
+        raise UserError(f"--device {device}: this machine has none that torch can use; try --device auto")
+    if dtype == "auto" and (device == "cpu" or not (available["cuda"] or available["mps"])):
+        dtype = cpu_dtype
+    return dtype == "bfloat16" or (dtype == "auto" and _computes_in_bfloat16(device))
 
 
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -79,12 +79,14 @@ def test_pages_use_options_that_exist():
         "evaluate_rewards",
         "when_geli_helps",
         "human_eval",
+        "score_conversations",
+        "serve_reward",
     ):
         known |= {*re.findall(r'"(--\w+)"', (ROOT / f"tools/{script}.py").read_text())}
     for script in ROOT.glob("benchmarks/*.py"):
         known |= {*re.findall(r'"(--\w+)"', script.read_text())}
     known |= {"--help", "--wide", "--config_file", "--standalone", "--nproc_per_node"}  # argparse, extending.md, torch
-    known |= {"--no"}  # pip's --no-deps
+    known |= {"--no", "--remote_rm_url"}  # pip's --no-deps, OpenRLHF
     for page in PAGES:
         found = set(re.findall(r"(?<![\w-])(--[a-zA-Z]\w*)", page.read_text()))
         if page.name not in ("hostile_inputs.md", "hostile_data.md"):
