@@ -54,6 +54,17 @@ def positive_float(text: str) -> float:
     return value
 
 
+def non_negative_float(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number of at least 0 is expected, not {text!r}")
+    return value
+
+
 def fraction(text: str) -> float:
     """A number in [0, 1]."""
     try:
