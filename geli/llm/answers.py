@@ -42,7 +42,7 @@ def read_reply(reply: str, n: int) -> Reading:
     """
     text = reply.rpartition("</think>")[2]
     candidates = [LINE.findall(text), *_json_items(text)]
-    found = [{int(turn): number for turn, number in map(_numbers, candidate) if turn} for candidate in candidates]
+    found = [dict(pair for item in candidate if (pair := _turn_and_number(*item))) for candidate in candidates]
     best = max(found, key=lambda candidate: sum(1 <= turn <= n for turn in candidate))
     numbers = np.array([best.get(turn, np.nan) for turn in range(1, n + 1)], dtype=np.float64)
     missing = np.isnan(numbers)
@@ -66,11 +66,11 @@ def _json_items(text: str) -> list[list[tuple]]:
     return found
 
 
-def _numbers(item: tuple) -> tuple[int, float]:
-    """A turn and its number; (0, NaN) if these are none."""
-    turn = re.fullmatch(r"(?:turn\W*)?(\d{1,6})", str(item[0]).strip(), re.IGNORECASE)
-    number = re.fullmatch(r"[+-]?\d{1,6}(?:\.\d{1,30})?", str(item[1]).strip())
-    return (int(turn[1]), float(number[0])) if turn and number else (0, np.nan)
+def _turn_and_number(key: str, value) -> tuple[int, float] | None:
+    """A turn and its number; None if these are none."""
+    turn = re.fullmatch(r"(?:turn\W*)?(\d{1,6})", key.strip(), re.IGNORECASE)
+    number = re.fullmatch(r"[+-]?\d{1,6}(?:\.\d+)?", str(value).strip())
+    return (int(turn[1]), float(number[0])) if turn and number else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

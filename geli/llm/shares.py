@@ -139,8 +139,8 @@ def estimate(
     price: Sequence[float] | None = None,
     seconds: float | None = None,
 ) -> str:
-    """How many requests, tokens, dollars and minutes it takes to ask about some windows: with a reply of a line a turn for
-    each, and at most.
+    """How many requests, tokens, dollars and minutes it takes to ask about some windows: with one reply for each, of a
+    line a turn, and at most.
 
     Args:
         tries: requests about a window at most. max_tokens: of a reply; None if each is one of a line a turn.
