@@ -1,5 +1,7 @@
 """What a model reads about a conversation, whole and in parts."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ def test_windows_have_every_turn_and_overlap(n, size, data):
     found = windows(n, size, overlap)
     assert sorted({turn for window in found for turn in window}) == list(range(n))
     assert all(len(window) == min(size, n) for window in found) and len(set(found)) == len(found)
-    assert all(first.stop - second.start >= overlap for first, second in zip(found, found[1:], strict=False))
+    assert all(first.stop - second.start >= overlap for first, second in pairwise(found))
 
 
 TALK = trajectory("t", 70.0, ["happiness", "neutral", "anger", "surprise"])
@@ -31,7 +33,7 @@ TALK = trajectory("t", 70.0, ["happiness", "neutral", "anger", "surprise"])
 def test_the_whole_conversation_as_the_model_reads_it():
     text = window_text(TALK, range(4), "overall_affect", li_text=False)
     assert text.startswith("A conversation of A and B is below. At the end A gave it 7 of 10 points (overall affect).")
-    said = [line for line in text.splitlines() if " turn " in line]
+    said = [line for line in text.splitlines() if " t turn " in line]
     assert said == [
         "A: t turn 0", "Turn 1, B: t turn 1", "A: t turn 2", "Turn 2, B: t turn 3",
         "A: t turn 4", "Turn 3, B: t turn 5", "A: t turn 6", "Turn 4, B: t turn 7",
@@ -49,7 +51,7 @@ def test_faces_in_words_only_with_li_text():
 def test_a_part_has_the_users_turns_around_it_and_numbers_of_its_own():
     text = window_text(TALK, range(1, 3), "you_are_funny", li_text=False)
     assert text.startswith("A part of a long conversation") and "(you are funny)" in text
-    said = [line for line in text.splitlines() if " turn " in line]
+    said = [line for line in text.splitlines() if " t turn " in line]
     assert said == ["A: t turn 2", "Turn 1, B: t turn 3", "A: t turn 4", "Turn 2, B: t turn 5", "A: t turn 6"]
 
 

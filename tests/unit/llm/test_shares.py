@@ -100,7 +100,7 @@ def test_shares_are_written_for_what_was_answered_and_the_rest_is_named(tmp_path
 
 
 def test_a_model_that_gives_no_numbers_is_an_error_with_the_reason(tmp_path):
-    with pytest.raises(UserError, match="no trajectory has shares.*fewer than half of its turns have a number"):
+    with pytest.raises(UserError, match=r"no trajectory has shares.*fewer than half of its turns have a number"):
         share_out([FIRST], Scripted("hello"), tmp_path, ShareOptions())
     assert not (tmp_path / "shares.csv").exists() and (tmp_path / "shares.json").exists()
 
