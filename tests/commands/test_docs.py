@@ -79,6 +79,7 @@ def test_pages_use_options_that_exist():
         "evaluate_rewards",
         "when_geli_helps",
         "human_eval",
+        "llm_shares",
     ):
         known |= {*re.findall(r'"(--\w+)"', (ROOT / f"tools/{script}.py").read_text())}
     for script in ROOT.glob("benchmarks/*.py"):
