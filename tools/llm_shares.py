@@ -44,6 +44,12 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("--overlap", type=non_negative_int, default=8, help="agent turns that two requests share")
     parser.add_argument("--tries", type=positive_int, default=2, help="requests about the same turns at most")
     parser.add_argument("--max_tokens", type=positive_int, default=1024, help="of a server's reply")
+    parser.add_argument(
+        "--schema",
+        choices=("json_schema", "json_object"),
+        help="make the server reply in JSON with one number for each turn: json_schema for OpenAI's servers and vLLM, "
+        "json_object for llama.cpp (default: free text)",
+    )
     parser.add_argument("--timeout", type=positive_float, default=120.0, help="seconds that the server may be silent")
     parser.add_argument("--concurrency", type=positive_int, default=4, help="requests to the server at a time")
     parser.add_argument(
@@ -87,8 +93,8 @@ def main(options) -> None:
     training, _ = split(corpus, options.train_size)
     backend = BACKENDS["url" if options.url else "folder"].make(
         BackendOptions(
-            options.url, options.model, options.folder, options.seed, options.max_tokens, options.timeout,
-            options.concurrency, options.device, options.dtype, options.trust_remote_code,
+            options.url, options.model, options.folder, options.seed, options.max_tokens, options.schema,
+            options.timeout, options.concurrency, options.device, options.dtype, options.trust_remote_code,
         )
     )  # fmt: skip
     asked = ShareOptions(options.reward_class, options.window, options.overlap, options.li_text, options.tries)

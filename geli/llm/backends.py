@@ -27,6 +27,7 @@ class BackendOptions:
     Attributes:
         url: of an OpenAI-compatible server, up to `/v1`. model: its name there. folder: of a model on this machine.
         seed: of the server's sampling. max_tokens: of a server's reply. timeout: seconds that it may be silent.
+        schema: the way, a key of `SCHEMAS`, in which the server is made to reply in JSON; None: free text.
         concurrency: requests at a time. device, dtype, trust_remote_code: as in the commands, for `folder`.
     """
 
@@ -35,6 +36,7 @@ class BackendOptions:
     folder: str | None = None
     seed: int = 0
     max_tokens: int = 1024
+    schema: str | None = None
     timeout: float = 120.0
     concurrency: int = 4
     device: str = "auto"
@@ -57,7 +59,7 @@ class Backend(Protocol):
     Attributes:
         identity: what a reply depends on besides the request. where: for messages. sends_text: whether text leaves the
             program. concurrency: requests at a time. stop: set when nothing more will be asked.
-        max_tokens: of a reply; None if every reply has exactly one number for each turn.
+        form: of replies, a key of `FORMATS`. max_tokens: of a reply; None if each has exactly one number for each turn.
     """
 
     identity: list
@@ -65,6 +67,7 @@ class Backend(Protocol):
     sends_text: bool
     concurrency: int
     stop: threading.Event
+    form: str
     max_tokens: int | None
 
     def ask(self, text: str, n: int) -> Reply:
@@ -75,21 +78,39 @@ class Backend(Protocol):
         """
 
 
+SCHEMAS = {  # name -> JSON schema of a reply -> `response_format` of the request
+    "json_schema": lambda schema: {
+        "type": "json_schema", "json_schema": {"name": "points", "schema": schema, "strict": True}
+    },
+    "json_object": lambda schema: {"type": "json_object", "schema": schema},
+}  # fmt: skip
+
+
+def points_schema(n: int) -> dict:
+    """The JSON schema of an object with a whole number from 0 to `HIGHEST` for each of the keys 1 to n."""
+    keys = [str(turn) for turn in range(1, n + 1)]
+    properties = {key: {"type": "integer", "enum": list(range(HIGHEST + 1))} for key in keys}
+    return {"type": "object", "properties": properties, "required": keys, "additionalProperties": False}
+
+
 class ServerBackend:
-    """A model on an OpenAI-compatible server (vLLM's, llama.cpp's, a vendor's). It replies in free text."""
+    """A model on an OpenAI-compatible server (vLLM's, llama.cpp's, a vendor's). It replies in free text, or with
+    `BackendOptions.schema` in JSON with exactly one number for each turn."""
 
     sends_text = True
 
     def __init__(self, options: BackendOptions):
         server = Server(options.url, options.model, options.seed, options.timeout, options.concurrency)
         self._client, self.max_tokens = ChatClient(server, API_KEY), options.max_tokens
-        self.identity = ["url", options.model, options.seed, options.max_tokens]
+        self._schema, self.form = options.schema, "json" if options.schema else "lines"
+        self.identity = ["url", options.model, options.seed, options.max_tokens, options.schema]
         self.where, self.concurrency, self.stop = server.host, options.concurrency, self._client.stop
 
     def ask(self, text: str, n: int) -> Reply:
         """The reply to one user message at temperature 0."""
         start = time.perf_counter()
-        response = self._client.request(text, max_tokens=self.max_tokens)
+        more = {"response_format": SCHEMAS[self._schema](points_schema(n))} if self._schema else {}
+        response = self._client.request(text, max_tokens=self.max_tokens, **more)
         seconds, reply = time.perf_counter() - start, content_of(response)
         tokens_in, tokens_out = (
             _usage(response, name) or len(content) // CHARACTERS_PER_TOKEN
@@ -115,7 +136,7 @@ class FolderBackend:
     Nothing is random.
     """
 
-    sends_text, concurrency, max_tokens = False, 1, None
+    sends_text, concurrency, form, max_tokens = False, 1, "lines", None
 
     def __init__(self, options: BackendOptions):
         name, trust = options.folder, options.trust_remote_code

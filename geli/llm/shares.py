@@ -196,7 +196,9 @@ def share_out(
     """
     private_folder(out)
     asker = Asker(backend, options.tries, out / "replies.jsonl")
-    windows = make_windows(trajectories, options.reward_class, options.window, options.overlap, options.li_text)
+    windows = make_windows(
+        trajectories, options.reward_class, options.window, options.overlap, options.li_text, backend.form
+    )
     new = asker.unknown(windows)
     _announce(asker, windows, new, price)
     if only_estimate:

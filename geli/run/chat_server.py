@@ -79,10 +79,8 @@ class ChatClient:
     def request(self, text: str, **more) -> httpx.Response:
         """The server's response to one user message, at temperature 0.
 
-        No `response_format` is asked for: servers differ in which they accept, and replies are parsed in any form.
-
         Args:
-            more: other fields of the request, such as `max_tokens`.
+            more: other fields of the request, such as `max_tokens`. Servers differ in what `response_format` they take.
 
         Raises:
             RequestFailed: after the last retry. UserError: if the server refuses the request.

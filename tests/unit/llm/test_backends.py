@@ -8,6 +8,7 @@ from conftest import small_model
 from llm_oracle import server
 from small_models import chat_model
 
+from geli.llm.answers import read_reply
 from geli.llm.backends import BACKENDS, BackendOptions, FolderBackend
 from geli.llm.prompt import HIGHEST
 from geli.run import chat_server
@@ -94,4 +95,17 @@ def test_a_server_is_asked_at_temperature_0_with_the_seed(monkeypatch):
     assert asked[0] == {
         "model": "m", "messages": [{"role": "user", "content": TEXT}], "temperature": 0, "seed": 7, "max_tokens": 33
     }  # fmt: skip
-    assert backend.identity == ["url", "m", 7, 33] and backend.where == url[:-3]
+    assert backend.identity == ["url", "m", 7, 33, None] and backend.where == url[:-3]
+
+
+@pytest.mark.parametrize("name", ["json_schema", "json_object"])
+def test_a_server_can_be_made_to_reply_in_json_with_one_number_for_each_turn(name):
+    with server(lambda _: '{"1": 5, "2": 10}') as (url, asked):
+        backend = BACKENDS["url"].make(BackendOptions(url=url, model="m", schema=name))
+        assert read_reply(backend.ask(TEXT, 2).text, 2).problems == () and backend.form == "json"
+    sent = asked[0]["response_format"]
+    schema = sent["json_schema"]["schema"] if name == "json_schema" else sent["schema"]
+    assert sent["type"] == name and schema["required"] == ["1", "2"] == list(schema["properties"])
+    assert schema["properties"]["2"]["enum"] == list(range(HIGHEST + 1)) and not schema["additionalProperties"]
+    free = BACKENDS["url"].make(BackendOptions(url=url, model="m"))
+    assert free.identity != backend.identity and free.form == "lines"

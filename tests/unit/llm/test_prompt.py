@@ -38,6 +38,8 @@ def test_the_whole_conversation_as_the_model_reads_it():
         "A: t turn 0", "Turn 1, B: t turn 1", "A: t turn 2", "Turn 2, B: t turn 3",
         "A: t turn 4", "Turn 3, B: t turn 5", "A: t turn 6", "Turn 4, B: t turn 7",
     ]  # fmt: skip
+    in_json = window_text(TALK, range(4), "overall_affect", li_text=False, form="json")
+    assert "a JSON object that has the keys 1 to 4" in in_json and "lines" not in in_json
     assert "B's turns 1 to 4" in text and "conversation must be 7." in text and "Reply with 4 lines" in text
 
 

@@ -20,7 +20,7 @@ FIRST, SECOND = trajectory("a", 80.0, ["happiness", "neutral"]), trajectory("b",
 class Scripted:
     """A backend that gives prepared replies, and then always the last one. A reply of None is a failure."""
 
-    identity, where, sends_text, concurrency, max_tokens = ["scripted"], "script", True, 1, 100
+    identity, where, sends_text, form, concurrency, max_tokens = ["scripted"], "script", True, "lines", 1, 100
 
     def __init__(self, *replies):
         self.replies, self.asked, self.stop = list(replies), [], threading.Event()
