@@ -6,8 +6,8 @@ the agent, whose turns are the actions. So every turn is an agent turn in exactl
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from geli.data.candor import HAPPINESS, NEGATIVE, REWARD_CLASSES, TRANSCRIPTS, Conversation, Dropped, Turn
 from geli.data.corpus import by_count, printable, read_conversations
+from geli.data.shares import TrajectoryShares
 from geli.nets.prompts import Prompt, prompt_text
 from geli.run.errors import UserError, one_line
 from geli.run.options import option, positive_int
@@ -401,6 +402,8 @@ class TurnSet:
         affects: (N,) indices into `FACES`. targets: (N,) float32 f_t of the LI loss.
         labels: (N,) the class of the user's reaction that the targets come from.
         scores: (n,) R in points.
+        shares: (N,) float32 T times a turn's share of the score, in points, so that their mean over a trajectory is R;
+            None unless a language model shared the scores out (`with_shares`).
     """
 
     trajectories: list[Trajectory]
@@ -410,6 +413,7 @@ class TurnSet:
     targets: np.ndarray
     labels: np.ndarray
     scores: np.ndarray
+    shares: np.ndarray | None = None
 
     @classmethod
     def from_trajectories(
@@ -430,6 +434,15 @@ class TurnSet:
             labels=reactions.labels,
             scores=np.array([t.score for t in trajectories]),
         )
+
+    def with_shares(self, shares: Mapping[str, TrajectoryShares]) -> "TurnSet":
+        """These turns with a language model's shares, which they all must have (see `split_by_shares`)."""
+        values = [
+            len(t.agent_turns) * shares[t.key].turns[t.conversation.turns[i].turn_id]
+            for t in self.trajectories
+            for i in t.agent_turns
+        ]
+        return replace(self, shares=np.array(values, dtype=np.float32))
 
     def rated_texts(self) -> list[tuple[str, str]]:
         """The texts with each trajectory's answer appended, for `--curriculum`."""
@@ -452,6 +465,24 @@ class TurnSet:
         return len(self.texts)
 
 
+def split_by_shares(
+    trajectories: Iterable[Trajectory], shares: Mapping[str, TrajectoryShares]
+) -> tuple[list[Trajectory], dict[str, str]]:
+    """The trajectories whose turns all have a language model's shares, and key -> reason of the others."""
+    kept, dropped = [], {}
+    for trajectory in trajectories:
+        found = shares.get(trajectory.key)
+        if found is None:
+            dropped[trajectory.key] = "no shares in the file of --llm_shares"
+        elif found.data != fingerprint([trajectory]):
+            dropped[trajectory.key] = "has changed since its shares were made (its text, its faces or its score)"
+        elif not found.turns.keys() >= {trajectory.conversation.turns[i].turn_id for i in trajectory.agent_turns}:
+            dropped[trajectory.key] = "turns without a share in the file of --llm_shares"
+        else:
+            kept.append(trajectory)
+    return kept, dropped
+
+
 def load_turns(
     data: DataOptions,
     signal: SignalOptions,
@@ -461,6 +492,7 @@ def load_turns(
     seen: frozenset[str] = frozenset(),
     validate: bool,
     trust_remote_code: bool = False,
+    shares: Mapping[str, TrajectoryShares] | None = None,
 ) -> tuple[Corpus, TurnSet, TurnSet]:
     """The corpus, with its training and validation turns; prints how much was read, and what was dropped.
 
@@ -468,16 +500,26 @@ def load_turns(
         cache: folder of the cache; None for no cache.
         val_all, seen: as `all_others` and `seen` of `split`.
         validate: whether validation turns are needed.
+        shares: a language model's; training trajectories without them are dropped.
 
     Raises:
         UserError: if there is nothing to train on, or nothing to validate on although it is needed.
     """
     corpus = read_corpus(data.data_dir, data.reward_class, data.transcript, cache)
-    print(corpus.describe())
     parts = split(corpus, data.train_size or len(corpus.conversations), val_all, seen)
+    if shares is not None:
+        kept, dropped = split_by_shares(parts[0], shares)
+        parts = kept, parts[1]
+        corpus.dropped_trajectories.update(dropped)
+    print(corpus.describe())
     training, validation = (
         TurnSet.from_trajectories(part, data.context_turns, signal, trust_remote_code) for part in parts
     )
+    if shares is not None:
+        if dropped and not kept:
+            reasons = "; ".join(f"{reason} ({n})" for reason, n in by_count(dropped.values()).items())
+            raise UserError(f"--llm_shares: expected shares of training trajectories, found none to use: {reasons}")
+        training = training.with_shares(shares)
     for name, turns, needed in (("training", training, True), ("validation", validation, validate)):
         conversations = len({t.conversation.id for t in turns.trajectories})
         print(

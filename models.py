@@ -96,6 +96,20 @@ def ircr_loss(rewards: torch.Tensor, score: float, length: float) -> torch.Tenso
     return ((rewards - score / length) ** 2).mean()
 
 
+def llm_loss(rewards: torch.Tensor, score: float, length: float, shares: torch.Tensor) -> torch.Tensor:
+    """Every turn regresses to the share of the score that a language model gave it (as in Lee et al., Findings of EMNLP
+    2025), and the predicted return to R, to which the shares sum.
+
+    Args:
+        rewards: (k,) r_t of a random subset of distinct turns. score: R in points. length: L in turns.
+        shares: (k,) T times the turns' shares, in points: what R would be if all turns were worth as much.
+
+    Returns:
+        () in (points a turn) squared.
+    """
+    return li_loss(rewards, shares / length) + rrd_loss(rewards, score, length) / length**2
+
+
 def rudder_loss(predictions: torch.Tensor, score: float, length: float) -> torch.Tensor:
     """Squared error of the return predicted after the last turn, plus 0.5 * the mean squared error of all predictions
     (RUDDER, Arjona-Medina et al., NeurIPS 2019, auxiliary task of section A8).
@@ -164,17 +178,20 @@ class Decomposition(NamedTuple):
     The rewards of all of them are on one scale: L times their mean over a trajectory's turns is its predicted return.
 
     Attributes:
-        loss: (outputs (k,) of the head, score, length) -> () loss.
+        loss: (outputs (k,) of the head, score, length) -> () loss; with `uses_shares` also of the turns' shares (k,).
         help: one line for `--help`.
-        target: (scores, lengths) -> what the loss regresses to; its variance scales `--loss_scale normalized`.
+        target: (scores, lengths) -> what the loss regresses to; its variance scales `--loss_scale normalized`. With
+            `uses_shares` it gets the shares of all turns in place of the scores.
         uses_subset: whether the loss takes K random turns of a trajectory (else all of them, in order).
+        uses_shares: whether it needs a language model's shares of the scores (`--llm_shares`).
         head: the head that it needs, a key of `HEADS`; None: the head that the options choose.
     """
 
-    loss: Callable[[torch.Tensor, float, float], torch.Tensor]
+    loss: Callable[..., torch.Tensor]
     help: str
     target: Callable = lambda scores, lengths: scores
     uses_subset: bool = False
+    uses_shares: bool = False
     head: str | None = None
 
 
@@ -185,6 +202,13 @@ DECOMPOSITIONS = {
         rudder_loss,
         "an LSTM predicts the return after every turn; rewards are its differences",
         head="rudder",
+    ),
+    "LLM": Decomposition(
+        llm_loss,
+        "every turn regresses to its share of R by a language model (--llm_shares)",
+        target=lambda shares, lengths: shares / lengths,
+        uses_subset=True,
+        uses_shares=True,
     ),
 }
 
@@ -219,8 +243,12 @@ def loss_scales(loss_scale: str, redist_type: str, ep_len: int | str, training: 
     (`normalized`), so that both count alike."""
     if loss_scale == "raw":
         return 1.0, 1.0
-    lengths = np.array([length_of(ep_len, n) for n in np.diff(training.offsets)])
-    ge_targets = DECOMPOSITIONS[redist_type].target(training.scores, lengths)
+    row, turns = DECOMPOSITIONS[redist_type], np.diff(training.offsets)
+    lengths = np.array([length_of(ep_len, n) for n in turns])
+    if row.uses_shares:
+        ge_targets = row.target(training.shares, np.repeat(lengths, turns))
+    else:
+        ge_targets = row.target(training.scores, lengths)
     return float(ge_targets.var()) or 1.0, float(training.targets.var()) or 1.0
 
 

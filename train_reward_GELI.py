@@ -8,6 +8,7 @@ lambda * GE + (1 - lambda) * LI; without it the loss is GE alone. The encoder is
 unless `--unfreeze` trains it too.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,6 +49,9 @@ class GELITrainingOptions(RewardTrainingOptions):
         "raw",
         "normalized divides each loss by the variance of its own target over the training set",
         choices=("raw", "normalized"),
+    )
+    llm_shares: str | None = option(
+        None, "with --redist_type LLM: the shares.csv that tools/llm_shares.py wrote", metavar="FILE"
     )
     reward_path: str | None = option(
         None, "with --val alone: the saved head to evaluate (run name or path)", metavar="HEAD"
@@ -96,6 +100,10 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     for name, given in {**needs_training, "unfreeze": training.unfreeze, "resume": options.run.resume}.items():
         if given and not training.train:
             parser.error(f"--{name} changes training: give --train")
+    if training.train and DECOMPOSITIONS[training.redist_type].uses_shares and not training.llm_shares:
+        parser.error(f"--redist_type {training.redist_type} learns from a language model's shares: give --llm_shares")
+    if training.llm_shares and not (training.train and DECOMPOSITIONS[training.redist_type].uses_shares):
+        parser.error("--llm_shares is for --train --redist_type LLM")
     if training.ge_weight is None:
         options = replace(options, training=replace(training, ge_weight=0.5))
     return options
@@ -107,6 +115,7 @@ OPTIONS = parse_options() if __name__ == "__main__" else Options()
 import numpy as np
 import torch
 
+from geli.data.shares import read_shares
 from geli.evaluation.checks import conversations_seen, warn_of_constant_targets, warn_of_leaks
 from geli.nets.encoder import TurnEncoder, encoder_reference, load_encoder, load_encoder_of_head, place_encoder
 from geli.nets.features import TurnFeatures, encoder_fingerprint
@@ -155,6 +164,7 @@ def main(options: Options) -> None:
     corpus, training, validation = load_turns(
         options.data, options.signal, cache=options.run.cache_dir, val_all=training_options.val_all, seen=trained_on,
         validate=training_options.val, trust_remote_code=options.run.trust_remote_code,
+        shares=read_shares(training_options.llm_shares) if training_options.llm_shares else None,
     )  # fmt: skip
     warn_of_leaks(trained_on, validation.trajectories)
     if training_options.affect_path:
@@ -340,6 +350,8 @@ def train(
     held_out = validation if options.training.val else None
     stage = GELITraining(head, features, training, held_out, options.training, accelerator, options.run.seed, save)
     inputs = {"data": fingerprint(training.trajectories + validation.trajectories)}
+    if training.shares is not None:
+        inputs["shares"] = hashlib.sha256(training.shares.tobytes()).hexdigest()
     modules = {"head": head}
     if frozen:
         inputs["encoder"] = encoder_fingerprint(features.encoder, "")
@@ -473,7 +485,8 @@ class GELITraining(Stage):
         rewards = self.head.rewards(outputs, len(turns))
         li = li_loss(rewards, torch.from_numpy(self.training.targets[turns]))
         weight = self.options.ge_weight if self.head.config.li else 1.0
-        loss = geli_loss(decomposition.loss(outputs, score, length), li, weight, *self.scales)
+        shares = [torch.from_numpy(self.training.shares[turns])] if decomposition.uses_shares else []
+        loss = geli_loss(decomposition.loss(outputs, score, length, *shares), li, weight, *self.scales)
         ge = (score - predicted_return(rewards.detach(), length).item()) ** 2
         return loss, hidden, (turns, ge, li.item(), rewards.detach().numpy())
 

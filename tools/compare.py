@@ -5,7 +5,8 @@
 Runs the training commands themselves: stage 1 on the face and on the sentiment of the user's next turn, stage 2 with
 each decomposition alone and from each stage-1 run. Then it measures all heads on the same held-out conversations, as
 tools/evaluate_rewards.py does. Without --data_dir it makes the sample corpus and a small encoder in OUT. Run it again
-to continue where it stopped; finished runs are not repeated.
+to continue where it stopped; finished runs are not repeated. A decomposition that learns from a language model's shares
+takes part with --llm_shares.
 """
 
 import sys
@@ -30,6 +31,7 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("--seeds", type=seed, nargs="+", default=[0, 1, 2, 3, 4], help="seeds of training")
     parser.add_argument("--epochs", type=positive_int, default=3, help="epochs of stage 1")
     parser.add_argument("--learning_rate", default="1e-4", help="of stage 1")
+    parser.add_argument("--llm_shares", help="the shares.csv of tools/llm_shares.py (default: without that row)")
     options = parser.parse_args(argv)
     if bool(options.data_dir) != bool(options.lang_model_path):
         parser.error("--data_dir and --lang_model_path go together")
@@ -52,18 +54,22 @@ STAGE_2 = "--train --val --small_model_shrink --batch_size 4 --K 160 --epochs 16
 STAGE_1 = "--val --small_model_shrink --batch_size 32 --K 32".split()
 
 
-def commands(encoder: str, stage_1: Sequence[str] = (), seed: int = 0) -> Iterator[tuple[str, str, list[str]]]:
+def commands(
+    encoder: str, stage_1: Sequence[str] = (), seed: int = 0, llm_shares: str | None = None
+) -> Iterator[tuple[str, str, list[str]]]:
     """(row of the table, run name, command) of every training run of a seed, in the order in which they can be run.
 
     Args:
-        stage_1: more of its options.
+        stage_1: more of its options. llm_shares: a language model's shares; None: without what learns from them.
     """
     common = ["--seed", str(seed)]
     for signal in LI_SIGNALS:
         options = [*STAGE_1, *stage_1, *common, "--li_signal", signal, "--lang_model_path", encoder]
         yield f"LI:{signal}", f"li-{signal}-{seed}", ["train_reward_LI_only.py", *options]
-    for kind in DECOMPOSITIONS:
-        options = [*STAGE_2, *common, "--redist_type", kind]
+    for kind, row in DECOMPOSITIONS.items():
+        if row.uses_shares and not llm_shares:
+            continue
+        options = [*STAGE_2, *common, "--redist_type", kind, *(["--llm_shares", llm_shares] if row.uses_shares else [])]
         yield f"GE:{kind}", f"ge-{kind}-{seed}", ["train_reward_GELI.py", *options, "--lang_model_path", encoder]
         for signal in LI_SIGNALS:
             start = ["--affect_path", f"li-{signal}-{seed}"]
@@ -87,7 +93,7 @@ def main(options) -> None:
     common = ["--data_dir", data_dir, "--output_dir", runs, "--context_turns", options.context_turns, "--resume"]
     common += ["--train_size", options.train_size]
     stage_1 = ["--epochs", str(options.epochs), "--learning_rate", options.learning_rate]
-    every = [run for number in options.seeds for run in commands(encoder, stage_1, number)]
+    every = [run for number in options.seeds for run in commands(encoder, stage_1, number, options.llm_shares)]
     settings: dict[str, list[Path]] = {}
     for row, name, command in progress_bar(every, desc="comparing", unit="run"):
         if not finished_head(runs, name):

@@ -18,17 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
 
 from geli.run.errors import UserError, one_line, run
-from geli.run.options import new_parser, positive_float, positive_int, seed
-
-URL = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:(?P<port>\d{1,5}))?(/[^\s?#]*)?", re.ASCII)
-
-
-def server_url(text: str) -> str:
-    """The address of an OpenAI-compatible server, up to `/v1`."""
-    match = URL.fullmatch(text)
-    if not match or int(match["port"] or 1) >= 2**16:
-        raise argparse.ArgumentTypeError("an address such as https://host/v1 is expected, without a user or key in it")
-    return text
+from geli.run.options import new_parser, positive_float, positive_int, seed, server_url
 
 
 def parse_options(argv: Sequence[str] | None = None):
@@ -73,8 +63,9 @@ import pandas as pd
 
 from geli.judges.pairs import CRITERIA, read_pairs
 from geli.judges.scoring import for_print, score
-from geli.judges.server import Server, judge_pairs
+from geli.judges.server import judge_pairs
 from geli.judges.sheets import Key, make_sheets, read_sheets, write_sheets
+from geli.run.chat_server import Server
 from geli.run.console import format_table
 from geli.run.files import atomic_path
 

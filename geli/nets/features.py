@@ -27,7 +27,7 @@ from geli.run.files import atomic_path, private_folder, remove_stale_temporaries
 FLUSH_SECONDS = 60  # of encoding that are lost at most when a run is killed
 
 
-def _digest(tensors: dict[str, torch.Tensor], label: str = "") -> str:
+def weights_digest(tensors: dict[str, torch.Tensor], label: str = "") -> str:
     """A hash of a label and of tensors with their names, shapes and types."""
     result = hashlib.blake2b(label.encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
@@ -50,7 +50,7 @@ def encoder_fingerprint(encoder: TurnEncoder, numerics: str) -> str:
         sorted((name, str(config.to_dict())) for name, config in adapters.items()),
         [version(package) for package in ("torch", "transformers", "peft")],
     )
-    return _digest(encoder.encoder.state_dict(), repr(label))
+    return weights_digest(encoder.encoder.state_dict(), repr(label))
 
 
 def _key(pair: TokenPair) -> bytes:
@@ -110,7 +110,7 @@ class FeatureCache:
         tensors = {"keys": torch.from_numpy(keys.copy()), "features": torch.stack([feature for _, feature in rows])}
         private_folder(self.folder)
         with atomic_path(self.folder / f"{secrets.token_hex(8)}.safetensors", every_process=True) as temporary:
-            save_file(tensors, temporary, metadata={"checksum": _digest(tensors, self.fingerprint)})
+            save_file(tensors, temporary, metadata={"checksum": weights_digest(tensors, self.fingerprint)})
 
     def _read(self, path: Path, wanted: set[bytes]) -> dict[bytes, torch.Tensor]:
         """The wanted features in a file. If it is damaged or of another encoder, prints that and returns none."""
@@ -119,7 +119,7 @@ class FeatureCache:
                 checksum = (file.metadata() or {}).get("checksum")
                 tensors = {name: file.get_tensor(name) for name in ("keys", "features")}
             keys, features = tensors["keys"], tensors["features"]
-            if checksum != _digest(tensors, self.fingerprint):
+            if checksum != weights_digest(tensors, self.fingerprint):
                 raise ValueError("damaged, or written for another encoder")
             if keys.shape != (len(features), 16) or features.shape[1:] != (self.width or features.shape[-1],):
                 raise ValueError("tensors of unexpected shapes")

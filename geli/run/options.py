@@ -16,10 +16,13 @@ Functions take the group that they need, and tests and benchmarks make groups wi
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+SERVER_URL = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:(?P<port>\d{1,5}))?(/[^\s?#]*)?", re.ASCII)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Types of option values
@@ -51,6 +54,17 @@ def positive_float(text: str) -> float:
     return value
 
 
+def non_negative_float(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number of at least 0 is expected, not {text!r}")
+    return value
+
+
 def fraction(text: str) -> float:
     """A number in [0, 1]."""
     try:
@@ -78,6 +92,14 @@ def file_name(text: str) -> str:
     """A name that becomes a part of file names, so it cannot be a path."""
     if not text or text.startswith(".") or any(c in text for c in "/\\\0") or text != text.strip():
         raise argparse.ArgumentTypeError(f"a plain name (no slashes, no leading dot) is expected, not {text!r}")
+    return text
+
+
+def server_url(text: str) -> str:
+    """The address of an OpenAI-compatible server, up to `/v1`."""
+    match = SERVER_URL.fullmatch(text)
+    if not match or int(match["port"] or 1) >= 2**16:
+        raise argparse.ArgumentTypeError("an address such as https://host/v1 is expected, without a user or key in it")
     return text
 
 

@@ -343,6 +343,7 @@ SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("train_*.py
 # options that do nothing until they are given
 OPTIONAL = {"--affect_path", "--reward_path", "--lang_model_path", "--tiny", "--trl", "--data_dir", "--encoder"}
 OPTIONAL |= {"--reward_function", "--gold_function", "--evaluate", "--reward_class", "--truth"}
+OPTIONAL |= {"--llm_shares", "--url", "--model", "--folder", "--price"}
 # what takes seconds to import; the tools need pandas, but not before they know what to do
 SLOW = {"transformers", "peft", "trl", "sklearn", "scipy", "wandb", "matplotlib", "pandas"}
 
@@ -351,7 +352,7 @@ def test_the_list_of_commands_is_complete():
     assert SCRIPTS == [
         "tools/calls_to_candor.py", "tools/casino_to_candor.py", "tools/chat.py", "tools/closed_loop.py",
         "tools/compare.py", "tools/convert_corpus.py", "tools/demo_report.py", "tools/evaluate_rewards.py",
-        "tools/forget.py", "tools/human_eval.py", "tools/plant_truth.py", "tools/real_llama.py",
+        "tools/forget.py", "tools/human_eval.py", "tools/llm_shares.py", "tools/plant_truth.py", "tools/real_llama.py",
         "tools/sample_candor.py", "tools/tiny_models.py", "tools/when_geli_helps.py",
         "train_reward_GELI.py", "train_reward_LI_only.py", "train_rl_GELI.py",
     ]  # fmt: skip

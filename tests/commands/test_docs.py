@@ -81,6 +81,7 @@ def test_pages_use_options_that_exist():
         "human_eval",
         "score_conversations",
         "serve_reward",
+        "llm_shares",
     ):
         known |= {*re.findall(r'"(--\w+)"', (ROOT / f"tools/{script}.py").read_text())}
     for script in ROOT.glob("benchmarks/*.py"):

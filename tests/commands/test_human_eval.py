@@ -20,6 +20,7 @@ from judged_responses import fill, write_responses
 from geli.judges import server as judge_server
 from geli.judges.pairs import CRITERIA
 from geli.judges.sheets import Key, sheet_csv
+from geli.run import chat_server
 
 TOOL = "tools/human_eval.py"
 SECRET = "sk-test-0123456789"
@@ -203,8 +204,8 @@ def judge_at_work(behavior: dict, seconds: float = 0.0):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(judge_server, "BACKOFF", 0.01)
-    monkeypatch.setattr(judge_server, "RETRIES", 2)
+    monkeypatch.setattr(chat_server, "BACKOFF", 0.01)
+    monkeypatch.setattr(chat_server, "RETRIES", 2)
     monkeypatch.setenv("JUDGE_API_KEY", SECRET)
 
 

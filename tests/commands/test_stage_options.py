@@ -23,6 +23,7 @@ from turn_sets import trajectory, turn_set
 import train_rl_GELI
 from data_utils import make_trajectory, read_corpus, split, turn_text
 from geli.data.candor import REWARD_CLASSES, read_conversation
+from geli.data.shares import TrajectoryShares
 from geli.data.writer import write_conversation
 from geli.nets import encoder as encoder_module
 from geli.nets import policy as policy_module
@@ -209,14 +210,16 @@ def test_loss_scale_lambda_and_ep_len_change_what_is_learned(stages):
 
 
 @pytest.mark.parametrize("normalized", [False, True])
-@pytest.mark.parametrize("redist_type", ["RRD", "IRCR"])
+@pytest.mark.parametrize("redist_type", ["RRD", "IRCR", "LLM"])
 def test_the_geli_loss_of_a_trajectory_by_hand(redist_type, normalized):
-    """Turns of rewards 0.25 and 0.5, LI targets 1 and 0, R = 80, lambda 0.25; RRD draws both."""
+    """Turns of rewards 0.25 and 0.5, LI targets 1 and 0, R = 80, lambda 0.25; RRD and LLM draw both."""
     # of the training set, R is 80 and 40 and the LI targets are 1, 0, 0, 1, 0, 0
     turns = turn_set(
         trajectory("a", 80.0, ["happiness", "neutral"]),
         trajectory("b", 40.0, ["neutral", "happiness", "neutral", "anger"]),
     )
+    shares = {"a/0": {"1": 60.0, "3": 20.0}, "b/0": dict.fromkeys("1357", 10.0)}
+    turns = turns.with_shares({key: TrajectoryShares("", of) for key, of in shares.items()})
     scale = "normalized" if normalized else "raw"
     options = GELITrainingOptions(ge_weight=0.25, redist_type=redist_type, loss_scale=scale, ep_len=160, epochs=1)
     rewards = torch.tensor([[0.25], [0.5]])
@@ -232,7 +235,13 @@ def test_the_geli_loss_of_a_trajectory_by_hand(redist_type, normalized):
     # LI: (0.75^2 + 0.5^2) / 2; the return is 160 * 0.375 = 60, so that L_GE is (80 - 60)^2
     assert (ge, li) == (pytest.approx(400), pytest.approx(0.40625))
     # RRD regresses to R; IRCR's loss is ((0.5 - 0.25)^2 + 0) / 2, of R/L = 0.5
-    decomposed, variance = {"RRD": (400, 400), "IRCR": (0.03125, 0.125**2)}[redist_type]
+    # of LLM: turns of 120/160 and 40/160 give ((0.25 - 0.75)^2 + (0.5 - 0.25)^2) / 2, and the sum (60 - 80)^2 / 160^2;
+    # in the training set they are 0.75 and five times 0.25, of variance 14/96 - (1/3)^2
+    decomposed, variance = {
+        "RRD": (400, 400),
+        "IRCR": (0.03125, 0.125**2),
+        "LLM": (0.15625 + 0.015625, 5 / 144),
+    }[redist_type]
     scales = (variance, 2 / 9) if normalized else (1, 1)
     assert loss.item() == pytest.approx(0.25 * decomposed / scales[0] + 0.75 * 0.40625 / scales[1])
 

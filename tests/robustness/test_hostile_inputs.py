@@ -40,7 +40,7 @@ from data_utils import read_corpus
 from geli.data.cache import CHECKSUM_BYTES
 from geli.evaluation.checks import conversations_seen
 from geli.nets.encoder import encoder_of_head, load_encoder, load_encoder_of_head
-from geli.nets.features import FeatureCache, _digest
+from geli.nets.features import FeatureCache, weights_digest
 from geli.nets.policy import load_policy
 from geli.run import errors
 from geli.run.checkpoint import Checkpointer
@@ -237,7 +237,7 @@ def feature_cache(spoil: Callable) -> Callable:
         kept.encode(pairs, encoder.encode)
         path = next((out / "key").iterdir())
         tensors = spoil(load_file(path))
-        save_file(tensors, path, metadata={"checksum": _digest(tensors, "key")})
+        save_file(tensors, path, metadata={"checksum": weights_digest(tensors, "key")})
         return lambda: kept.encode(pairs, encoder.encode)
 
     return case

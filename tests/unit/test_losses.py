@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from turn_sets import trajectory, turn_set
 
+from geli.data.shares import TrajectoryShares
 from models import (
     DECOMPOSITIONS,
     HEADS,
@@ -20,6 +21,7 @@ from models import (
     ircr_loss,
     length_of,
     li_loss,
+    llm_loss,
     loss_scales,
     ppo_loss,
     predicted_return,
@@ -124,6 +126,24 @@ def test_the_contrastive_loss_pulls_one_label_together():
     assert (z @ z.T)[same].min() > (z @ z.T)[~same].max()
 
 
+def test_the_llm_loss_on_a_trajectory_of_two_turns():
+    # R = 80, L = 160; shares of 30 and 50 points of 2 turns, so that the turns' rewards should be 60/160 and 100/160
+    rewards, shares = torch.tensor([0.5, 0.5]), torch.tensor([60.0, 100.0])
+    assert llm_loss(shares / 160, 80.0, 160.0, shares).item() == 0
+    # (0.5 - 0.375)^2 = (0.5 - 0.625)^2; the mean reward is R/L
+    assert llm_loss(rewards, 80.0, 160.0, shares).item() == pytest.approx(0.015625)
+    # both are 0.1 more: (0.225^2 + 0.025^2) / 2 and, of the sum, (0.6 - 0.5)^2
+    assert llm_loss(rewards + 0.1, 80.0, 160.0, shares).item() == pytest.approx(0.025625 + 0.01)
+    # of the second turn alone: its own error, and that of the return that it predicts
+    assert llm_loss(rewards[1:] + 0.1, 80.0, 160.0, shares[1:]).item() == pytest.approx(0.025**2 + 0.01)
+
+
+def test_equal_shares_are_ircrs_target():
+    rewards, shares = torch.tensor([0.1, 0.7, 0.2]), torch.full((3,), 60.0)
+    penalty = rrd_loss(rewards, 60.0, 160.0) / 160**2
+    assert llm_loss(rewards, 60.0, 160.0, shares) == ircr_loss(rewards, 60.0, 160.0) + penalty
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Decompositions
 
@@ -131,14 +151,15 @@ def test_the_contrastive_loss_pulls_one_label_together():
 def test_the_table_of_decompositions():
     rows = {name: (row.loss, row.uses_subset, row.head) for name, row in DECOMPOSITIONS.items()}
     assert rows.items() >= {
-        "RRD": (rrd_loss, True, None), "IRCR": (ircr_loss, False, None), "RUDDER": (rudder_loss, False, "rudder")
+        "RRD": (rrd_loss, True, None), "IRCR": (ircr_loss, False, None), "RUDDER": (rudder_loss, False, "rudder"),
+        "LLM": (llm_loss, True, None),
     }.items()  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DECOMPOSITIONS)
 def test_a_decompositions_loss_has_gradients_and_its_row_is_whole(name):
     row, rewards = DECOMPOSITIONS[name], torch.tensor([0.1, 0.5, -0.2], requires_grad=True)
-    loss = row.loss(rewards, 50.0, 3.0)
+    loss = row.loss(rewards, 50.0, 3.0, *([torch.tensor([80.0, 40.0, 30.0])] if row.uses_shares else []))
     loss.backward()
     assert loss.shape == () and loss.isfinite() and rewards.grad.isfinite().all() and rewards.grad.any()
     assert row.target(np.array([80.0, 40.0]), np.array([3.0, 4.0])).shape == (2,) and row.help
@@ -148,7 +169,7 @@ def test_a_decompositions_loss_has_gradients_and_its_row_is_whole(name):
 def test_each_decompositions_target_is_what_its_loss_regresses_to():
     scores, lengths = np.array([80.0, 40.0]), np.array([160.0, 80.0])
     targets = {name: list(row.target(scores, lengths)) for name, row in DECOMPOSITIONS.items()}
-    assert targets.items() >= {"RRD": [80, 40], "IRCR": [0.5, 0.5], "RUDDER": [80, 40]}.items()
+    assert targets.items() >= {"RRD": [80, 40], "IRCR": [0.5, 0.5], "RUDDER": [80, 40], "LLM": [0.5, 0.5]}.items()
 
 
 # 2 and 4 agent turns; R = 80 and 40; LI targets 1, 0 and 0, 1, 0, 0
@@ -156,6 +177,12 @@ TURNS = turn_set(
     trajectory("a", 80.0, ["happiness", "neutral"]),
     trajectory("b", 40.0, ["neutral", "happiness", "neutral", "anger"]),
 )
+
+
+SHARES = {  # in points, of turns 1 and 3, and of 1, 3, 5 and 7
+    "a/0": TrajectoryShares("", {"1": 40.0, "3": 40.0}),
+    "b/0": TrajectoryShares("", {"1": -5.0, "3": 10.0, "5": 25.0, "7": 10.0}),
+}
 
 
 def test_predicted_returns_by_hand():
@@ -174,11 +201,12 @@ def test_predicted_returns_by_hand():
         ("RUDDER", "actual", 400.0),
         ("IRCR", 160, 0.015625),  # of 0.5 and 0.25: 0.125^2
         ("IRCR", "actual", 225.0),  # of 80/2 = 40 and 40/4 = 10: 15^2
+        ("LLM", 10, 140 / 9),  # of 8, 8 and -2, 4, 10, 4 by `SHARES`: 264/6 - (32/6)^2
     ],
 )
 def test_normalized_scales_are_the_variances_of_the_targets(redist_type, ep_len, expected):
     # the second: of LI targets 1, 0, 0, 1, 0, 0: 1/3 * 2/3
-    assert loss_scales("normalized", redist_type, ep_len, TURNS) == pytest.approx((expected, 2 / 9))
+    assert loss_scales("normalized", redist_type, ep_len, TURNS.with_shares(SHARES)) == pytest.approx((expected, 2 / 9))
     assert loss_scales("raw", redist_type, ep_len, TURNS) == (1, 1)
 
 

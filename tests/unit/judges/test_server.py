@@ -9,16 +9,8 @@ import numpy as np
 import pytest
 
 from geli.judges.pairs import CRITERIA, Pair
-from geli.judges.server import (
-    Judge,
-    Server,
-    content_of,
-    make_questions,
-    parse_reply,
-    read_answers,
-    retry_after,
-    votes_of,
-)
+from geli.judges.server import Judge, make_questions, parse_reply, read_answers, votes_of
+from geli.run.chat_server import Server, content_of, retry_after
 from geli.run.errors import UserError
 
 PAIR = Pair(3, "User: hi", "first one", "second one")

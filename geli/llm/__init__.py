@@ -1,0 +1,1 @@
+"""A language model shares scores out over the turns. Nothing outside imports this."""

@@ -1,0 +1,60 @@
+"""Shares of scores on disk, and which trajectories they fit."""
+
+import numpy as np
+import pytest
+from turn_sets import trajectory, turn_set
+
+from data_utils import fingerprint, split_by_shares
+from geli.data.shares import ShareRow, TrajectoryShares, read_shares, write_shares
+from geli.run.errors import UserError
+
+FIRST, SECOND = trajectory("a", 80.0, ["happiness", "neutral"]), trajectory("b", 40.0, ["neutral"])
+
+
+def rows(of, *shares):
+    """A row for each agent turn of a trajectory."""
+    return [
+        ShareRow(of.conversation.id, int(of.flip), of.conversation.turns[i].turn_id, share, "answered", 9.0, 0.5,
+                 fingerprint([of]))
+        for i, share in zip(of.agent_turns, shares, strict=False)
+    ]  # fmt: skip
+
+
+def test_shares_come_back_from_the_file_and_turns_get_t_times_theirs(tmp_path):
+    write_shares(tmp_path / "shares.csv", [*rows(FIRST, 30.0, 50.0), *rows(SECOND, 40.0)])
+    found = read_shares(tmp_path / "shares.csv")
+    assert found["a/0"] == TrajectoryShares(fingerprint([FIRST]), {"1": 30.0, "3": 50.0})
+    assert split_by_shares([FIRST, SECOND], found) == ([FIRST, SECOND], {})
+    turns = turn_set(SECOND, FIRST).with_shares(found)
+    assert turns.shares.tolist() == [40.0, 60.0, 100.0] and turns.shares.dtype == np.float32
+
+
+def test_trajectories_that_shares_do_not_fit_are_named(tmp_path):
+    changed = trajectory("b", 50.0, ["neutral"])  # another score
+    write_shares(tmp_path / "shares.csv", [*rows(FIRST, 80.0), *rows(changed, 40.0)])  # FIRST has two turns
+    kept, dropped = split_by_shares(
+        [FIRST, SECOND, trajectory("c", 1.0, ["neutral"])], read_shares(tmp_path / "shares.csv")
+    )
+    assert kept == [] and list(dropped) == ["a/0", "b/0", "c/0"]
+    assert [reason.split()[0] for reason in dropped.values()] == ["turns", "has", "no"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "",
+        "conversation_id,turn_id,reward\na,1,0.5\n",
+        "{header}\na,0,1,half,answered,1,1,f\n",
+        "{header}\na,0,1,nan,answered,1,1,f\n",
+        "{header}\na,0,1\n",
+        "\0\xff",
+    ],
+)
+def test_another_file_is_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "shares.csv"
+    if content is not None:
+        header = "conversation_id,flip,turn_id,share,status,tokens,seconds,data"
+        path.write_text(content.replace("{header}", header), encoding="latin-1")
+    with pytest.raises(UserError, match=r"tools/llm_shares\.py"):
+        read_shares(path)
