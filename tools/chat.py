@@ -80,7 +80,7 @@ def parse_options(argv: Sequence[str] | None = None):
     )  # fmt: skip
     web.add_argument(
         "--camera", action="store_true", default=None, help="offer people at this machine to read their faces; needs "
-        "--collect",
+        "--collect (default: no)",
     )  # fmt: skip
     web.add_argument(
         "--face_model", choices=FACE_MODELS, help="what reads faces: "

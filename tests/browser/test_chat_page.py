@@ -17,6 +17,7 @@ from talks import HEADS, write_checkpoint, write_head
 from geli.data.candor import FACES
 
 pytest.importorskip("gradio", reason="needs gradio (requirements-people.txt)")
+pytestmark = pytest.mark.slow
 
 EVIL = "<img src=x onerror=\"document.title='broken'\"> ${1+1} {{value}} </p><script>document.title='broken'</script>"
 

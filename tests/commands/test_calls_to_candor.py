@@ -228,6 +228,7 @@ class Run:
         return not self.alive()
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_lose_nothing(calls, converted, tmp_path):
     rng, out, expected = random.Random(0), tmp_path / "out", contents(converted[0])
     start = time.monotonic()

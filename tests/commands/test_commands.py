@@ -353,8 +353,8 @@ def test_the_list_of_commands_is_complete():
         "tools/calls_to_candor.py", "tools/casino_to_candor.py", "tools/chat.py", "tools/closed_loop.py",
         "tools/compare.py", "tools/convert_corpus.py", "tools/demo_report.py", "tools/evaluate_rewards.py",
         "tools/forget.py", "tools/human_eval.py", "tools/llm_shares.py", "tools/plant_truth.py", "tools/real_llama.py",
-        "tools/sample_candor.py", "tools/tiny_models.py", "tools/when_geli_helps.py",
-        "train_reward_GELI.py", "train_reward_LI_only.py", "train_rl_GELI.py",
+        "tools/sample_candor.py", "tools/score_conversations.py", "tools/serve_reward.py", "tools/tiny_models.py",
+        "tools/when_geli_helps.py", "train_reward_GELI.py", "train_reward_LI_only.py", "train_rl_GELI.py",
     ]  # fmt: skip
 
 

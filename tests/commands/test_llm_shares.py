@@ -70,7 +70,7 @@ def test_an_oracles_shares_follow_the_truth_and_sum_to_the_scores(shares, sample
         if right:
             differences = (of["share"] - of["share"].mean()) * len(of) / 10
             assert differences.tolist() == pytest.approx((truth - truth.mean()).tolist(), abs=0.11)
-    assert (rows["tokens"] > 0).all() and (rows["seconds"] > 0).all()
+    assert (rows["tokens"] > 0).all() and rows["seconds"].sum() > 0
     results = {row["what"]: row["number"] for row in json.loads((shares / "shares.json").read_text())["results"]}
     assert 0 < results["replies with a number from 0 to 10 for each turn"] < 12
     assert results["turns answered"] == (rows["status"] == "answered").sum()

@@ -63,6 +63,7 @@ def made_up(n: int, of: str) -> tuple[list[str], list[str], list[str]]:
     return [f"{p} {r}</s>" for p, r in zip(prompts, responses, strict=True)], prompts, responses
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_under_load_nobody_gets_a_wrong_score(head):
     reward, server, lock = GELIReward(head, device="cpu"), Server(head), threading.Lock()
     address, port, killed = f"{server.url}/get_reward", int(server.url.rpartition(":")[2]), threading.Event()

@@ -19,6 +19,7 @@ def gguf(tmp_path_factory):
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
 def test_the_written_model_is_that_of_the_gguf_file(gguf, tmp_path, monkeypatch):
     monkeypatch.setattr(smollm2, "find_gguf", lambda _: gguf)
     folder = smollm2.make_smollm2(tmp_path / "smollm2")

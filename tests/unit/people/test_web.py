@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -35,7 +36,8 @@ def ask(door, query: str = "", cookie: str = "", kind: str = "http") -> tuple[in
 
     headers = [(b"cookie", cookie.encode())] if cookie else []
     scope = {"type": kind, "query_string": query.encode(), "headers": headers}
-    asyncio.run(door(scope, None, send))
+    with ThreadPoolExecutor(1) as thread:  # this one may have a browser's event loop
+        thread.submit(asyncio.run, door(scope, None, send)).result()
     return sent[0]["status"], {name.decode(): value.decode() for name, value in sent[0]["headers"]}
 
 
