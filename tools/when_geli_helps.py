@@ -30,6 +30,7 @@ def parse_options(argv: Sequence[str] | None = None):
 # Parsed before the imports below, which take seconds, so that --help and mistakes in options are answered at once.
 OPTIONS = parse_options() if __name__ == "__main__" else None
 
+import numpy as np
 import pandas as pd
 
 from geli import plots
@@ -122,11 +123,16 @@ def main(options) -> None:
                 run_command(out, *command, "--run_name", name)
     rows = []
     for point, places in points().items():
-        for method in METHODS:
-            measured = [truth_correlation(out, point, method, number) for number in options.seeds]
-            value, low, high = t_interval(measured)
+        measured = {
+            method: np.array([truth_correlation(out, point, method, number) for number in options.seeds])
+            for method in METHODS
+        }
+        for method, values in measured.items():
+            value, low, high = t_interval(values)
+            less = None if method == "GELI" else str(t_interval(measured["GELI"] - values))
             for axis, at in places:
-                rows.append({"axis": axis, "value": at, "method": method, "truth": value, "low": low, "high": high})
+                row = {"axis": axis, "value": at, "method": method, "truth": value, "low": low, "high": high}
+                rows.append({**row, "GELI less this": less})
     rows.sort(key=lambda row: ([*AXES].index(row["axis"]), row["value"]))
     with atomic_path(out / "when_geli_helps.csv") as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.4f")

@@ -18,7 +18,7 @@ from geli.run.files import atomic_path, private_folder, read_json_or_empty, writ
 from geli.serving.dialogues import Dialogue, Source
 from geli.serving.reward import GELIReward
 
-TURNS_A_PART = 4096  # turns that are scored and written at once; what a run that dies can lose
+TURNS_A_PART = 1024  # turns that are scored and written at once; what a run that dies can lose
 COLUMNS = pa.schema({
     "conversation_id": pa.string(), "turn": pa.string(), "speaker": pa.string(), "text": pa.string(),
     "reward": pa.float32(),
