@@ -60,6 +60,12 @@ def call_script(script: str, *arguments, check: int = 0):
     return subprocess.CompletedProcess(script, code, out.getvalue(), error.getvalue())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fresh_accelerator():
+    """accelerate allows one precision in a process, and the file before may have run a command in another one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory) -> Path:
     """A sample corpus of 40 conversations: 36 for training, 4 for validation."""

@@ -142,6 +142,7 @@ def test_no_training_script_knows_of_the_hidden_rewards():
     assert sorted(readers) == sorted([*evaluation, "sample_candor.py", *loop])
 
 
+@pytest.mark.slow
 def test_small_models_are_the_same_every_time(sample, tmp_path):
     for name in ("a", "b"):
         build(sample, tmp_path / name, ("bart", "llama"), seed=0, steps=8)

@@ -110,6 +110,7 @@ def test_stage_2_learns_from_the_shares(shares, sample, tiny, tmp_path, monkeypa
     assert "--llm_shares is for --train --redist_type LLM" in wrong
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_without_a_repeated_request(sample, tmp_path):
     with server(partial(oracle, noise=1, faults=0.3), seconds=0.2) as (url, asked):
         words = [str(word) for word in arguments(sample, tmp_path / "out", url, "--concurrency", 1)]

@@ -157,6 +157,7 @@ def test_a_lower_precision_is_kept(stage_3, tmp_path):
     assert json.loads((tmp_path / "rlmf_weights/GELI_llama_sft/config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_no_text_is_left_behind(sample, tiny, tmp_path):
     """No file at all where TRL and the libraries below it keep theirs."""
     places = {name: tmp_path / name for name in ("TMPDIR", "HF_HOME", "XDG_CACHE_HOME")}

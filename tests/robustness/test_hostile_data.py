@@ -323,6 +323,7 @@ def test_any_cells_in_a_file(shared, file, cells, quotes):
     with_file(shared, file, csv_of(rows, quotes))
 
 
+@pytest.mark.slow
 def test_mutated_conversations_are_read_right_or_dropped(sample):
     result = fuzz_reader.fuzz([fuzz_reader.bases_of(sample, 20)], range(130), seed=7)
     assert result.failures == []

@@ -207,6 +207,7 @@ run(lambda: stage.main(stage.parse_options()))
 """
 
 
+@pytest.mark.slow
 def test_an_error_after_wandb_has_started_does_not_reach_it(marked, tmp_path):
     _, *options = commands(marked, tmp_path)[0]
     own = environment_of_its_own()
