@@ -23,6 +23,7 @@ from worker import run_job
 
 from geli.run.sharding import check_sharding
 
+pytestmark = pytest.mark.slow
 CONFIGS = ROOT / "accelerate_configs"
 LI, GELI, RL = "train_reward_LI_only.py", "train_reward_GELI.py", "train_rl_GELI.py"
 OPTIONS = {  # heads without dropout, whose random numbers are each process' own; rates that move what is trained

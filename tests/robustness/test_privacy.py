@@ -22,6 +22,8 @@ from conftest import ROOT, call_script, environment_of_its_own, run_script
 from geli.data.candor import REWARD_CLASSES
 from geli.data.writer import write_conversation
 
+pytestmark = pytest.mark.slow
+
 TEXT, USER, CONVERSATION = MARKERS = ("zqtextqz", "zquserqz", "zqconvqz")
 
 
@@ -207,7 +209,6 @@ run(lambda: stage.main(stage.parse_options()))
 """
 
 
-@pytest.mark.slow
 def test_an_error_after_wandb_has_started_does_not_reach_it(marked, tmp_path):
     _, *options = commands(marked, tmp_path)[0]
     own = environment_of_its_own()
