@@ -250,6 +250,7 @@ def test_a_run_goes_on_with_its_own_options_and_data_only(begin, whole, corpus, 
     assert "the run geli is complete already" in stage.run("--resume", "--run_name", "geli")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "words"),
     [
