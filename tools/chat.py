@@ -7,6 +7,7 @@ Shows each reply as it grows, and its turn reward by the head that the policy wa
 options, and /help the commands of a conversation.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from geli.data.candor import REWARD_CLASSES
 from geli.people.faces import FACE_MODELS
 from geli.people.survey import new_user_id, user_id
 from geli.run.errors import run
-from geli.run.options import new_parser, non_negative_int, positive_int, seed
+from geli.run.options import add_head_options, new_parser, non_negative_int, positive_int, seed
 
 # options of the page, and their defaults
 WEB = {"host": "127.0.0.1", "port": 7860, "people": 4, "questions": (), "camera": False, "face_model": "fer"}
@@ -42,7 +43,6 @@ def parse_options(argv: Sequence[str] | None = None):
         "--reward_path", metavar="HEAD", help="run name or path of the reward head (default: the one that the policy "
         "was trained with)",
     )  # fmt: skip
-    parser.add_argument("--lang_model_path", help="encoder of a published head, which records none")
     parser.add_argument(
         "--collect", type=Path, metavar="DIR", help="store rated conversations in this folder, if people agree "
         "(default: store nothing)",
@@ -60,13 +60,16 @@ def parse_options(argv: Sequence[str] | None = None):
         "--prompt_format", choices=("raw", "chat"), help="how the policy reads the history (default: as in training, "
         "else raw)",
     )  # fmt: skip
-    parser.add_argument("--output_dir", default=".", help="folder of the runs, for names of reward heads")
     parser.add_argument("--seed", type=seed, help="seed of the replies' sampling (default: another every time)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="as in training")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as in training")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run code that a model's folder or hub repository brings along"
-    )
+    add_head_options(parser)
+    add_page_options(parser)
+    options = parser.parse_args(argv)
+    complete_page_options(parser, options)
+    return options
+
+
+def add_page_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `--web`."""
     web = parser.add_argument_group("a page for browsers")
     web.add_argument("--web", action="store_true", help="serve a page instead of talking in the terminal")
     web.add_argument("--host", help="address to listen on; if others can reach it, the link has a token (default: "
@@ -86,7 +89,10 @@ def parse_options(argv: Sequence[str] | None = None):
         "--face_model", choices=FACE_MODELS, help="what reads faces: "
         + "; ".join(f"{name}, {model.help}" for name, model in FACE_MODELS.items()) + " (default: fer)",
     )  # fmt: skip
-    options = parser.parse_args(argv)
+
+
+def complete_page_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuses options of the page without the page, and sets the defaults of the others."""
     given = [name for name in WEB if getattr(options, name) is not None]
     if given and not options.web:
         parser.error(f"--{given[0]} is for the page: add --web")
@@ -96,7 +102,6 @@ def parse_options(argv: Sequence[str] | None = None):
         parser.error("--camera: faces are for training data, so name a folder with --collect")
     for name in WEB.keys() - given:
         setattr(options, name, WEB[name])
-    return options
 
 
 # Parsed before the imports below, which take seconds, so that --help and mistakes in options are answered at once.
@@ -111,9 +116,10 @@ from geli.people.rewards import TurnRewards, load_rewards
 from geli.people.sessions import Sessions
 from geli.people.talk import Talk
 from geli.people.terminal import Terminal
-from geli.people.web import listen, serve
+from geli.people.web import serve
 from geli.run.distributed import make_accelerator
 from geli.run.errors import UserError
+from geli.run.sockets import listen
 from models import find_head
 
 

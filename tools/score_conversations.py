@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 from geli.data.candor import TRANSCRIPTS
 from geli.data.corpus import printable
 from geli.run.errors import one_line, run
-from geli.run.options import new_parser, positive_int
+from geli.run.options import add_head_options, new_parser, positive_int
 
 
 def table_name(text: str) -> Path:
@@ -44,13 +44,7 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument(
         "--context_turns", type=positive_int, help="turns that are read before a turn (default: as in training)"
     )
-    parser.add_argument("--lang_model_path", help="encoder of a published head, which records none")
-    parser.add_argument("--output_dir", default=".", help="folder of the runs, for names of reward heads")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="as in training")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as in training")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run code that a model's folder or hub repository brings along"
-    )
+    add_head_options(parser)
     return parser.parse_args(argv)
 
 

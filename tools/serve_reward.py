@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
 
 from geli.run.errors import run
-from geli.run.options import new_parser, non_negative_int, positive_int
+from geli.run.options import add_head_options, new_parser, non_negative_int, positive_int
 
 
 def parse_options(argv: Sequence[str] | None = None):
@@ -39,13 +39,7 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument(
         "--context_turns", type=positive_int, help="turns of chat messages that are read (default: as in training)"
     )
-    parser.add_argument("--lang_model_path", help="encoder of a published head, which records none")
-    parser.add_argument("--output_dir", default=".", help="folder of the runs, for names of reward heads")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="as in training")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as in training")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run code that a model's folder or hub repository brings along"
-    )
+    add_head_options(parser)
     return parser.parse_args(argv)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +10,7 @@ from geli.people import bubbles
 from geli.people.sessions import COLUMNS, Phase, Session, Sessions
 from geli.people.survey import answer_range
 from geli.run.errors import UserError
+from geli.run.sockets import is_loopback
 
 STYLE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
 CAMERA = """
@@ -34,14 +34,6 @@ class Survey:
 
     score: str
     more: Sequence[str] = ()
-
-
-def is_local(host: str | None) -> bool:
-    """Whether a request's sender is on this machine."""
-    try:
-        return ip_address(host or "").is_loopback
-    except ValueError:
-        return False
 
 
 class Page:
@@ -173,7 +165,7 @@ class Page:
             return trigger(answer, [*inputs], [*everything, *more], concurrency_limit=None, **settings)
 
         def open_session(request: gr.Request):
-            session = sessions.open(request.session_hash, self.camera and is_local(request.client.host))
+            session = sessions.open(request.session_hash, self.camera and is_loopback(request.client.host))
             return self.show(session, request.session_hash)
 
         def close_session(request: gr.Request):

@@ -9,10 +9,11 @@ from geli.people.bubbles import REACTIONS
 from geli.people.camera import Camera
 from geli.people.collect import talk_record
 from geli.people.packages import require
-from geli.people.page import SCRIPT, STYLE, Page, Survey, is_local
+from geli.people.page import SCRIPT, STYLE, Page, Survey
 from geli.people.sessions import Phase, Sessions
 from geli.people.terminal import hang_ups_end_normally
 from geli.run.errors import UserError
+from geli.run.sockets import is_loopback
 
 # nothing is loaded from, or sent to, another server; Gradio needs scripts and styles in the page
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
@@ -104,7 +105,7 @@ def make_app(sessions: Sessions, survey: Survey, camera: Camera | None):
     @app.post("/talk/{key}/frame/{width}")
     async def frame(key: str, width: int, request: fastapi.Request) -> None:
         session = session_of(key)
-        if not (session.camera and session.agreed and is_local(request.client.host)):
+        if not (session.camera and session.agreed and is_loopback(request.client.host)):
             raise fastapi.HTTPException(403)
         pixels = await camera.receive(request.stream(), width)
         await require("starlette.concurrency", "--web").run_in_threadpool(camera.look, session, pixels)
@@ -144,18 +145,4 @@ def serve(sessions: Sessions, survey: Survey, camera: Camera | None, host: str, 
 
 def token_for(host: str) -> str | None:
     """A new token, or None if only this machine reaches the address."""
-    return None if host == "localhost" or is_local(host) else secrets.token_urlsafe(16)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket at an address.
-
-    Raises:
-        UserError: if that is not possible.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--host {host} --port {port}: {reason}; name another") from None
+    return None if is_loopback(host) else secrets.token_urlsafe(16)

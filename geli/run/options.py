@@ -146,6 +146,17 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if explained else super()._get_help_string(action)
 
 
+def add_head_options(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that compute the rewards of a saved head: where it and its encoder are, and on what."""
+    parser.add_argument("--lang_model_path", help="encoder of a published head, which records none")
+    parser.add_argument("--output_dir", default=".", help="folder of the runs, for names of reward heads")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="as in training")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as in training")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run code that a model's folder or hub repository brings along"
+    )
+
+
 def new_parser(description: str) -> argparse.ArgumentParser:
     """A parser whose `--help` shows every default and whose options cannot be abbreviated."""
     return _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)

@@ -10,11 +10,9 @@ too large, 422 for one that is not understood, 503 when too much waits.
 
 import asyncio
 import hmac
-import ipaddress
 import logging
 import resource
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +30,7 @@ from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from geli.run.errors import Stopped, UserError, one_line
+from geli.run.sockets import is_loopback, listen
 from geli.serving.batcher import Batcher, QueueFull
 from geli.serving.forms import read_messages, split_query
 from geli.serving.reward import GELIReward
@@ -294,23 +293,6 @@ class RewardServer(uvicorn.Server):
 def stop(code: int) -> None:
     """Ends the process after the last answer."""
     raise Stopped("stopped; every request that was accepted is answered", code)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def listen(host: str, port: int, backlog: int) -> socket.socket:
-    """A socket that listens."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=backlog)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: the server cannot listen there ({error.strerror})") from None
 
 
 def read_token(path: Path) -> str:

@@ -14,11 +14,12 @@ from geli.people import web
 from geli.people.camera import LARGEST, Camera
 from geli.people.collect import Collection
 from geli.people.faces import FaceModel
-from geli.people.page import Survey, is_local
+from geli.people.page import Survey
 from geli.people.partner import Partner
 from geli.people.sessions import Phase, Sessions
 from geli.people.talk import Talk
 from geli.run.errors import UserError
+from geli.run.sockets import is_loopback, listen
 
 BRIGHT = [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 
@@ -64,21 +65,21 @@ def test_at_this_machine_no_token_is_needed_and_the_page_loads_nothing_from_else
 
 
 def test_loopback_addresses_are_local():
-    assert all(map(is_local, ("127.0.0.1", "127.3.2.1", "::1")))
-    assert not any(map(is_local, ("192.168.0.1", "8.8.8.8", "::2", "testclient", "", None)))
+    assert all(map(is_loopback, ("127.0.0.1", "127.3.2.1", "::1")))
+    assert not any(map(is_loopback, ("192.168.0.1", "8.8.8.8", "::2", "testclient", "", None)))
     assert not any(map(web.token_for, ("127.0.0.1", "localhost", "::1")))
     assert len({web.token_for(host) for host in ("0.0.0.0", "::", "192.168.0.1", "my-machine")}) == 4
 
 
 def test_a_port_that_is_taken_is_named():
-    with web.listen("127.0.0.1", 0) as listener:
+    with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(UserError, match=rf"--host 127.0.0.1 --port {port}: Address already in use.*; name another"):
-            web.listen("127.0.0.1", port)
+            listen("127.0.0.1", port)
     with pytest.raises(UserError, match="--host no-such-host"):
-        web.listen("no-such-host.invalid", 0)
+        listen("no-such-host.invalid", 0)
     with pytest.raises(UserError, match="--port 70000"):
-        web.listen("127.0.0.1", 70000)
+        listen("127.0.0.1", 70000)
     assert isinstance(listener, socket.socket)
 
 

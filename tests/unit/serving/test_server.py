@@ -20,8 +20,9 @@ for name in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(name, reason=f"needs {name} (requirements-serve.txt)")
 
 from geli.run.errors import UserError
+from geli.run.sockets import is_loopback
 from geli.serving.reward import GELIReward
-from geli.serving.server import Limits, RewardServer, is_loopback, read_token
+from geli.serving.server import Limits, RewardServer, read_token
 
 SECONDS = 1.0  # in which requests must arrive
 LIMITS = Limits(waiting=64, together=16, texts=20, characters=5000, bytes=200_000, seconds=SECONDS)
