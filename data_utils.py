@@ -16,7 +16,7 @@ import numpy as np
 from geli.data.candor import HAPPINESS, NEGATIVE, REWARD_CLASSES, TRANSCRIPTS, Conversation, Dropped, Turn
 from geli.data.corpus import by_count, printable, read_conversations
 from geli.data.shares import TrajectoryShares
-from geli.nets.prompts import Prompt, prompt_text
+from geli.nets.prompts import Prompt, context_text, prompt_text
 from geli.run.errors import UserError, one_line
 from geli.run.options import option, positive_int
 
@@ -349,11 +349,6 @@ def state_turns(conversation: Conversation, index: int, user: str, context_turns
     """(is_agent, utterance) of the last `context_turns` turns before turn `index`."""
     before = conversation.turns[max(0, index - context_turns) : index]
     return tuple((turn.speaker != user, turn.utterance) for turn in before)
-
-
-def context_text(turns: Iterable[tuple[bool, str]]) -> str:
-    """A state as text: its turns (is_agent, utterance), each ` User: ...` or ` AI: ...`, joined by spaces."""
-    return " ".join(f" {'AI' if is_agent else 'User'}: {utterance}" for is_agent, utterance in turns)
 
 
 def turn_text(conversation: Conversation, index: int, user: str, context_turns: int) -> tuple[str, str]:

@@ -4,27 +4,23 @@ The losses are pure functions of tensors. The reward of turn t is r_t = r_theta(
 encoder that reads the dialogue so far (the state s_t) and the agent's turn (the action a_t).
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from data_utils import LI_SIGNALS, SignalOptions, TurnSet
 from geli.data.candor import REWARD_CLASSES
 from geli.nets.options import MAX_NEW_TOKENS
 from geli.nets.prompts import Prompt
-from geli.nets.published_heads import NotPublished, read_published_head
 from geli.rl.rollout import (
     Rollout,
     distinct,
@@ -36,8 +32,7 @@ from geli.rl.rollout import (
     rollout,
 )
 from geli.run.distributed import gather_shares, local_share
-from geli.run.errors import UserError, first_line
-from geli.run.files import atomic_path
+from geli.run.errors import UserError
 from geli.run.gradients import NotFinite, apply_gradients
 from geli.run.options import episode_length, option, positive_float, positive_int
 
@@ -517,139 +512,6 @@ def head_rewards(head: RewardHead, features: torch.Tensor, turns: TurnSet | None
         rewards = torch.cat(found).cpu().numpy()
     head.train(was_training)
     return rewards
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Saved heads
-
-
-_HEAD_FORMAT = "geli-reward-head-1"
-
-
-def save_reward_head(head: RewardHead, path: str | Path) -> None:
-    """Writes one safetensors file with the head's configuration in its metadata, atomically."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    config = json.dumps({"format": _HEAD_FORMAT, **asdict(head.config)})
-    with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata={"config": config})  # one entry: the order of several is not fixed
-
-
-def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> RewardHead:
-    """Reads a saved head (`reward1_{run}`), ours or a published one (see `geli.nets.published_heads`).
-
-    Returns:
-        An eval-mode module that maps features (n, hidden) to rewards (n, 1); its `config` records its training.
-
-    Raises:
-        UserError: if the file is missing or is no reward head.
-    """
-    path = Path(path)
-    if _is_zip(path):
-        return _load_published_head(path).to(device)
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a handle, not a dict)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such reward head") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: expected a reward head (a safetensors file), found something else ({error})"
-        ) from None
-    if f'"{_HEAD_FORMAT}"' not in metadata.get("config", ""):
-        raise UserError(f"{path}: a safetensors file, but not a reward head: its metadata has no format {_HEAD_FORMAT}")
-    try:
-        head = _head_of(json.loads(metadata["config"]), state)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, RecursionError) as error:
-        reason = first_line(error)
-        raise UserError(f"{path}: a reward head that does not fit its own configuration ({reason})") from None
-    return head.eval().to(device)
-
-
-def _head_of(config: dict, state: dict[str, torch.Tensor]) -> RewardHead:
-    """The head with this recorded configuration and these weights. Raises a ValueError, among others, if they do not
-    fit; a head that claims to be huge is refused before memory is allocated for it."""
-    known = {field.name for field in fields(RewardHeadConfig)}
-    config = RewardHeadConfig(**{name: value for name, value in config.items() if name in known})
-    config.check()
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in RewardHead(config).state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if found != expected:
-        raise ValueError(f"its tensors are {found}, expected {expected}"[:400])
-    if not all(tensor.is_floating_point() and torch.isfinite(tensor.float()).all() for tensor in state.values()):
-        raise ValueError("weights that are not finite numbers")
-    head = RewardHead(config)
-    head.load_state_dict(state)
-    return head
-
-
-def _is_zip(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return file.read(4) == b"PK\x03\x04"
-    except OSError:
-        return False  # reading it as safetensors reports what is wrong
-
-
-def _load_published_head(path: Path) -> RewardHead:
-    """The head in a published file, which records no configuration: it is read off the folder's name."""
-    try:
-        tensors = read_published_head(path)
-    except NotPublished as error:
-        raise UserError(f"{path}: expected a reward head, refused: {error}") from None
-    folder = path.resolve().parent.name
-    parts = folder.split("_baseline_")
-    head = RewardHead(
-        RewardHeadConfig(
-            head="small_model_shrink",
-            hidden=tensors.fc1_weight.shape[1],
-            encoder=None,
-            encoder_is_folder=False,
-            max_length=1024,
-            context_turns=20,
-            stage=1 if "reward_function" in folder else 2,
-            reward_class=next((name for name in REWARD_CLASSES if f"_{name}_" in f"{folder}_"), None),
-            redist_type=next((name for name in DECOMPOSITIONS if parts[-1].startswith(f"{name}_")), None),
-            li=not folder.startswith("baselines_"),
-        )
-    )
-    names = ("layers.0.weight", "layers.0.bias", "layers.3.weight", "layers.3.bias")
-    head.load_state_dict(dict(zip(names, tensors, strict=True)))
-    return head.eval()
-
-
-STAGE_1_FOLDERS = "*reward_function_*"  # under --output_dir
-
-
-def saved_heads(output_dir: str | Path, folders: str = "*") -> list[Path]:
-    """The reward heads in the folders of `output_dir` that match the pattern `folders`."""
-    return [path for path in Path(output_dir).glob(f"{folders}/reward1_*") if not path.name.endswith(".json")]
-
-
-def find_head(name: str, output_dir: str | Path, folders: str = "*") -> Path:
-    """The file of a head.
-
-    Args:
-        name: the path of the file, or the name of a run in a folder of `output_dir` that matches `folders`.
-
-    Raises:
-        UserError: if there is none, or several runs have that name.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    heads = saved_heads(output_dir, folders)
-    found = sorted(path for path in heads if path.name == f"reward1_{name}")
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UserError(f"{name}: {len(found)} runs have that name; give one's path: {', '.join(map(str, found))}")
-    known = sorted(path.name.removeprefix("reward1_") for path in heads)
-    raise UserError(
-        f"{name}: expected a run name or the path of a reward1_ file, found neither under {output_dir}; "
-        f"runs there: {', '.join(known) or 'none'}"
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,19 +15,17 @@ from functools import partial
 from pathlib import Path
 
 from data_utils import LI_SIGNALS, DataOptions, SignalOptions, TurnSet, fingerprint, load_turns, rating_probability
+from geli.heads import STAGE_1_FOLDERS, find_head, load_reward_head
 from geli.nets.options import EncoderOptions
 from geli.run.errors import UserError, run
 from geli.run.options import RunOptions, build_parser, flat, fraction, option, parse, positive_float, positive_int
 from models import (
     DECOMPOSITIONS,
-    STAGE_1_FOLDERS,
     HeadOptions,
     RewardHead,
     RewardHeadConfig,
     RewardTrainingOptions,
     check_reward_options,
-    find_head,
-    load_reward_head,
 )
 
 _DECOMPOSITIONS = "; ".join(f"{name}: {row.help}" for name, row in DECOMPOSITIONS.items())
@@ -51,7 +49,7 @@ class GELITrainingOptions(RewardTrainingOptions):
         choices=("raw", "normalized"),
     )
     llm_shares: str | None = option(
-        None, "with --redist_type LLM: the shares.csv that tools/llm_shares.py wrote", metavar="FILE"
+        None, "with --redist_type LLM: the shares.csv that apps/llm_shares wrote", metavar="FILE"
     )
     reward_path: str | None = option(
         None, "with --val alone: the saved head to evaluate (run name or path)", metavar="HEAD"
@@ -116,10 +114,11 @@ import numpy as np
 import torch
 
 from geli.data.shares import read_shares
-from geli.evaluation.checks import conversations_seen, warn_of_constant_targets, warn_of_leaks
+from geli.heads import save_reward_head
 from geli.nets.encoder import TurnEncoder, encoder_reference, load_encoder, load_encoder_of_head, place_encoder
 from geli.nets.features import TurnFeatures, encoder_fingerprint
 from geli.nets.pretrained import named_by_file
+from geli.report.checks import conversations_seen, warn_of_constant_targets, warn_of_leaks
 from geli.report.lineage import lineage_config
 from geli.report.rewards import RewardRun, affect_means, evaluate, finish_run, wandb_validation
 from geli.run.checkpoint import Checkpointer
@@ -139,7 +138,6 @@ from models import (
     predicted_return,
     predicted_returns,
     sample_turns,
-    save_reward_head,
 )
 
 

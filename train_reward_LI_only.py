@@ -18,7 +18,13 @@ from data_utils import DataOptions, SignalOptions, TurnSet, fingerprint, load_tu
 from geli.nets.options import EncoderOptions
 from geli.run.errors import run
 from geli.run.options import RunOptions, build_parser, flat, option, parse, positive_int
-from models import HeadOptions, RewardHead, RewardHeadConfig, RewardTrainingOptions, check_reward_options
+from models import (
+    HeadOptions,
+    RewardHead,
+    RewardHeadConfig,
+    RewardTrainingOptions,
+    check_reward_options,
+)
 
 VALIDATE_EVERY = 500  # steps
 
@@ -58,10 +64,11 @@ OPTIONS = parse_options() if __name__ == "__main__" else Options()
 import numpy as np
 import torch
 
-from geli.evaluation.checks import warn_of_constant_targets
+from geli.heads import load_reward_head, save_reward_head
 from geli.nets.batching import shuffled_batches
 from geli.nets.encoder import TurnEncoder, load_encoder, place_encoder
 from geli.nets.features import encode_together
+from geli.report.checks import warn_of_constant_targets
 from geli.report.rewards import (
     RewardRun,
     affect_means,
@@ -88,9 +95,7 @@ from models import (
     head_rewards,
     length_of,
     li_loss,
-    load_reward_head,
     predicted_returns,
-    save_reward_head,
 )
 
 

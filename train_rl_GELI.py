@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from data_utils import DataOptions, load_prompts
 from geli.data.candor import REWARD_CLASSES
+from geli.heads import find_head, load_reward_head, saved_heads
 from geli.nets.options import SMOLLM2, PolicyOptions
 from geli.nets.prompts import Prompt
 from geli.rl.rollout import RandomScorer, RewardScorer
@@ -33,7 +34,7 @@ from geli.run.options import (
     positive_float,
     positive_int,
 )
-from models import PPO, PPO_PRESETS, PPOConfig, find_head, load_reward_head, saved_heads
+from models import PPO, PPO_PRESETS, PPOConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Algorithms

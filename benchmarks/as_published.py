@@ -20,7 +20,13 @@ from data_utils import TurnSet
 from geli.data.candor import FACES
 from geli.nets.encoder import TurnEncoder
 from geli.report.rewards import evaluate
-from models import RewardHead, head_rewards, li_loss, predicted_returns, rrd_loss
+from models import (
+    RewardHead,
+    head_rewards,
+    li_loss,
+    predicted_returns,
+    rrd_loss,
+)
 
 PADDED_TOKENS = 1024
 K, LENGTH = 160, 160  # turns a draw; L of the return

@@ -5,7 +5,7 @@
 First, what the face model says to the clips and to posed pictures, and how long it takes on one core.
 
 Work: calls of two people, 30 frames a second, H.264 with x264's own distance of keyframes (up to 250 frames), whose
-faces are parts of two real clips (downloaded from the package index). Each is converted by tools/calls_to_candor.py in
+faces are parts of two real clips (downloaded from the package index). Each is converted by apps/calls in
 its own process. Seconds of a call are counted once, although there are two videos.
 """
 
@@ -26,9 +26,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]  # the repository, a
 from face_clips import CLIPS, PICTURES, clips
 from recorded_calls import write_call
 
+from apps.calls.video import pictures
+from apps.faces import FACE_MODELS
 from geli.data.candor import FACES, FEATURES_FILE
-from geli.people.faces import FACE_MODELS
-from geli.people.video import pictures
 from geli.run.console import format_table
 
 UNIT = 60  # seconds that are encoded; a call repeats them
@@ -48,7 +48,7 @@ def memory_of(process: psutil.Process) -> float:
 
 def convert(calls: Path, out: Path, workers: int) -> tuple[float, float, float]:
     """Runs the tool; returns seconds, seconds of CPU, and peak MiB."""
-    command = [sys.executable, str(ROOT / "tools/calls_to_candor.py"), str(calls), str(out), "--workers", str(workers)]
+    command = [sys.executable, str(ROOT / "apps/calls"), str(calls), str(out), "--workers", str(workers)]
     before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0.0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as tool:
         process = psutil.Process(tool.pid)

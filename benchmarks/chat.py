@@ -14,11 +14,11 @@ import time
 import numpy as np
 import torch
 
+from apps.chat.partner import Partner
+from apps.chat.rewards import TurnRewards
+from apps.chat.talk import Talk, TalkTurn
 from geli.nets.encoder import load_encoder
 from geli.nets.policy import load_policy
-from geli.people.partner import Partner
-from geli.people.rewards import TurnRewards
-from geli.people.talk import Talk, TalkTurn
 from geli.run.console import format_table
 from geli.run.distributed import make_accelerator
 from models import RewardHead, RewardHeadConfig

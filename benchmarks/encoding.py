@@ -22,13 +22,11 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # the repository and its tools, whose modules are imported below
+sys.path.insert(0, str(ROOT))  # the repository, whose modules are imported below
 
 import as_published
 import numpy as np
-import sample_candor
 import torch
-from tiny_models import FORMS, train_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BartConfig, BartModel
 
@@ -39,6 +37,8 @@ from geli.run.console import format_table
 from geli.run.distributed import make_accelerator, seed_everything
 from geli.run.training import train_steps
 from models import DECOMPOSITIONS, RewardHead, RewardHeadConfig
+from tools import sample_candor
+from tools.tiny_models import FORMS, train_tokenizer
 from train_reward_GELI import GELITraining, GELITrainingOptions
 
 EPOCHS, TURNS, REAL_TOKENS, LEARNING_RATE = 4, 160, 590, 5e-3

@@ -18,10 +18,15 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from geli.evaluation.metrics import HeldOut, estimates, metrics
+from geli.report.metrics import HeldOut, estimates, metrics
 from geli.run.console import format_table
 from geli.statistics import resample
-from models import RewardHead, RewardHeadConfig, head_rewards, predicted_return
+from models import (
+    RewardHead,
+    RewardHeadConfig,
+    head_rewards,
+    predicted_return,
+)
 
 TURNS, WIDTH, PEER_RESAMPLES = 320, 1024, 5
 

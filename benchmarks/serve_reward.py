@@ -1,4 +1,4 @@
-"""Requests a second and latency of tools/serve_reward.py, against calling the head directly on the same texts.
+"""Requests a second and latency of apps/serve, against calling the head directly on the same texts.
 
     python benchmarks/serve_reward.py --reward_path RUN --data_dir CORPUS [--texts 2000] [--clients 32]
 
@@ -24,10 +24,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
 
+from apps.serve.server import Limits, RewardServer
 from data_utils import make_prompts, read_corpus
+from geli.reward import GELIReward
 from geli.run.console import format_table
-from geli.serving.reward import GELIReward
-from geli.serving.server import Limits, RewardServer
 
 
 def make_texts(data_dir: str, n: int, context_turns: int) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@
 def __getattr__(name: str):
     """Loads `GELIReward` when it is asked for, because it imports torch and transformers."""
     if name == "GELIReward":
-        from geli.serving.reward import GELIReward
+        from geli.reward import GELIReward
 
         return GELIReward
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

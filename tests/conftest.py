@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,25 +15,31 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 
 import pytest
-import sample_candor
-import tiny_models
 from accelerate.state import AcceleratorState
 from small_models import SMALL_WIDTH, small_model  # noqa: F401 (tests import them from here)
 
 from geli.run.errors import run
+from tools import sample_candor, tiny_models
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def environment_of_its_own(**more: str) -> dict[str, str]:
-    """The environment of a command that is started as a user does it: without this process' wandb service."""
-    return {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"} | more
+    """The environment of a command that is started as a user does it: without this process' wandb service, and with the
+    repository on its path, so that apps can be started in any folder."""
+    inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    return inherited | {"PYTHONPATH": str(ROOT)} | more
+
+
+def program(command: str) -> list[str]:
+    """The words that start a command: a script's path in the repository, or the name of an app such as `apps.chat`."""
+    return [sys.executable, *(["-m", command] if command.startswith("apps.") else [str(ROOT / command)])]
 
 
 def run_script(script: str, *arguments, cwd=None, check: int | None = 0, **environment):
     """Runs one of the commands as a user does; `check` is the exit code that is expected."""
     result = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        [*program(script), *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -43,10 +50,17 @@ def run_script(script: str, *arguments, cwd=None, check: int | None = 0, **envir
     return result
 
 
+def module_of(command: str) -> str:
+    """The module that a command runs."""
+    if command.startswith("apps."):
+        return command if find_spec(command).submodule_search_locations is None else f"{command}.__main__"
+    return command.removesuffix(".py").replace("/", ".")
+
+
 def call_script(script: str, *arguments, check: int = 0):
     """As `run_script`, in this process, which saves the seconds of starting one; returns what it printed."""
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate allows one setting a process
-    module, out, error, code = importlib.import_module(Path(script).stem), io.StringIO(), io.StringIO(), 0
+    module, out, error, code = importlib.import_module(module_of(script)), io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
         try:

@@ -8,21 +8,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
 
-from geli.data.converters import CONVERTERS, convert
 from geli.run.errors import run
 from geli.run.options import new_parser
+from tools.converters import CONVERTERS, convert
 
 
-def main(corpus: str | None = None) -> None:
-    """Command line; without `corpus` it is the first argument."""
+def main() -> None:
+    """Command line."""
     parser = new_parser("Write another corpus in CANDOR's layout.")
-    if corpus is None:
-        known = "; ".join(f"{name}: {converter.help}" for name, converter in CONVERTERS.items())
-        parser.add_argument("corpus", choices=CONVERTERS, help=known)
+    known = "; ".join(f"{name}: {converter.help}" for name, converter in CONVERTERS.items())
+    parser.add_argument("corpus", choices=CONVERTERS, help=known)
     parser.add_argument("source", help="folder with the corpus' files")
     parser.add_argument("out", help="folder to write one folder a conversation to (becomes --data_dir)")
     args = parser.parse_args()
-    conversations, turns = convert(corpus or args.corpus, Path(args.source), Path(args.out))
+    conversations, turns = convert(args.corpus, Path(args.source), Path(args.out))
     print(f"Wrote {conversations:,} conversations with {turns:,} turns to {args.out}")
 
 

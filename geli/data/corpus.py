@@ -21,7 +21,7 @@ from geli.run.errors import UserError
 PARALLEL_FROM = 100  # folders; reading fewer takes less time than starting processes
 
 _HOW_TO_GET_DATA = (
-    "candor/README.md says how to get CANDOR; `python tools/sample_candor.py OUT` or `tools/casino_to_candor.py` makes "
+    "candor/README.md says how to get CANDOR; `python tools/sample_candor.py OUT` or `tools/convert_corpus.py` makes "
     "data to try"
 )
 

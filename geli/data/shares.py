@@ -1,4 +1,4 @@
-"""A language model's shares of the scores, on disk: a row for each agent turn, which tools/llm_shares.py writes."""
+"""A language model's shares of the scores, on disk: a row for each agent turn, which apps/llm_shares writes."""
 
 import csv
 import math
@@ -18,7 +18,7 @@ class ShareRow(NamedTuple):
     Attributes:
         conversation_id, flip, turn_id: which turn, of which trajectory.
         share: of the score, in points. Those of a trajectory sum to its score.
-        status: how it was found (`geli.llm.answers.STATUSES`).
+        status: how it was found (`apps.llm_shares.answers.STATUSES`).
         tokens, seconds: that the trajectory's requests took, divided by its turns.
         data: fingerprint of the trajectory that the model read, by which a changed one is noticed.
     """
@@ -73,7 +73,7 @@ def read_shares(path: str | Path) -> dict[str, TrajectoryShares]:
                 of = TrajectoryShares(row["data"], {})
                 found.setdefault(f"{row['conversation_id']}/{row['flip']}", of).turns[row["turn_id"]] = share
     except FileNotFoundError:
-        raise UserError(f"--llm_shares {path}: no such file; tools/llm_shares.py writes it") from None
+        raise UserError(f"--llm_shares {path}: no such file; apps/llm_shares writes it") from None
     except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"--llm_shares {path}: expected the shares.csv of tools/llm_shares.py: {error}") from None
+        raise UserError(f"--llm_shares {path}: expected the shares.csv of apps/llm_shares: {error}") from None
     return found

@@ -1,6 +1,6 @@
 """The prompts of stage 3, and the forms in which a language model reads them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import NamedTuple, Protocol
 
@@ -27,6 +27,11 @@ class Prompt(NamedTuple):
     position: int = 0
     name: str = ""
     turns: tuple[tuple[bool, str], ...] = ()
+
+
+def context_text(turns: Iterable[tuple[bool, str]]) -> str:
+    """A state as text: its turns (is_agent, utterance), each ` User: ...` or ` AI: ...`, joined by spaces."""
+    return " ".join(f" {'AI' if is_agent else 'User'}: {utterance}" for is_agent, utterance in turns)
 
 
 def prompt_text(context: str) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from geli import plots
 from geli.nets.prompts import Prompt
+from geli.report import plots
 from geli.report.lineage import lineage
 from geli.report.page import Page, Section, changed_options, seconds_table, write_page
 from geli.run.console import format_table

@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -28,9 +29,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def program_name() -> str:
+    """The command that runs, as its users call it: `train_rl_GELI.py`, or `python -m apps.chat`."""
+    path = Path(sys.argv[0])
+    return f"python -m {path.parent.parent.name}.{path.parent.name}" if path.name == "__main__.py" else path.name
+
+
 def _fail(error: Exception) -> None:
     rank = os.environ.get("RANK", "0")
-    command = os.path.basename(sys.argv[0]) + (f" (rank {rank})" if rank != "0" else "")
+    command = program_name() + (f" (rank {rank})" if rank != "0" else "")
     print(f"{command}: error: {one_line(str(error))}", file=sys.stderr)
     sys.exit(2)
 
@@ -44,7 +51,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{os.path.basename(sys.argv[0])}: {stop.message}", file=sys.stderr)
+            print(f"{program_name()}: {stop.message}", file=sys.stderr)
         sys.exit(stop.code)
     except (UserError, OSError) as error:
         _fail(error)

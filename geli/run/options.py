@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from geli.run.errors import program_name
+
 SERVER_URL = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:(?P<port>\d{1,5}))?(/[^\s?#]*)?", re.ASCII)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,7 +161,7 @@ def add_head_options(parser: argparse.ArgumentParser) -> None:
 
 def new_parser(description: str) -> argparse.ArgumentParser:
     """A parser whose `--help` shows every default and whose options cannot be abbreviated."""
-    return _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    return _Parser(prog=program_name(), description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
 
 def build_parser(description: str, options) -> argparse.ArgumentParser:

@@ -12,8 +12,8 @@ from conftest import ROOT, call_script, environment_of_its_own, run_script
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from geli.heads import load_reward_head
 from geli.nets.encoder import encoder_of_head, load_encoder
-from models import load_reward_head
 
 LI_FOLDER = (
     "SINGLE_INDEX_reward_function_convo_overall_affect_contra_False_shrink_False_curriculum_False"
@@ -323,10 +323,10 @@ def test_without_data_the_error_is_one_line(script, trained, tmp_path):
             "--train --rf_model LI",
             "--rf_model LI: expected a reward head *reward_function_*/reward1_RUN",
         ),
-        ("sample_candor.py", ".", "expected a new or empty folder"),
-        ("sample_candor.py", "out --turns 9", "--turns 9: at least 10 are needed"),
-        ("casino_to_candor.py", ". out", "expected casino_train.json"),
-        ("convert_corpus.py", "klingon . out", "invalid choice: 'klingon'"),
+        ("tools/sample_candor.py", ".", "expected a new or empty folder"),
+        ("tools/sample_candor.py", "out --turns 9", "--turns 9: at least 10 are needed"),
+        ("tools/convert_corpus.py", "casino . out", "expected casino_train.json"),
+        ("tools/convert_corpus.py", "klingon . out", "invalid choice: 'klingon'"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(script, arguments, message, tmp_path, monkeypatch):
@@ -339,7 +339,13 @@ def test_mistakes_are_answered_in_one_line(script, arguments, message, tmp_path,
 # ---------------------------------------------------------------------------------------------------------------------
 # --help
 
-SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("train_*.py"), *ROOT.glob("tools/*.py")))
+COMMANDS = ("train_*.py", "tools/*.py", "experiments/*.py", "apps/*/__main__.py", "apps/chat/forget.py")
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in COMMANDS
+    for path in ROOT.glob(pattern)
+    if 'if __name__ == "__main__"' in path.read_text()
+)
 # options that do nothing until they are given
 OPTIONAL = {"--affect_path", "--reward_path", "--lang_model_path", "--tiny", "--trl", "--data_dir", "--encoder"}
 OPTIONAL |= {"--reward_function", "--gold_function", "--evaluate", "--reward_class", "--truth"}
@@ -348,14 +354,10 @@ OPTIONAL |= {"--llm_shares", "--url", "--model", "--folder", "--price"}
 SLOW = {"transformers", "peft", "trl", "sklearn", "scipy", "wandb", "matplotlib", "pandas"}
 
 
-def test_the_list_of_commands_is_complete():
-    assert SCRIPTS == [
-        "tools/calls_to_candor.py", "tools/casino_to_candor.py", "tools/chat.py", "tools/closed_loop.py",
-        "tools/compare.py", "tools/convert_corpus.py", "tools/demo_report.py", "tools/evaluate_rewards.py",
-        "tools/forget.py", "tools/human_eval.py", "tools/llm_shares.py", "tools/plant_truth.py", "tools/real_llama.py",
-        "tools/sample_candor.py", "tools/score_conversations.py", "tools/serve_reward.py", "tools/tiny_models.py",
-        "tools/when_geli_helps.py", "train_reward_GELI.py", "train_reward_LI_only.py", "train_rl_GELI.py",
-    ]  # fmt: skip
+def test_every_app_has_a_command():
+    assert len(SCRIPTS) > 15
+    apps = {path.parent.name for path in ROOT.glob("apps/*/__init__.py")}
+    assert apps == {path.parent.name for path in ROOT.glob("apps/*/__main__.py")}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -369,7 +371,7 @@ except SystemExit as stop:
     print("\\nIMPORTED", stop.code, *sorted({name.split(".")[0] for name in sys.modules}))
 """
     command = [sys.executable, "-c", code, str(ROOT / script)]
-    environment = environment_of_its_own(PYTHONPATH=str((ROOT / script).parent), COLUMNS="200")
+    environment = environment_of_its_own(COLUMNS="200")
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     text, imported = result.stdout.split("\nIMPORTED ")
     code, *names = imported.split()

@@ -6,17 +6,16 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-import sample_candor
 from conftest import ROOT, run_script
 from scipy.stats import spearmanr
-from tiny_models import build
 
 from data_utils import read_corpus, split
-from geli.data import converters
 from geli.data.candor import FACES, read_conversation
-from geli.data.converters import casino_dialogue
 from geli.data.writer import write_conversation
 from geli.run.errors import UserError
+from tools import converters, sample_candor
+from tools.converters import casino_dialogue
+from tools.tiny_models import build
 
 CASINO = ROOT.parent / "shared" / "data" / "casino"
 
@@ -67,7 +66,7 @@ def test_a_dialogue_by_hand(tmp_path):
 
 @pytest.mark.skipif(not CASINO.is_dir(), reason="CaSiNo's files are not beside this repository")
 def test_the_whole_of_casino_is_usable(tmp_path):
-    run_script("tools/casino_to_candor.py", CASINO, tmp_path / "casino")
+    run_script("tools/convert_corpus.py", "casino", CASINO, tmp_path / "casino")
     corpus = read_corpus(tmp_path / "casino", "overall_affect")
     counts = corpus.counts()
     assert counts["conversations"] == 1030 and counts["dropped_conversations"] == 0

@@ -102,11 +102,11 @@ import importlib, json, sys
 from pathlib import Path
 sys.path[:0] = ["", "tools", "tests/support"]
 from accelerate.state import AcceleratorState
-from geli.data.converters import convert
+from tools.converters import convert
 convert("chats", Path("."), Path("converted"))
 from options_table import options_page
 Path("options.md").write_text(options_page())
-import compare
+from experiments import compare
 Path("compare.json").write_text(json.dumps([row for row, *_ in compare.commands("encoder")]))
 for script, *arguments in json.loads(sys.argv[1]):
     AcceleratorState._reset_state(reset_partial_state=True)

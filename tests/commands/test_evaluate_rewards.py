@@ -8,7 +8,7 @@ import pytest
 from conftest import call_script
 
 from data_utils import DataOptions, TurnSet
-from geli.evaluation.rewards import Evaluation, Predictions, compare, truth_of
+from geli.report.saved_heads import Evaluation, Predictions, compare, truth_of
 from geli.run.errors import UserError
 
 
@@ -25,7 +25,7 @@ def evaluated(sample, tiny, tmp_path_factory):
             more = ("--train", "--seed", seed, "--run_name", f"ge-{seed}")
             call_script("train_reward_GELI.py", *common, *more)
     arguments = ["--data_dir", sample, "--output_dir", out, "--repetitions", 50]
-    return out, call_script("evaluate_rewards.py", "GE=ge-0,ge-1", "li", *arguments), arguments
+    return out, call_script("tools/evaluate_rewards.py", "GE=ge-0,ge-1", "li", *arguments), arguments
 
 
 def test_the_table_agrees_with_what_the_runs_measured_themselves(evaluated):
@@ -59,9 +59,9 @@ def test_the_table_is_also_json_markdown_and_latex(evaluated):
 
 def test_measuring_twice_gives_the_same(evaluated):
     out, printed, arguments = evaluated
-    again = call_script("evaluate_rewards.py", "GE=ge-0,ge-1", "li", *arguments, "--name", "again")
+    again = call_script("tools/evaluate_rewards.py", "GE=ge-0,ge-1", "li", *arguments, "--name", "again")
     assert (out / "again.csv").read_bytes() == (out / "rewards.csv").read_bytes()
-    other = call_script("evaluate_rewards.py", "GE=ge-0,ge-1", "li", *arguments, "--name", "other", "--seed", 1)
+    other = call_script("tools/evaluate_rewards.py", "GE=ge-0,ge-1", "li", *arguments, "--name", "other", "--seed", 1)
     assert again.stdout.split("Written")[0] == printed.stdout.split("Written")[0] != other.stdout.split("Written")[0]
 
 
@@ -69,8 +69,8 @@ def test_conversations_that_a_head_was_trained_on_are_warned_of(evaluated, monke
     out, printed, arguments = evaluated
     assert "Warning" not in printed.stdout
     held_out = json.loads((out / "rewards.json").read_text())["validation_conversations"]
-    monkeypatch.setattr("geli.evaluation.rewards.conversations_seen", lambda *_: frozenset(held_out[:1]))
-    warned = call_script("evaluate_rewards.py", "li", *arguments, "--name", "warned").stdout
+    monkeypatch.setattr("geli.report.saved_heads.conversations_seen", lambda *_: frozenset(held_out[:1]))
+    warned = call_script("tools/evaluate_rewards.py", "li", *arguments, "--name", "warned").stdout
     assert "Warning: 1 of this run's validation conversations were trained on before" in warned
 
 
@@ -85,7 +85,7 @@ def test_conversations_that_a_head_was_trained_on_are_warned_of(evaluated, monke
 )
 def test_mistakes_are_answered_in_one_line(evaluated, words, message):
     _, _, arguments = evaluated
-    printed = call_script("evaluate_rewards.py", *words, *arguments, check=2)
+    printed = call_script("tools/evaluate_rewards.py", *words, *arguments, check=2)
     assert message in printed.stderr and printed.stderr.count("\n") == 1
 
 

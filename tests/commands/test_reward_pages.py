@@ -13,7 +13,7 @@ from geli import GELIReward
 
 for name in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(name, reason=f"needs {name} (requirements-serve.txt)")
-from geli.serving.server import RewardServer
+from apps.serve.server import RewardServer
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TRL, CLIENT, FUNCTION, VERL = BLOCK.findall((ROOT / "docs/reward_for_trainers.md").read_text())

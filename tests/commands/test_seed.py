@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import call_script
-from known_optimum import make_model, prompts, share_of_good_words
 
 import train_reward_GELI
 import train_reward_LI_only
 import train_rl_GELI
+from experiments.known_optimum import make_model, prompts, share_of_good_words
 from geli.nets.policy import load_policy
 from geli.rl import trl_algorithms
 

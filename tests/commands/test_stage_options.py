@@ -25,6 +25,7 @@ from data_utils import make_trajectory, read_corpus, split, turn_text
 from geli.data.candor import REWARD_CLASSES, read_conversation
 from geli.data.shares import TrajectoryShares
 from geli.data.writer import write_conversation
+from geli.heads import load_reward_head, save_reward_head
 from geli.nets import encoder as encoder_module
 from geli.nets import policy as policy_module
 from geli.nets.encoder import TurnEncoder, encoder_of_head, load_encoder
@@ -32,7 +33,7 @@ from geli.nets.options import ENCODERS, POLICIES
 from geli.nets.prompts import Prompt
 from geli.rl.rollout import RewardScorer
 from geli.run.errors import UserError
-from models import HEADS, RewardHead, RewardHeadConfig, load_reward_head, save_reward_head
+from models import HEADS, RewardHead, RewardHeadConfig
 from train_reward_GELI import GELITraining, GELITrainingOptions
 from train_rl_GELI import RF_MODELS
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import sample_candor
 import torch
 from accelerate.commands import launch as accelerate_launch
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, BartModel
 from worker import run_job
 
 from geli.run.sharding import check_sharding
+from tools import sample_candor
 
 pytestmark = pytest.mark.slow
 CONFIGS = ROOT / "accelerate_configs"

@@ -32,9 +32,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.extend(str(Path(__file__).resolve().parents[2] / folder) for folder in ("", "tools"))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-import sample_candor
 from second_reader import FILES, PROBABILITIES, READ, TRANSCRIPT, Refused, reference, reference_seconds
 
 import data_utils
@@ -49,6 +48,7 @@ from geli.data.candor import (
     Dropped,
 )
 from geli.run.errors import UserError
+from tools import sample_candor
 
 LIMIT = 10  # seconds a conversation
 BATCH = 50  # conversations that are read as a corpus too, through the cache

@@ -22,12 +22,10 @@ from typing import NamedTuple
 
 if __name__ == "__main__":
     root = Path(__file__).parent.parent.parent
-    sys.path[:0] = [str(root), str(root / "tests"), str(root / "tools")]
+    sys.path[:0] = [str(root), str(root / "tests")]
 
-import casino_to_candor
 import pyarrow as pa
 import pytest
-import sample_candor
 import torch
 from accelerate import Accelerator
 from conftest import call_script, small_model
@@ -38,16 +36,18 @@ from safetensors.torch import load_file, save_file
 import train_reward_LI_only
 from data_utils import read_corpus
 from geli.data.cache import CHECKSUM_BYTES
-from geli.evaluation.checks import conversations_seen
+from geli.heads import load_reward_head, save_reward_head
 from geli.nets.encoder import encoder_of_head, load_encoder, load_encoder_of_head
 from geli.nets.features import FeatureCache, weights_digest
 from geli.nets.policy import load_policy
+from geli.report.checks import conversations_seen
 from geli.run import errors
 from geli.run.checkpoint import Checkpointer
 from geli.run.distributed import make_accelerator
 from geli.run.options import RunOptions, file_name
 from geli.run.tracking import Tracker
-from models import RewardHead, RewardHeadConfig, load_reward_head, save_reward_head
+from models import RewardHead, RewardHeadConfig
+from tools import convert_corpus, sample_candor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sound files, which the cases spoil
@@ -171,8 +171,8 @@ def casino(content: str) -> Callable:
 
         def use():
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", ["casino_to_candor.py", str(out), str(out / "made")])
-                casino_to_candor.main()
+                patch.setattr(sys, "argv", ["convert_corpus.py", "casino", str(out), str(out / "made")])
+                convert_corpus.main()
 
         return use
 

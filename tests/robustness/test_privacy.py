@@ -15,12 +15,12 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-import tiny_models
 import wandb
 from conftest import ROOT, call_script, environment_of_its_own, run_script
 
 from geli.data.candor import REWARD_CLASSES
 from geli.data.writer import write_conversation
+from tools import tiny_models
 
 pytestmark = pytest.mark.slow
 
@@ -250,7 +250,7 @@ def test_converted_conversations_are_for_their_owner_only(tmp_path):
     for part in ("train", "valid", "test"):
         (tmp_path / f"casino_{part}.json").write_text(json.dumps(dialogues if part == "train" else []))
     before = os.umask(0o022)
-    call_script("casino_to_candor.py", tmp_path, tmp_path / "made")
+    call_script("tools/convert_corpus.py", "casino", tmp_path, tmp_path / "made")
     os.umask(before)
     written = [path for path in (tmp_path / "made").rglob("*") if path.is_file()]
     assert len(written) == 5 and all(path.stat().st_mode & 0o077 == 0 for path in written)

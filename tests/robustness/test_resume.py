@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import sample_candor
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, environment_of_its_own, small_model
@@ -24,6 +23,7 @@ from geli.run.errors import UserError
 from geli.run.gradients import NotFinite
 from geli.run.lock import RunLock, lock_new_run, reward_run_to_resume
 from models import PPO, PPOConfig
+from tools import sample_candor
 
 RANDOM_KILLS = int(os.environ.get("GELI_KILLS", "0"))  # of each stage, beside the chosen ones; `.ci/run` sets 20
 STAGES = {

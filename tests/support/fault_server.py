@@ -33,7 +33,7 @@ from no_pictures import save_pixel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (lazy there)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from geli import plots
+from geli.report import plots
 from geli.run.checkpoint import Checkpointer
 from geli.run.errors import run as run_main
 from geli.run.files import TEMPORARY

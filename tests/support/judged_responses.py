@@ -4,8 +4,8 @@ import csv
 from collections.abc import Callable
 from pathlib import Path
 
-from geli.judges.pairs import ANSWERS, CRITERIA
-from geli.judges.sheets import Key
+from apps.judge.pairs import ANSWERS, CRITERIA
+from apps.judge.sheets import Key
 
 INSTRUCTION = "You are AI, in a casual social conversation with a User. Be polite."
 

@@ -3,7 +3,7 @@
 import base64
 from pathlib import Path
 
-from geli import plots
+from geli.report import plots
 from geli.run.files import atomic_path
 
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg==")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 import transformers as hf
-from tiny_models import FORMS, train_tokenizer
 
 from data_utils import read_corpus, turn_text
+from tools.tiny_models import FORMS, train_tokenizer
 
 T5_FORMS = ("$A </s>", "$A </s> $B </s>")
 SMALL_WIDTH = 32

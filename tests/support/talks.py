@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import torch
 
+from apps.chat.talk import Talk
+from geli.heads import save_reward_head
 from geli.nets.encoder import encoder_reference, load_encoder
 from geli.nets.policy import load_policy
-from geli.people.talk import Talk
-from models import RewardHead, RewardHeadConfig, save_reward_head
+from models import RewardHead, RewardHeadConfig
 
 HEADS = "visual_feedback_baselines_convo_overall_affect_baseline_RRD_K_160"
 

@@ -29,7 +29,7 @@ from no_pictures import save_pixel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (lazy there)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from geli import plots
+from geli.report import plots
 from geli.run import tracking
 from geli.run.checkpoint import Checkpointer
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from turn_sets import trajectory, turn_set
 
+from geli.heads import find_head, load_reward_head, save_reward_head, saved_heads
 from geli.nets.encoder import encoder_of_head, encoder_reference
 from geli.run.errors import UserError
 from models import (
@@ -16,12 +17,8 @@ from models import (
     RewardHead,
     RewardHeadConfig,
     RudderCells,
-    find_head,
     head_rewards,
-    load_reward_head,
     rudder_rewards,
-    save_reward_head,
-    saved_heads,
 )
 
 

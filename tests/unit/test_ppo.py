@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from known_optimum import GOOD, make_model, prompts, reached, run_ppo, share_of_good_words
 
+from experiments.known_optimum import GOOD, make_model, prompts, reached, run_ppo, share_of_good_words
 from geli.nets.policy import load_policy
 from geli.rl.rollout import cut_responses, draw_uniforms, logprobs_and_values, rollout
 from geli.run.distributed import make_accelerator

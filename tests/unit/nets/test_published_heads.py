@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import call_script, small_model
 
+from geli.heads import load_reward_head
 from geli.nets.encoder import encoder_of_head, load_encoder_of_head
 from geli.nets.published_heads import NotPublished, read_published_head
 from geli.run.errors import UserError
-from models import load_reward_head
 
 WIDTH = 32
 # what the published training script did, in a process of its own so that the class is pickled from `__main__`
@@ -259,7 +259,7 @@ def test_the_archives_that_are_read_are_the_ones_that_were_checked(published, tm
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Published heads as reward heads: `models.load_reward_head`, their encoder, the commands
+# Published heads as reward heads: `geli.heads.load_reward_head`, their encoder, the commands
 
 
 def test_its_rewards_are_those_of_its_raw_tensors(published):

@@ -8,7 +8,7 @@ import pytest
 from turn_sets import trajectory, turn_set
 
 from data_utils import Corpus
-from geli.evaluation.checks import conversations_seen, warn_of_leaks
+from geli.report.checks import conversations_seen, warn_of_leaks
 from geli.report.lineage import lineage, lineage_config
 from geli.report.rewards import (
     RewardRun,

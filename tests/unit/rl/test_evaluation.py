@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from known_optimum import make_model, prompts, share_of_good_words
 
+from experiments.known_optimum import make_model, prompts, share_of_good_words
 from geli.nets.policy import load_policy
 from geli.rl.evaluation import evaluate_policy, score_together
 from geli.rl.rollout import distinct

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_model
-from known_optimum import make_model, prompts
 
+from experiments.known_optimum import make_model, prompts
 from geli.nets.policy import load_policy
 from geli.nets.prompts import Prompt
 from geli.rl.rollout import (

@@ -5,9 +5,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import small_model
-from known_optimum import make_model, prompts, share_of_good_words
 
 from data_utils import read_corpus, split, turn_text
+from experiments.known_optimum import make_model, prompts, share_of_good_words
 from geli.nets.options import MAX_NEW_TOKENS
 from geli.nets.policy import load_policy
 from geli.nets.prompts import Prompt, prompt_text

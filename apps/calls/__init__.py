@@ -1,0 +1,1 @@
+"""Makes conversations in CANDOR's layout of recorded calls."""

@@ -1,0 +1,1 @@
+"""Talks with a policy, and collects what is said as training data."""

@@ -1,0 +1,1 @@
+"""People and language models compare two policies."""

@@ -1,0 +1,1 @@
+"""Turn rewards of whole folders of conversations."""

@@ -1,0 +1,86 @@
+"""Scores every turn of a folder of conversations, as data to fine-tune on.
+
+    python -m apps.label candor --reward_path RUN
+    python -m apps.label chats.jsonl --reward_path RUN --out scored.csv
+
+DATA is a folder in CANDOR's layout, or JSONL with a list of chat messages a line (a file, or a folder of files). The
+table has a row for each turn: conversation_id, turn, speaker, text, reward. The same command continues a run that was
+stopped.
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from geli.data.candor import TRANSCRIPTS
+from geli.data.corpus import printable
+from geli.run.errors import one_line, run
+from geli.run.options import add_head_options, new_parser, positive_int
+
+
+def table_name(text: str) -> Path:
+    """The path of a table."""
+    if not text.endswith((".parquet", ".csv")):
+        raise argparse.ArgumentTypeError("a name that ends with .parquet or .csv is expected")
+    return Path(text)
+
+
+def parse_options(argv: Sequence[str] | None = None):
+    """The options on the command line."""
+    parser = new_parser("Score every turn of a folder of conversations.")
+    parser.add_argument("data", type=Path, help="folder in CANDOR's layout, JSONL file, or folder of JSONL files")
+    parser.add_argument(
+        "--reward_path", metavar="HEAD", required=True, help="run name, path of a reward1_ file, or its folder "
+        "(no default)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=table_name, default=Path("turn_rewards.parquet"), help="the table, .parquet or .csv"
+    )
+    parser.add_argument("--transcript", choices=TRANSCRIPTS, default="cliffhanger", help="which one of CANDOR's")
+    parser.add_argument(
+        "--context_turns", type=positive_int, help="turns that are read before a turn (default: as in training)"
+    )
+    add_head_options(parser)
+    return parser.parse_args(argv)
+
+
+# Parsed before the imports below, which take seconds, so that --help and mistakes in options are answered at once.
+OPTIONS = parse_options() if __name__ == "__main__" else None
+
+from apps.label.dialogues import open_source
+from apps.label.labelling import Counts, score_conversations
+from geli.reward import GELIReward
+from geli.run.console import format_table
+
+
+def main(options) -> None:
+    """Scores the conversations, and prints what was scored."""
+    source = open_source(options.data, options.transcript)
+    reward = GELIReward(
+        options.reward_path, output_dir=options.output_dir, device=options.device, dtype=options.dtype,
+        context_turns=options.context_turns, lang_model_path=options.lang_model_path,
+        trust_remote_code=options.trust_remote_code, cache_size=0,
+    )  # fmt: skip
+    settings = {"context_turns": reward.context_turns, "device": options.device, "dtype": options.dtype}
+    counts = score_conversations(source, reward, options.out, settings)
+    report_dropped(counts)
+    row = {
+        "conversations": counts.conversations, "turns": counts.turns, "scored": counts.scored,
+        "mean reward": counts.reward / max(counts.scored, 1),
+        "turns/s": counts.scored_now / counts.seconds if counts.seconds else None,
+    }  # fmt: skip
+    print(format_table([row], f"Turn rewards by {reward.name}"))
+    print(f"Written:\n  {options.out}")
+
+
+def report_dropped(counts: Counts) -> None:
+    """Prints how many conversations were dropped, and why."""
+    for reason, number in counts.dropped.most_common():
+        print(f"Dropped {number:,} conversations: {one_line(reason)}.")
+    for name, reason in counts.examples:
+        print(f"  {one_line(f'{printable(name)}: {reason}')}")
+
+
+if __name__ == "__main__":
+    run(partial(main, OPTIONS))

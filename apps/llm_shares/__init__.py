@@ -1,0 +1,1 @@
+"""A language model shares scores out over turns."""

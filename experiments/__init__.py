@@ -1,0 +1,1 @@
+"""Experiments that show that it works, and their modules."""

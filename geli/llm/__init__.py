@@ -1,1 +1,0 @@
-"""A language model shares scores out over the turns. Nothing outside imports this."""

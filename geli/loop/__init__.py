@@ -1,1 +1,0 @@
-"""Experiments in which the true reward is known: planted truth, and the closed loop. Nothing outside imports this."""

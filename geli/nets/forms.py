@@ -1,0 +1,149 @@
+"""The forms in which trainers write prompts and completions, read as the state and the response that a head scores."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from geli.nets.options import INSTRUCTION
+from geli.nets.prompts import Prompt, context_text, prompt_text
+from geli.run.errors import UserError
+
+Turns = list[tuple[bool, str]]  # (is_agent, utterance) of each turn
+Message = Mapping[str, str]  # {"role": "user", "content": "Hello"}
+
+ROLES = {"user": False, "assistant": True}  # -> whether its messages are the agent's turns
+UNREAD_ROLES = ("system", "developer")  # heads have read conversations without instructions
+
+_TURN = re.compile(r"(?:^|(?<=\s))(User|AI): ?")  # begins a turn in the published form
+# A message as the chat templates in wide use write it: ChatML (Qwen, SmolLM2 and others) and Llama 3. The end is
+# missing behind the last message of a prompt.
+_MARKUP = (
+    re.compile(r"<\|im_start\|>(?P<role>\w+)\n(?P<content>.*?)(?:<\|im_end\|>|\Z)", re.DOTALL),
+    re.compile(
+        r"<\|start_header_id\|>(?P<role>\w+)<\|end_header_id\|>\n\n(?P<content>.*?)(?:<\|eot_id\|>|\Z)", re.DOTALL
+    ),
+)
+_FIRST_TOKEN = re.compile(r"<[^<>\s]+>")  # as <s>, which tokenizers put before a text
+_END_TOKEN = re.compile(r"<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>|<end_of_turn>|<eos>|</s>")
+
+
+def read_messages(messages: Sequence[Message]) -> Turns:
+    """The turns of chat messages, stripped. System messages are left out.
+
+    Raises:
+        UserError: for anything but messages of system, user and assistant with a text each.
+    """
+    turns = []
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        raise UserError(f"expected a list of chat messages, found {type(messages).__name__}")
+    for place, message in enumerate(messages):
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
+        if not isinstance(role, str) or role not in (*ROLES, *UNREAD_ROLES) or not isinstance(content, str):
+            raise UserError(
+                f'message {place}: expected {{"role": "user" or "assistant" or "system", "content": text}}, found '
+                + (f"role {role!r}, content of type {type(content).__name__}"[:100] if role else "something else")
+            )
+        if role in ROLES:
+            turns.append((ROLES[role], content.strip()))
+    return turns
+
+
+def trajectory_of(turns: Turns, context_turns: int) -> tuple[tuple[str, str], ...]:
+    """(context, response) of each turn of the agent, as stages 1 and 2 make them."""
+    return tuple(
+        (context_text(turns[max(0, i - context_turns) : i]), f"AI: {utterance}")
+        for i, (is_agent, utterance) in enumerate(turns)
+        if is_agent
+    )
+
+
+def prompt_of_turns(turns: Turns, context_turns: int) -> Prompt:
+    """The state after some turns. For a sequential head the turns are the whole trajectory so far."""
+    context = context_text(turns[-context_turns:])
+    before = trajectory_of(turns, context_turns)
+    return Prompt(prompt_text(context), context, "", (*before, (context, "")), len(before), turns=tuple(turns))
+
+
+def read_prompt(prompt: Prompt | str | Sequence[Message], context_turns: int) -> Prompt:
+    """A prompt in any form that a trainer gives it.
+
+    - A `Prompt` stays as it is.
+    - Chat messages are turns (`read_messages`); the last `context_turns` of them are read.
+    - A text in the published form (`INSTRUCTION`, turns as ` User: …` and ` AI: …`, and ` AI:` at the end) is the state
+      that it was made from, with all its turns. Another instruction before the first turn is left out.
+    - A text that a chat template wrote (ChatML, Llama 3) is read as its messages.
+    - Any other text is one message of the user.
+
+    Raises:
+        UserError: if messages are not chat messages.
+    """
+    if isinstance(prompt, Prompt):
+        return prompt
+    if not isinstance(prompt, str):
+        return prompt_of_turns(read_messages(prompt), context_turns)
+    context = _published_context(prompt)
+    if context is not None:
+        turns = _published_turns(context)
+        return prompt_of_turns(turns, context_turns)._replace(text=prompt, context=context)
+    turns = _template_turns(prompt)
+    if turns is None:
+        return prompt_of_turns([(False, prompt.strip())], context_turns)
+    return prompt_of_turns(turns[:-1] if turns[-1:] == [(True, "")] else turns, context_turns)
+
+
+def read_completion(completion: str | Sequence[Message]) -> str:
+    """The text of a completion: of chat messages, the assistant's."""
+    if isinstance(completion, str):
+        return completion
+    return " ".join(utterance for is_agent, utterance in read_messages(completion) if is_agent)
+
+
+def split_query(query: str, prompt: str | None = None) -> tuple[str | list[Message], str]:
+    """The prompt and the response that a query of OpenRLHF consists of.
+
+    Args:
+        query: the prompt and the response as one text, with special tokens.
+        prompt: the prompt alone; without it (or if the query does not begin with it, because it was cut), the query
+            must be in the published form or written by a chat template that `read_prompt` knows.
+
+    Raises:
+        UserError: if it cannot be told where the response begins.
+    """
+    first = _FIRST_TOKEN.match(query)
+    for text in (query, query[first.end() :]) if first else (query,):
+        if prompt is not None and text.startswith(prompt):
+            return prompt, _END_TOKEN.split(text[len(prompt) :], maxsplit=1)[0]
+    turns = _template_turns(query)
+    if turns and turns[-1][0]:
+        messages = [{"role": "assistant" if is_agent else "user", "content": text} for is_agent, text in turns]
+        return messages[:-1], messages[-1]["content"]
+    before, marker, response = query.rpartition(" AI:")
+    if marker and _published_context(before + marker) is not None:
+        return before + marker, _END_TOKEN.split(response, maxsplit=1)[0]
+    raise UserError("it is not seen where the response begins: send the prompts, too, with which the queries begin")
+
+
+def _published_context(text: str) -> str | None:
+    """The state in a prompt of the published form; None for another form."""
+    text = text.rstrip()
+    if not text.endswith(" AI:"):
+        return None
+    text = text.removesuffix(" AI:")
+    if text.startswith(INSTRUCTION):
+        return text.removeprefix(INSTRUCTION)
+    first = _TURN.search(text)
+    return f" {text[first.start() :]}" if first else None
+
+
+def _published_turns(context: str) -> Turns:
+    """The turns in a state of the published form."""
+    parts = _TURN.split(context)[1:]
+    return [(name == "AI", text.strip()) for name, text in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _template_turns(text: str) -> Turns | None:
+    """The turns in a text that a chat template wrote, the last of them perhaps empty; None for another form."""
+    for markup in _MARKUP:
+        found = [(match["role"], match["content"].strip()) for match in markup.finditer(text)]
+        if found:
+            return [(ROLES[role], content) for role, content in found if role in ROLES]
+    return None

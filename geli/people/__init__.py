@@ -1,1 +1,0 @@
-"""People's own conversations: talked with a policy and collected, or recorded calls. Nothing outside imports this."""

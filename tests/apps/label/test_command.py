@@ -1,0 +1,127 @@
+"""`python -m apps.label`: the rewards of training for every turn, of CANDOR's folders and of chats."""
+
+import json
+import shutil
+from contextlib import nullcontext
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import call_script, small_model
+from talks import write_head
+
+from apps.label import labelling
+from data_utils import TurnSet, read_corpus
+from geli.heads import load_reward_head
+from geli.nets.encoder import load_encoder_of_head
+from models import head_rewards
+
+TOOL = "apps.label"
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi,\nhow \"are\" you, 日本語?"},
+    {"role": "user", "content": "Fine"},
+    {"role": "assistant", "content": "Good."},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoder(sample, tmp_path_factory):
+    return small_model("bart", tmp_path_factory.mktemp("encoder") / "bart", sample)
+
+
+@pytest.fixture(scope="module", params=["default", "rudder"])
+def head(request, encoder, tmp_path_factory):
+    kind = {"redist_type": "RUDDER"} if request.param == "rudder" else {}
+    return write_head(tmp_path_factory.mktemp("runs") / "run", encoder, request.param, **kind)
+
+
+@pytest.fixture(scope="module")
+def few(sample, tmp_path_factory):
+    """Eight conversations of the sample, and a folder that is none."""
+    folder = tmp_path_factory.mktemp("few") / "candor"
+    for path in sorted(path for path in sample.iterdir() if path.is_dir())[:8]:
+        shutil.copytree(path, folder / path.name)
+    (folder / "broken").mkdir()
+    return folder
+
+
+def score(data, head, out, *more, check=0):
+    return call_script(TOOL, data, "--reward_path", head, "--out", out, "--device", "cpu", *more, check=check)
+
+
+def test_both_peoples_turns_get_the_rewards_of_stage_2(few, head, tmp_path):
+    printed = score(few, head, tmp_path / "scored.parquet").stdout
+    table = pd.read_parquet(tmp_path / "scored.parquet")
+    shutil.copytree(few, tmp_path / "usable", ignore=shutil.ignore_patterns("broken"))
+    corpus = read_corpus(tmp_path / "usable", "overall_affect")
+    trajectories = [t for both in corpus.trajectories.values() for t in both]
+    turns, loaded = TurnSet.from_trajectories(trajectories, context_turns=4), load_reward_head(head)
+    encoder = load_encoder_of_head(loaded.config, head, 256, None)
+    expected = head_rewards(loaded, encoder.encode(encoder.tokenize(turns.texts), nullcontext), turns)
+    found = table.set_index(["conversation_id", "speaker", "turn"])["reward"]
+    assert len(table) == sum(len(c.turns) for c in corpus.conversations) and not table.isna().any(axis=None)
+    for i, trajectory in enumerate(trajectories):
+        names = [trajectory.conversation.turns[k].turn_id for k in trajectory.agent_turns]
+        rewards = [found[trajectory.conversation.id, trajectory.agent, name] for name in names]
+        assert rewards == pytest.approx(expected[turns.turns_of(i)], abs=1e-6)
+    assert table["conversation_id"].drop_duplicates().is_monotonic_increasing
+    assert "Dropped 1 conversations: transcript_cliffhanger.csv" in printed and "broken: " in printed
+
+
+def test_the_assistants_messages_of_chats_get_rewards(head, tmp_path):
+    lines = [json.dumps(CHAT), json.dumps({"id": 7, "messages": CHAT[1:3]}), "", "{", '"Hello"', '[{"role": "tool"}]']
+    lines += [json.dumps([{"role": "user", "content": "\ud800"}]), '{"messages": [3]}', json.dumps(CHAT[:2])]
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats/b.jsonl").write_bytes("\n".join(lines).encode() + b'\n["\xff"]')
+    (tmp_path / "chats/a.jsonl").write_text(json.dumps(CHAT))
+    printed = score(tmp_path / "chats", head, tmp_path / "scored.csv").stdout
+    table = pd.read_csv(tmp_path / "scored.csv")
+    assert table["conversation_id"].tolist() == ["a.jsonl:1"] * 4 + ["b.jsonl:1"] * 4 + ["7"] * 2 + ["b.jsonl:9"]
+    assert table["turn"].tolist() == [1, 2, 3, 4, 1, 2, 3, 4, 0, 1, 1]
+    assert table["text"][1] == CHAT[2]["content"] and table["speaker"][1] == "assistant"
+    rewards = table["reward"].to_numpy()
+    assert np.isnan(rewards).tolist() == [True, False] * 5 + [True]
+    assert rewards[:4] == pytest.approx(rewards[4:8], abs=1e-6, nan_ok=True)
+    assert "Dropped 2 conversations: text that is not valid Unicode." in printed
+    for said in ("4: not JSON", "5: expected a list of chat messages, found str", "6: message 0: ", "8: message 0: "):
+        assert f"  b.jsonl:{said}" in printed
+
+
+def test_a_run_that_died_is_continued_and_the_table_is_the_same(few, head, tmp_path, monkeypatch):
+    monkeypatch.setattr(labelling, "TURNS_A_PART", 25)
+    whole, out, calls = tmp_path / "whole.parquet", tmp_path / "out.parquet", []
+    score(few, head, whole)
+
+    def dies_at_the_third(dialogues, reward, part=labelling._score):
+        calls.append(dialogues)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return part(dialogues, reward)
+
+    monkeypatch.setattr(labelling, "_score", dies_at_the_third)
+    score(few, head, out, check=130)
+    assert not out.exists() and len(list((tmp_path / "out.parquet.parts").glob("part-*"))) == 2
+    refused = score(few, head, out, "--context_turns", 2, check=2).stderr
+    assert "parts of an earlier run with another context_turns" in refused
+    assert "Continuing with 2 parts" in score(few, head, out).stdout
+    assert out.read_bytes() == whole.read_bytes() and not (tmp_path / "out.parquet.parts").exists()
+    assert len(calls) == 3 + 2 and whole.stat().st_mode & 0o777 == 0o600
+    assert "exists already" in score(few, head, out, check=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("data", "out", "said"),
+    [
+        ("nowhere", "a.csv", "nowhere: expected a JSONL file, or a folder of conversations, found nothing"),
+        ("empty", "a.csv", "expected JSONL files, or a folder for each conversation, found neither"),
+        ("bad.jsonl", "a.csv", "no usable conversation: not JSON (1)"),
+        ("bad.jsonl", "a.txt", "a name that ends with .parquet or .csv is expected"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(data, out, said, head, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.jsonl").write_text("{")
+    printed = score(tmp_path / data, head, tmp_path / out, check=2).stderr
+    assert said in printed and printed.count("\n") == 1 and not list(tmp_path.glob("a.*"))

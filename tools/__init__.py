@@ -1,0 +1,1 @@
+"""Commands that make data and small models, and measure heads."""
