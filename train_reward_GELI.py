@@ -114,8 +114,8 @@ import numpy as np
 import torch
 
 from geli.data.shares import read_shares
-from geli.heads import save_reward_head
-from geli.nets.encoder import TurnEncoder, encoder_reference, load_encoder, load_encoder_of_head, place_encoder
+from geli.heads import encoder_reference, load_encoder_of_head, save_reward_head
+from geli.nets.encoder import TurnEncoder, load_encoder, place_encoder
 from geli.nets.features import TurnFeatures, encoder_fingerprint
 from geli.nets.pretrained import named_by_file
 from geli.report.checks import conversations_seen, warn_of_constant_targets, warn_of_leaks

@@ -21,7 +21,7 @@ from geli.data.candor import REWARD_CLASSES
 from geli.heads import find_head, load_reward_head, saved_heads
 from geli.nets.options import SMOLLM2, PolicyOptions
 from geli.nets.prompts import Prompt
-from geli.rl.rollout import RandomScorer, RewardScorer
+from geli.rl.rollout import RandomScorer
 from geli.run.errors import UserError, run
 from geli.run.options import (
     RunOptions,
@@ -280,18 +280,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from geli.nets.encoder import load_encoder_of_head
 from geli.nets.policy import Policy, load_policy, saved_prompt_format
 from geli.nets.smollm2 import PACKAGE, make_smollm2
 from geli.report.lineage import lineage_config
 from geli.report.policies import PolicyRun, finish_policy_run
+from geli.reward import GELIReward
 from geli.rl import trl_algorithms
 from geli.rl.evaluation import evaluate_policy, reward_with_interval, score_together
 from geli.rl.outputs import Recorder, base_of, lock_outputs, newest_checkpoint, outputs_of
 from geli.rl.reward_functions import FunctionScorer
 from geli.run.checkpoint import Checkpointer
 from geli.run.console import is_main_process
-from geli.run.distributed import frozen_dtype, make_accelerator, seed_everything
+from geli.run.distributed import make_accelerator, seed_everything
 from geli.run.lock import RunLock, lock_to_resume
 from geli.run.sharding import shard
 from geli.run.timing import Clock
@@ -467,12 +467,10 @@ def load_score(options: Options, accelerator, head_path: Path | None) -> Callabl
         return FunctionScorer(options.reward.reward_function, "--reward_function")
     if head_path is None:
         return RandomScorer(options.run.seed + accelerator.process_index)
-    head = load_reward_head(head_path, accelerator.device)
-    encoder = load_encoder_of_head(
-        head.config, head_path, min(options.reward.max_length, head.config.max_length), options.reward.lang_model_path,
-        frozen_dtype(accelerator), options.run.trust_remote_code,
-    )  # fmt: skip
-    return RewardScorer(encoder.to(accelerator.device), head, accelerator.autocast)
+    return GELIReward.load(
+        head_path, device=options.run.device, dtype=options.run.dtype, max_length=options.reward.max_length,
+        lang_model_path=options.reward.lang_model_path, trust_remote_code=options.run.trust_remote_code, cache_size=0,
+    ).score  # fmt: skip
 
 
 def start_policy(options: Options, accelerator, names: OutputNames, resumed: bool):

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from apps.chat.partner import Partner
-from apps.chat.rewards import TurnRewards
 from apps.chat.talk import Talk, TalkTurn
 from geli.nets.encoder import load_encoder
 from geli.nets.policy import load_policy
+from geli.reward import GELIReward
 from geli.run.console import format_table
 from geli.run.distributed import make_accelerator
 from models import RewardHead, RewardHeadConfig
@@ -50,7 +50,7 @@ class Beginning(Partner):
         return run
 
 
-def new_talk(partner: Partner, scorer: TurnRewards, number: int) -> Talk:
+def new_talk(partner: Partner, scorer: GELIReward, number: int) -> Talk:
     """A conversation of ten turns that differs from the others, with a message that waits for its reply."""
     talk = Talk(partner, scorer, seed=number)
     said = [SENTENCES[(number + i) % len(SENTENCES)] for i in range(9)]
@@ -98,7 +98,7 @@ def main() -> None:
     policy.sample = partner.note(policy.sample)
     encoder = load_encoder(args.encoder).to(accelerator.device)
     config = RewardHeadConfig("small_model_shrink", encoder.hidden_size, args.encoder, False, 1024, 20, 2, None)
-    scorer = TurnRewards(encoder, RewardHead(config).eval().to(accelerator.device), accelerator.autocast, "untrained")
+    scorer = GELIReward(encoder, RewardHead(config).eval().to(accelerator.device), autocast=accelerator.autocast)
     for warm_up in range(2):
         time_generate(new_talk(partner, scorer, warm_up))
         time_reply(new_talk(partner, scorer, warm_up))

@@ -40,7 +40,7 @@ def make_texts(data_dir: str, n: int, context_turns: int) -> list[tuple[str, str
 
 def work(reward_path: str, calls, answers) -> None:
     """The process of the model: serves, and answers `calls` of texts directly between the clients' turns."""
-    reward = GELIReward(reward_path, device="cpu", cache_size=0)
+    reward = GELIReward.load(reward_path, device="cpu", cache_size=0)
     server = RewardServer(reward, "127.0.0.1", 0, Limits())
     answers.put(server.url)
     threading.Thread(target=server.run, daemon=True).start()

@@ -16,20 +16,18 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
 
 from data_utils import DataOptions, load_prompts
 from experiments.best_of import BEST_OF, best_of, sample_responses
 from experiments.commands import finished_head, run_command
 from experiments.loop_report import write_report
-from geli.heads import load_reward_head
-from geli.nets.encoder import load_encoder_of_head
 from geli.nets.options import PolicyOptions
 from geli.nets.policy import load_policy
+from geli.reward import GELIReward
 from geli.rl.evaluation import evaluate_policy
 from geli.rl.reward_functions import FunctionScorer
-from geli.rl.rollout import RandomScorer, RewardScorer
-from geli.run.distributed import frozen_dtype, make_accelerator, seed_everything
+from geli.rl.rollout import RandomScorer
+from geli.run.distributed import make_accelerator, seed_everything
 from geli.run.files import read_json_or_empty, write_json
 from models import PPO_PRESETS
 from tools.hidden_reward import hidden_reward
@@ -215,7 +213,7 @@ def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:
     if run.algo.startswith(BEST_OF):
         folder, n = options.out / "samples" / str(run.seed), int(run.algo.removeprefix(BEST_OF))
         samples = sample_responses(policy, prompts, folder, n, seed=run.seed, batch_size=64, **lengths)
-        found = best_of(samples, load_score(options, run, accelerator), prompts)
+        found = best_of(samples, load_score(options, run), prompts)
         found["prompts"] = [prompt.name for prompt in prompts]
         write_json(result_path(options, run), {**run._asdict(), **found})
         return
@@ -227,13 +225,11 @@ def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:
     write_json(result_path(options, run), {**run._asdict(), "checkpoint": step, **evaluate(), "steps": kept})
 
 
-def load_score(options: LoopOptions, run: PolicyRun, accelerator: Accelerator) -> Callable:
+def load_score(options: LoopOptions, run: PolicyRun) -> Callable:
     """(prompts, responses) -> rewards (n,) of a run, as in stage 3."""
     if run.reward == "truth":
         return FunctionScorer(HIDDEN, "--reward_function")
     if run.reward == "random":
         return RandomScorer(run.seed)
     path = finished_head(options.out / "rewards", f"{run.reward}-{run.seed}")
-    head = load_reward_head(path, accelerator.device)
-    encoder = load_encoder_of_head(head.config, path, head.config.max_length, None, frozen_dtype(accelerator))
-    return RewardScorer(encoder.to(accelerator.device), head, accelerator.autocast)
+    return GELIReward.load(path, device=options.device, dtype=options.dtype, cache_size=0).score

@@ -1,6 +1,7 @@
-"""Reward heads on disk: saving, loading and finding them."""
+"""Reward heads on disk, and the encoders that they were trained on: saving, finding and loading them."""
 
 import json
+import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from geli.data.candor import REWARD_CLASSES
+from geli.nets.encoder import TurnEncoder, load_encoder
+from geli.nets.pretrained import named_by_file
 from geli.nets.published_heads import NotPublished, read_published_head
 from geli.run.errors import UserError, first_line
 from geli.run.files import atomic_path
@@ -110,6 +113,7 @@ def _load_published_head(path: Path) -> RewardHead:
     return head.eval()
 
 
+PUBLISHED_ENCODER = "lang_model_devout-brook-114"  # the encoder of the published heads
 STAGE_1_FOLDERS = "*reward_function_*"  # under --output_dir
 
 
@@ -122,7 +126,8 @@ def find_head(name: str, output_dir: str | Path, folders: str = "*") -> Path:
     """The file of a head.
 
     Args:
-        name: the path of the file, or the name of a run in a folder of `output_dir` that matches `folders`.
+        name: the path of the file, the name of a run in a folder of `output_dir` that matches `folders`, or a folder
+            with one head in it.
 
     Raises:
         UserError: if there is none, or several runs have that name.
@@ -136,8 +141,84 @@ def find_head(name: str, output_dir: str | Path, folders: str = "*") -> Path:
         return found[0]
     if found:
         raise UserError(f"{name}: {len(found)} runs have that name; give one's path: {', '.join(map(str, found))}")
+    if path.is_dir():
+        inside = sorted(saved_heads(path, "."))
+        if len(inside) == 1:
+            return inside[0]
+        names = ", ".join(head.name for head in inside) or "none"
+        raise UserError(f"{path}: expected one reward head in this folder, found {names}; give the path of a file")
     known = sorted(path.name.removeprefix("reward1_") for path in heads)
     raise UserError(
         f"{name}: expected a run name or the path of a reward1_ file, found neither under {output_dir}; "
         f"runs there: {', '.join(known) or 'none'}"
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The encoder of a saved head
+
+
+def encoder_of_head(config: RewardHeadConfig, path: str | Path) -> str:
+    """The hub id or folder of the encoder that the head at `path` was trained on.
+
+    A published head records none. Its encoder is `lang_model_{run}` beside the head, or else `PUBLISHED_ENCODER` in one
+    of the stage-1 folders beside the head's folder.
+
+    Raises:
+        UserError: if the encoder of a published head is in neither place; if a hub id is not on this machine.
+    """
+    path = Path(path)
+    if config.encoder is not None:
+        if config.encoder_is_folder:
+            return os.path.normpath(path.parent / config.encoder)
+        return named_by_file(config.encoder, path)
+    own = path.parent / f"lang_model_{path.name.removeprefix('reward1_')}"
+    if own.is_dir():
+        return str(own)
+    found = sorted(path.resolve().parent.parent.glob(f"*reward_function_*/{PUBLISHED_ENCODER}"))
+    if len(found) == 1:
+        return str(found[0])
+    listed = f"found {len(found)}: {', '.join(map(str, found))}" if found else "found none"
+    raise UserError(
+        f"{path}: a published head, which does not record its encoder: expected {PUBLISHED_ENCODER}/ in stage 1's "
+        f"folder (SINGLE_INDEX_reward_function_…), {listed}; name it with --lang_model_path"
+    )
+
+
+def encoder_reference(encoder: str | Path, head_folder: Path) -> dict:
+    """How a head in `head_folder` records its encoder: as a folder relative to its own, or as a hub id."""
+    if Path(encoder).is_dir():
+        return {"encoder": os.path.relpath(Path(encoder).resolve(), head_folder.resolve()), "encoder_is_folder": True}
+    return {"encoder": str(encoder), "encoder_is_folder": False}
+
+
+def load_encoder_of_head(
+    config: RewardHeadConfig,
+    path: str | Path,
+    max_length: int,
+    named: str | None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> TurnEncoder:
+    """Loads the encoder that the head at `path` was trained on.
+
+    Args:
+        named: `--lang_model_path`. It is used for a published head, which records no encoder; for others, if it names a
+            different encoder, a message says that it is not used.
+
+    Raises:
+        UserError: if it cannot be loaded or does not fit the head.
+    """
+    if named and config.encoder is None:
+        name = named
+    else:
+        name = encoder_of_head(config, path)
+        if named and Path(named).resolve() != Path(name).resolve():
+            print(f"--lang_model_path {named} is not used: {path} was trained on {name}, which is loaded instead")
+        if config.encoder_is_folder and not Path(name).is_dir():  # else it would be looked up on the hub
+            raise UserError(f"{path}: expected the encoder that it was trained on in {name}, found no such folder")
+    option = f"the encoder that {path} was trained on,"
+    encoder = load_encoder(name, max_length, option, dtype=dtype, trust_remote_code=trust_remote_code)
+    if encoder.hidden_size != config.hidden:
+        raise UserError(f"{path}: takes {config.hidden} features, its encoder {name} gives {encoder.hidden_size}")
+    return encoder

@@ -108,7 +108,6 @@ from apps.chat.camera import Camera
 from apps.chat.collect import Collection
 from apps.chat.page import Survey
 from apps.chat.partner import Partner, is_checkpoint, load_partner, training_of
-from apps.chat.rewards import TurnRewards, load_rewards
 from apps.chat.sessions import Sessions
 from apps.chat.talk import Talk
 from apps.chat.terminal import Terminal
@@ -116,6 +115,7 @@ from apps.chat.web import serve
 from apps.packages import require
 from apps.sockets import listen
 from geli.heads import find_head
+from geli.reward import GELIReward
 from geli.run.distributed import make_accelerator
 from geli.run.errors import UserError
 
@@ -133,7 +133,7 @@ def find_reward(options) -> Path | None:
     return path
 
 
-def load(options) -> tuple[Partner, TurnRewards | None]:
+def load(options) -> tuple[Partner, GELIReward | None]:
     """The policy, and what gives rewards."""
     if options.compare and not is_checkpoint(options.weights):
         raise UserError(f"--compare: {options.weights} has no adapter, so there is no base policy beside it")
@@ -144,7 +144,10 @@ def load(options) -> tuple[Partner, TurnRewards | None]:
         options.weights, accelerator, cache_dir=Path(options.output_dir) / "cache", base_model=options.base_model,
         prompt_format=options.prompt_format, context_turns=options.context_turns, trust_remote_code=trust,
     )  # fmt: skip
-    return partner, head and load_rewards(head, accelerator, options.lang_model_path, trust)
+    return partner, head and GELIReward.load(
+        head, device=options.device, dtype=options.dtype, lang_model_path=options.lang_model_path,
+        trust_remote_code=trust, cache_size=0,
+    )  # fmt: skip
 
 
 def main(options) -> None:

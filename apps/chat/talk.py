@@ -10,11 +10,11 @@ from itertools import islice
 import torch
 
 from apps.chat.partner import Partner
-from apps.chat.rewards import TurnRewards
 from apps.chat.survey import new_user_id, partner_id, read_answer
 from data_utils import state_turns, turn_text
 from geli.data.candor import FACES, MOST_CHARACTERS, NEUTRAL, Conversation, Turn
 from geli.nets.prompts import Prompt, prompt_text
+from geli.reward import GELIReward
 from geli.rl.rollout import draw_uniforms
 from geli.run.errors import UserError
 
@@ -76,7 +76,7 @@ class Talk:
     """
 
     partner: Partner
-    scorer: TurnRewards | None = None
+    scorer: GELIReward | None = None
     base: bool = False
     user: str = field(default_factory=new_user_id)
     agreed: bool = False
@@ -154,7 +154,7 @@ class Talk:
         turn = TalkTurn(True, text, start, max(start + SHORTEST, self.now()), prompt, uniforms)
         self.turns.append(turn)
         if self.scorer:
-            turn.features = self.scorer.features(prompt.context, turn.utterance)
+            turn.features = self._features(prompt, turn.utterance)
 
     def retry(self) -> Iterator[str]:
         """Takes the last reply back, and generates another one; as `reply`."""
@@ -203,7 +203,7 @@ class Talk:
 
     def reward_instead(self, text: str) -> float:
         """The reward that the last reply would have had if it were `text`."""
-        features = self.scorer.features(self._last_reply().prompt.context, as_transcribed(text))
+        features = self._features(self._last_reply().prompt, as_transcribed(text))
         return self.scorer.rewards([*(turn.features for turn in self.replies[:-1]), features])[-1]
 
     def react(self, face: str) -> None:
@@ -231,6 +231,10 @@ class Talk:
         if self._writing is None:
             self._stop_reading(self.now())
         self.answers[question] = number
+
+    def _features(self, prompt: Prompt, reply: str) -> torch.Tensor:
+        """(hidden,) features of a reply to a state, for the reward."""
+        return self.scorer.features([(prompt.context, f"AI: {reply}")])[0]
 
     def _last_reply(self) -> TalkTurn:
         if not self.turns or not self.turns[-1].by_agent:

@@ -57,7 +57,7 @@ from geli.run.console import format_table
 def main(options) -> None:
     """Scores the conversations, and prints what was scored."""
     source = open_source(options.data, options.transcript)
-    reward = GELIReward(
+    reward = GELIReward.load(
         options.reward_path, output_dir=options.output_dir, device=options.device, dtype=options.dtype,
         context_turns=options.context_turns, lang_model_path=options.lang_model_path,
         trust_remote_code=options.trust_remote_code, cache_size=0,

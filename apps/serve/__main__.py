@@ -57,7 +57,7 @@ from geli.reward import GELIReward
 def main(options) -> None:
     """Loads the reward, and serves it until a signal comes."""
     token = read_token(options.token_file) if options.token_file else None
-    reward = GELIReward(
+    reward = GELIReward.load(
         options.reward_path, output_dir=options.output_dir, device=options.device, dtype=options.dtype,
         context_turns=options.context_turns, lang_model_path=options.lang_model_path,
         trust_remote_code=options.trust_remote_code,

@@ -132,7 +132,8 @@ def make_app(reward: GELIReward, batcher: Batcher, limits: Limits, token: str | 
                 raise HTTPException(422, f"expected {len(asked.query)} prompts, found {len(prompts)}")
             with named_errors("query"):
                 pairs = [reward.read(*split_query(*both)) for both in zip(asked.query, prompts, strict=True)]
-            rewards = await scored(reward.score, pairs, sum(1 + len(text) // CHARACTERS_A_TEXT for text in asked.query))
+            size = sum(1 + len(text) // CHARACTERS_A_TEXT for text in asked.query)
+            rewards = await scored(reward.score_pairs, pairs, size)
             return JSONResponse({"rewards": rewards, "scores": rewards, "extra_logs": {}})
 
     @app.post("/score")

@@ -21,8 +21,6 @@ from geli.run.errors import UserError
 from geli.run.files import atomic_folder
 from geli.run.sharding import full_state, shard
 
-PUBLISHED_ENCODER = "lang_model_devout-brook-114"  # the encoder of the published heads
-
 
 class TokenPair(NamedTuple):
     """A tokenized (context, response): (n,) int32 ids with all special tokens, and how many belong to the first
@@ -330,73 +328,3 @@ def _pair_format(tokenizer) -> tuple[list[int], list[int], list[int], int]:
     if not suffix and end is not None:
         suffix = [end]
     return ids[: first[0]], [ids[i] for i in between], suffix, sum(segments[i] == 0 for i in between)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The encoder of a saved reward head. `config` is the head's configuration (`models.RewardHeadConfig`).
-
-
-def encoder_of_head(config, path: str | Path) -> str:
-    """The hub id or folder of the encoder that the head at `path` was trained on.
-
-    A published head records none. Its encoder is `lang_model_{run}` beside the head, or else `PUBLISHED_ENCODER` in one
-    of the stage-1 folders beside the head's folder.
-
-    Raises:
-        UserError: if the encoder of a published head is in neither place; if a hub id is not on this machine.
-    """
-    path = Path(path)
-    if config.encoder is not None:
-        if config.encoder_is_folder:
-            return os.path.normpath(path.parent / config.encoder)
-        return named_by_file(config.encoder, path)
-    own = path.parent / f"lang_model_{path.name.removeprefix('reward1_')}"
-    if own.is_dir():
-        return str(own)
-    found = sorted(path.resolve().parent.parent.glob(f"*reward_function_*/{PUBLISHED_ENCODER}"))
-    if len(found) == 1:
-        return str(found[0])
-    listed = f"found {len(found)}: {', '.join(map(str, found))}" if found else "found none"
-    raise UserError(
-        f"{path}: a published head, which does not record its encoder: expected {PUBLISHED_ENCODER}/ in stage 1's "
-        f"folder (SINGLE_INDEX_reward_function_…), {listed}; name it with --lang_model_path"
-    )
-
-
-def encoder_reference(encoder: str | Path, head_folder: Path) -> dict:
-    """How a head in `head_folder` records its encoder: as a folder relative to its own, or as a hub id."""
-    if Path(encoder).is_dir():
-        return {"encoder": os.path.relpath(Path(encoder).resolve(), head_folder.resolve()), "encoder_is_folder": True}
-    return {"encoder": str(encoder), "encoder_is_folder": False}
-
-
-def load_encoder_of_head(
-    config,
-    path: str | Path,
-    max_length: int,
-    named: str | None,
-    dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
-) -> TurnEncoder:
-    """Loads the encoder that the head at `path` was trained on.
-
-    Args:
-        named: `--lang_model_path`. It is used for a published head, which records no encoder; for others, if it names a
-            different encoder, a message says that it is not used.
-
-    Raises:
-        UserError: if it cannot be loaded or does not fit the head.
-    """
-    if named and config.encoder is None:
-        name = named
-    else:
-        name = encoder_of_head(config, path)
-        if named and Path(named).resolve() != Path(name).resolve():
-            print(f"--lang_model_path {named} is not used: {path} was trained on {name}, which is loaded instead")
-        if config.encoder_is_folder and not Path(name).is_dir():  # else it would be looked up on the hub
-            raise UserError(f"{path}: expected the encoder that it was trained on in {name}, found no such folder")
-    option = f"the encoder that {path} was trained on,"
-    encoder = load_encoder(name, max_length, option, dtype=dtype, trust_remote_code=trust_remote_code)
-    if encoder.hidden_size != config.hidden:
-        raise UserError(f"{path}: takes {config.hidden} features, its encoder {name} gives {encoder.hidden_size}")
-    return encoder

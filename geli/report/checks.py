@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_utils import SignalOptions, Trajectory, TurnSet
-from geli.nets.encoder import encoder_of_head
+from geli.heads import encoder_of_head
 from geli.nets.pretrained import read_json
 from geli.run.errors import UserError
 from models import RewardHeadConfig

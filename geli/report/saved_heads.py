@@ -11,11 +11,10 @@ from accelerate import Accelerator
 
 from data_utils import Corpus, DataOptions, Trajectory, TurnSet, read_corpus, split
 from geli.heads import find_head, load_reward_head
-from geli.nets.encoder import load_encoder_of_head, place_encoder
 from geli.nets.features import TurnFeatures
 from geli.report.checks import conversations_seen, warn_of_leaks
 from geli.report.metrics import HeldOut, Metric, metrics
-from geli.run.distributed import frozen_dtype
+from geli.reward import GELIReward
 from geli.run.errors import UserError
 from geli.statistics import Estimate, interval_over_seeds, resample
 from models import RewardHead, head_rewards, predicted_returns
@@ -169,9 +168,11 @@ class Scorer:
         where = path.parent.resolve() if config.encoder_is_folder or config.encoder is None else None
         key = (config.encoder, where, config.max_length, config.context_turns)
         if key not in self._features:
-            dtype = frozen_dtype(self.accelerator)
-            encoder = load_encoder_of_head(config, path, config.max_length, self.named, dtype, self.trust_remote_code)
-            encoder = place_encoder(encoder, self.accelerator)
+            encoder = GELIReward.load(
+                path, device=self.accelerator.device.type, lang_model_path=self.named,
+                dtype="bfloat16" if self.accelerator.mixed_precision == "bf16" else "float32",
+                max_length=config.max_length, trust_remote_code=self.trust_remote_code,
+            ).encoder  # fmt: skip
             self._features[key] = TurnFeatures(encoder, self.accelerator, self.cache).held_out(turns.texts)
         return self._features[key]
 

@@ -1,6 +1,6 @@
-"""Rollouts of stage 3: sample responses, cut them to one turn, and score them.
+"""Rollouts of stage 3: sample responses, and cut them to one turn.
 
-The functions take the policy, the encoder and the reward head as arguments, so this module loads without transformers.
+The functions take the policy as an argument, so this module loads without transformers.
 """
 
 import re
@@ -16,14 +16,12 @@ from geli.nets.options import DONE_EVERY
 from geli.nets.prompts import Prompt
 
 if TYPE_CHECKING:
-    from geli.nets.encoder import TurnEncoder
     from geli.nets.policy import Policy
 
 MARKERS = re.compile("User:|AI:")  # start of the next turn: a response is cut before it
 # The last tokens of a response that are searched for a marker: those since the last check, and 8 for a marker that
 # began before it.
 MARKER_TOKENS = 8 + DONE_EVERY
-MOST_REAL_TURNS = 1 << 16  # whose features a scorer with a sequential head keeps; 4 KiB each at a width of 1,024
 
 
 class Rollout(NamedTuple):
@@ -172,55 +170,6 @@ def logprobs_and_values(policy: "Policy", rollout: Rollout, mini_batch_size: int
             columns["ref_logprobs"].append(policy(*inputs)[0])
     places = np.argsort(np.concatenate(parts))
     return {name: torch.cat(values)[places] for name, values in columns.items()}
-
-
-class RewardScorer:
-    """Scores responses with a reward head: (prompts, responses) -> (n,) float32 rewards, on the CPU.
-
-    Args:
-        encoder: the encoder that the head was trained on. head: a `RewardHead`.
-        autocast: a function that returns the context manager for the encoder's forward passes.
-    """
-
-    def __init__(self, encoder: "TurnEncoder", head, autocast: Callable):
-        self.encoder, self.head, self.autocast = encoder, head, autocast
-        self._real_turns: dict[tuple[str, str], torch.Tensor] = {}  # features; many prompts share the same turns
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
-        """The rewards of `responses` (without `AI:`) to `prompts`.
-
-        A sequential head (RUDDER's) also sees the agent turns before each prompt.
-        """
-        pairs = [(prompt.context, f"AI: {response}") for prompt, response in zip(prompts, responses, strict=True)]
-        features = self.encode(pairs)
-        if self.head.sequential:
-            rewards = self._sequential_rewards(prompts, features)
-        else:
-            rewards = self.head(features.to(self.encoder.device)).squeeze(1)
-        return rewards.float().cpu()
-
-    def encode(self, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
-        """(n, hidden) features of (context, response with `AI:`), on the CPU."""
-        return self.encoder.encode(self.encoder.tokenize(pairs), self.autocast)
-
-    def _sequential_rewards(self, prompts: Sequence[Prompt], features: torch.Tensor) -> torch.Tensor:
-        """(n,) rewards of responses with `features` (n, hidden), each the last turn of its own trajectory."""
-        needed = {pair for prompt in prompts for pair in prompt.trajectory[: prompt.position]}
-        if len(self._real_turns) + len(needed) > MOST_REAL_TURNS:
-            self._real_turns = {}
-        new = sorted(needed - self._real_turns.keys())
-        self._real_turns |= dict(zip(new, self.encode(new), strict=True))
-        longest = max((prompt.position + 1 for prompt in prompts), default=1)  # a process may have no prompt
-        turns = torch.zeros(len(prompts), longest, features.shape[1])
-        for row, (prompt, feature) in enumerate(zip(prompts, features, strict=True)):
-            for t, pair in enumerate(prompt.trajectory[: prompt.position]):
-                turns[row, t] = self._real_turns[pair]
-            turns[row, prompt.position] = feature  # later positions stay 0: the head does not look ahead
-        outputs = self.head(turns.to(self.encoder.device)).squeeze(2)
-        n_turns = torch.tensor([[float(len(prompt.trajectory))] for prompt in prompts], device=outputs.device)
-        rewards = self.head.rewards(outputs, n_turns.reshape(-1, 1))
-        return rewards[torch.arange(len(prompts)), torch.tensor([p.position for p in prompts], dtype=torch.long)]
 
 
 class RandomScorer:

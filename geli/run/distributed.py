@@ -58,6 +58,13 @@ def uses_bfloat16(device: str, dtype: str, cpu_dtype: str = "auto") -> bool:
     return dtype == "bfloat16" or (dtype == "auto" and _computes_in_bfloat16(device))
 
 
+def local_device(device: str) -> torch.device:
+    """The device that `device` means in this process, one of those that `accelerate launch` may have started."""
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("mps" if device in ("auto", "mps") and torch.backends.mps.is_available() else "cpu")
+
+
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
     """The type of weights that are not trained: bfloat16 on a GPU that computes in it, else float32."""
     half = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda"

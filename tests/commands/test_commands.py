@@ -12,8 +12,8 @@ from conftest import ROOT, call_script, environment_of_its_own, run_script
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from geli.heads import load_reward_head
-from geli.nets.encoder import encoder_of_head, load_encoder
+from geli.heads import encoder_of_head, load_reward_head
+from geli.nets.encoder import load_encoder
 
 LI_FOLDER = (
     "SINGLE_INDEX_reward_function_convo_overall_affect_contra_False_shrink_False_curriculum_False"

@@ -47,7 +47,7 @@ def test_trl(head, sample, tmp_path):
 
 
 def test_openrlhfs_client_and_function_and_verls_function(head, capsys):
-    reward = GELIReward(head, device="cpu")
+    reward = GELIReward.load(head, device="cpu")
     server = RewardServer(reward, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -25,13 +24,13 @@ from data_utils import make_trajectory, read_corpus, split, turn_text
 from geli.data.candor import REWARD_CLASSES, read_conversation
 from geli.data.shares import TrajectoryShares
 from geli.data.writer import write_conversation
-from geli.heads import load_reward_head, save_reward_head
+from geli.heads import encoder_of_head, load_reward_head, save_reward_head
 from geli.nets import encoder as encoder_module
 from geli.nets import policy as policy_module
-from geli.nets.encoder import TurnEncoder, encoder_of_head, load_encoder
+from geli.nets.encoder import TurnEncoder, load_encoder
 from geli.nets.options import ENCODERS, POLICIES
 from geli.nets.prompts import Prompt
-from geli.rl.rollout import RewardScorer
+from geli.reward import GELIReward
 from geli.run.errors import UserError
 from models import HEADS, RewardHead, RewardHeadConfig
 from train_reward_GELI import GELITraining, GELITrainingOptions
@@ -512,7 +511,7 @@ def test_rudder_scores_a_response_given_the_agent_turns_before_it(stages, sample
     trajectory = next(iter(read_corpus(sample, "overall_affect").trajectories.values()))[0]
     turns = tuple(turn_text(trajectory.conversation, i, trajectory.user, 2) for i in trajectory.agent_turns)
     prompts = [Prompt("", context, response[4:], turns, t) for t, (context, response) in enumerate(turns)]
-    score = RewardScorer(encoder, head, nullcontext)
+    score = GELIReward(encoder, head).score
     outputs = head(encoder.encode(encoder.tokenize(turns))).squeeze(1)  # one trajectory, turn after turn
     whole = head.rewards(outputs, len(turns))
     for order in (list(range(len(turns))), list(range(len(turns)))[::-1]):

@@ -36,8 +36,8 @@ from safetensors.torch import load_file, save_file
 import train_reward_LI_only
 from data_utils import read_corpus
 from geli.data.cache import CHECKSUM_BYTES
-from geli.heads import load_reward_head, save_reward_head
-from geli.nets.encoder import encoder_of_head, load_encoder, load_encoder_of_head
+from geli.heads import encoder_of_head, load_encoder_of_head, load_reward_head, save_reward_head
+from geli.nets.encoder import load_encoder
 from geli.nets.features import FeatureCache, weights_digest
 from geli.nets.policy import load_policy
 from geli.report.checks import conversations_seen

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import torch
 
 from apps.chat.talk import Talk
-from geli.heads import save_reward_head
-from geli.nets.encoder import encoder_reference, load_encoder
+from geli.heads import encoder_reference, save_reward_head
+from geli.nets.encoder import load_encoder
 from geli.nets.policy import load_policy
 from models import RewardHead, RewardHeadConfig
 

@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import save_file
 from turn_sets import trajectory, turn_set
 
-from geli.heads import find_head, load_reward_head, save_reward_head, saved_heads
-from geli.nets.encoder import encoder_of_head, encoder_reference
+from geli.heads import encoder_of_head, encoder_reference, find_head, load_reward_head, save_reward_head, saved_heads
 from geli.run.errors import UserError
 from models import (
     HEADS,

@@ -15,8 +15,8 @@ from talks import write_head
 import train_rl_GELI
 from data_utils import TurnSet, make_prompts, read_corpus, split
 from geli import GELIReward
-from geli.heads import load_reward_head
-from geli.nets.encoder import load_encoder_of_head
+from geli.heads import load_encoder_of_head, load_reward_head
+from geli.nets.prompts import Prompt
 from geli.rl.reward_functions import FunctionScorer
 from geli.rl.rollout import first_turn
 from geli.run.distributed import make_accelerator
@@ -63,12 +63,12 @@ def test_scores_are_those_of_stage_3(head, prompts):
     responses = [SAID[i % 4] for i in range(len(prompts))]
     expected = stage_3_scorer(head)(prompts, responses).tolist()
     assert np.std(expected) > 1e-4
-    assert GELIReward(head, device="cpu")(prompts, responses) == pytest.approx(expected, abs=1e-6)
+    assert GELIReward.load(head, device="cpu")(prompts, responses) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("form", ["text", "chat"])
 def test_texts_and_chats_score_as_the_states_they_were_made_from(head, prompts, form):
-    reward = GELIReward(head, device="cpu")
+    reward = GELIReward.load(head, device="cpu")
     # a sequential head takes the turns so far to be the whole trajectory, which these prompts are then
     asked = [p._replace(trajectory=p.trajectory[: p.position + 1]) for p in prompts if p.position < 2]
     responses = [SAID[i % 4] for i in range(len(asked))]
@@ -86,19 +86,19 @@ def test_turn_rewards_are_those_of_stage_2(head, trajectories):
     loaded = load_reward_head(head)
     encoder = load_encoder_of_head(loaded.config, head, 256, None)
     expected = head_rewards(loaded, encoder.encode(encoder.tokenize(turns.texts), nullcontext), turns)
-    reward = GELIReward(head, device="cpu")
+    reward = GELIReward.load(head, device="cpu")
     messages = [
         [{"role": "user" if t.speaker == trajectory.user else "assistant", "content": t.utterance}
          for t in trajectory.conversation.turns]
         for trajectory in trajectories
     ]  # fmt: skip
-    found = reward.turn_rewards([*messages, []])
+    found = list(map(reward.turn_rewards, [*messages, []]))
     assert list(map(len, found)) == [*np.diff(turns.offsets), 0]
     assert np.concatenate(found) == pytest.approx(expected, abs=1e-6)
 
 
 def test_stage_3_takes_it_as_a_reward_function(head, prompts, tmp_path, monkeypatch):
-    code = f"from geli import GELIReward\nreward = GELIReward({str(head)!r}, device='cpu')\n"
+    code = f"from geli import GELIReward\nreward = GELIReward.load({str(head)!r}, device='cpu')\n"
     (tmp_path / f"my_{head.name}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     expected = stage_3_scorer(head)(prompts, SAID[:1] * len(prompts))
@@ -107,8 +107,8 @@ def test_stage_3_takes_it_as_a_reward_function(head, prompts, tmp_path, monkeypa
 
 
 def test_threads_get_the_scores_that_one_thread_gets(head, prompts):
-    asked, expected = prompts[:24], GELIReward(head, device="cpu")(prompts[:24], ["Oh, really?"] * 24)
-    reward = GELIReward(head, device="cpu", cache_size=5)  # smaller than a batch: entries come and go
+    asked, expected = prompts[:24], GELIReward.load(head, device="cpu")(prompts[:24], ["Oh, really?"] * 24)
+    reward = GELIReward.load(head, device="cpu", cache_size=5)  # smaller than a batch: entries come and go
 
     def score(start: int) -> list[float]:
         order = np.roll(np.arange(24), start)
@@ -122,8 +122,8 @@ def test_threads_get_the_scores_that_one_thread_gets(head, prompts):
 
 
 def test_a_text_is_computed_once(head, prompts, monkeypatch):
-    reward, seen = GELIReward(head, device="cpu"), []
-    encoder = reward.scorer.encoder
+    reward, seen = GELIReward.load(head, device="cpu"), []
+    encoder = reward.encoder
     tokenize = encoder.tokenize
     monkeypatch.setattr(encoder, "tokenize", lambda pairs: seen.extend(pairs) or tokenize(pairs))
     first = reward([prompts[0]] * 3, ["a", "b", "a"])
@@ -139,13 +139,13 @@ def test_a_text_is_computed_once(head, prompts, monkeypatch):
 def test_it_is_found_by_folder_by_file_and_by_run(head):
     out, run = head.parent.parent, head.name.removeprefix("reward1_")
     head.with_name(f"{head.name}.json").write_text("{}")
-    loaded = [GELIReward.from_pretrained(head.parent), GELIReward(str(head)), GELIReward(run, output_dir=out)]
+    loaded = [GELIReward.from_pretrained(head.parent), GELIReward.load(str(head)), GELIReward.load(run, output_dir=out)]
     assert {reward.path.resolve() for reward in loaded} == {head.resolve()}
     assert loaded[0].context_turns == 4
     with pytest.raises(UserError, match="expected one reward head in this folder, found none"):
-        GELIReward(out)
+        GELIReward.load(out)
     with pytest.raises(UserError, match="nobody: expected a run name or the path"):
-        GELIReward("nobody", output_dir=out)
+        GELIReward.load("nobody", output_dir=out)
     with pytest.raises(UserError, match="expected a completion to each prompt, found 1 and 2"):
         loaded[0](["a"], ["b", "c"])
 
@@ -164,7 +164,7 @@ def test_trls_trainers_take_it_as_it_is(algorithm, encoder, sample, prompts, tmp
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     head = write_head(tmp_path / "run", encoder, "small_model_shrink")
-    score, reward, calls = stage_3_scorer(head), GELIReward(head, device="cpu"), []
+    score, reward, calls = stage_3_scorer(head), GELIReward.load(head, device="cpu"), []
     AcceleratorState._reset_state(reset_partial_state=True)
     call = GELIReward.__call__
     monkeypatch.setattr(
@@ -192,3 +192,58 @@ def test_trls_trainers_take_it_as_it_is(algorithm, encoder, sample, prompts, tmp
         assert rewards == pytest.approx(expected, abs=1e-6)
         assert mean == pytest.approx(np.mean(rewards), abs=1e-5)
     assert torch.tensor([rewards for _, rewards in calls]).std() > 0
+
+
+class LengthEncoder:
+    """Features (n, 1): the number of letters of context and response."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.encoded = []
+
+    def tokenize(self, pairs):
+        return list(pairs)
+
+    def encode(self, pairs, autocast):
+        self.encoded += pairs
+        with autocast():
+            return torch.tensor([[float(len(context) + len(response))] for context, response in pairs]).reshape(-1, 1)
+
+
+class SumHead(torch.nn.Module):
+    """A sequential head: the reward of a turn is the sum of the features up to it, over the number of turns."""
+
+    sequential = True
+
+    def forward(self, features):
+        return torch.cat([torch.zeros_like(features[:, :1]), features.cumsum(dim=1)], dim=1)
+
+    def rewards(self, outputs, n_turns):
+        return outputs[:, 1:] / n_turns
+
+
+class NegativeHead(torch.nn.Module):
+    """A head that sees one turn."""
+
+    sequential = False
+
+    def forward(self, features):
+        return -features
+
+
+def test_a_reward_is_that_of_the_context_and_the_response():
+    reward = GELIReward(LengthEncoder(), NegativeHead(), context_turns=1)
+    assert reward.score([Prompt("", "abc", ""), Prompt("", "", "")], ["x", "xyz"]).tolist() == [-8, -7]  # with "AI: "
+
+
+def test_a_sequential_head_sees_the_real_turns_before_a_response():
+    turns = (("a", "b"), ("aa", "bb"), ("aaa", "bbb"))
+    asked = [Prompt("", "c", "", turns, position) for position in (2, 0, 1)]
+    encoder = LengthEncoder()
+    reward = GELIReward(encoder, SumHead(), context_turns=1)
+    for _ in range(2):
+        assert reward.score(asked, ["x"] * 3).tolist() == pytest.approx([(6 + 2 + 4) / 3, 6 / 3, (6 + 2) / 3])
+    assert reward.score([], []).shape == (0,)  # of a process without a prompt
+    assert encoder.encoded.count(("a", "b")) == 1  # real turns are encoded once
+    assert ("aaa", "bbb") not in encoder.encoded  # turns from the prompt's position on are not needed

@@ -7,10 +7,8 @@ from conftest import small_model
 from talks import LetterPolicy, say, write_head
 
 from apps.chat.partner import Partner
-from apps.chat.rewards import load_rewards
 from apps.chat.talk import Talk
-from geli.rl.rollout import RewardScorer
-from geli.run.distributed import make_accelerator
+from geli import GELIReward
 
 SAID = ("Hello there.", "Oh, really? I like\nit.", "日本語 🙂", "Bye")
 
@@ -24,7 +22,7 @@ def encoder(sample, tmp_path_factory):
 def scorer(request, encoder):
     kind = {"redist_type": "RUDDER"} if request.param == "rudder" else {}
     head = write_head(encoder.parent / "heads", encoder, request.param, **kind)
-    return load_rewards(head, make_accelerator("cpu", "float32"))
+    return GELIReward.load(head, device="cpu", cache_size=0)
 
 
 def talk_of(scorer) -> Talk:
@@ -37,10 +35,9 @@ def talk_of(scorer) -> Talk:
 
 def as_in_training(talk: Talk, scorer, replies: list[str]) -> list[float]:
     """By stage 3's scorer, each turn in its trajectory."""
-    score = RewardScorer(scorer.encoder, scorer.head, scorer.autocast)
     trajectory = tuple((turn.prompt.context, f"AI: {reply}") for turn, reply in zip(talk.replies, replies, strict=True))
     prompts = [turn.prompt._replace(trajectory=trajectory, position=i) for i, turn in enumerate(talk.replies)]
-    return score(prompts, replies).tolist()
+    return scorer.score(prompts, replies).tolist()
 
 
 def test_rewards_are_those_of_stage_3(scorer):

@@ -19,12 +19,12 @@ from apps.chat.terminal import COMMANDS, Terminal, longest, printable, reward_ba
 
 
 class LetterScorer:
-    """Stands in for a `TurnRewards`: the reward falls with the number of letters."""
+    """Stands in for a `GELIReward`: the reward falls with the number of letters."""
 
     name = "reward1_letters"
 
-    def features(self, context, reply):
-        return torch.tensor([float(len(reply))])
+    def features(self, pairs):
+        return torch.tensor([[float(len(response.removeprefix("AI: ")))] for _, response in pairs])
 
     def rewards(self, features):
         return [1 - feature.item() / 4 for feature in features]

@@ -12,8 +12,7 @@ from talks import write_head
 
 from apps.label import labelling
 from data_utils import TurnSet, read_corpus
-from geli.heads import load_reward_head
-from geli.nets.encoder import load_encoder_of_head
+from geli.heads import load_encoder_of_head, load_reward_head
 from models import head_rewards
 
 TOOL = "apps.label"

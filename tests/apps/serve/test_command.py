@@ -64,7 +64,7 @@ def made_up(n: int, of: str) -> tuple[list[str], list[str], list[str]]:
 
 @pytest.mark.slow
 def test_killed_and_stopped_under_load_nobody_gets_a_wrong_score(head):
-    reward, server, lock = GELIReward(head, device="cpu"), Server(head), threading.Lock()
+    reward, server, lock = GELIReward.load(head, device="cpu"), Server(head), threading.Lock()
     address, port, killed = f"{server.url}/get_reward", int(server.url.rpartition(":")[2]), threading.Event()
     answered = {True: 0, False: 0}  # after the kill, before it
 

@@ -11,15 +11,9 @@ from conftest import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from geli.heads import encoder_of_head, encoder_reference, load_encoder_of_head
 from geli.nets.batching import shuffled_batches, token_batches
-from geli.nets.encoder import (
-    TurnEncoder,
-    encoder_of_head,
-    encoder_reference,
-    load_encoder,
-    load_encoder_of_head,
-    place_encoder,
-)
+from geli.nets.encoder import TurnEncoder, load_encoder, place_encoder
 from geli.nets.options import EncoderOptions
 from geli.run.errors import UserError
 

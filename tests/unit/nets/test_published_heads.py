@@ -13,8 +13,7 @@ import pytest
 import torch
 from conftest import call_script, small_model
 
-from geli.heads import load_reward_head
-from geli.nets.encoder import encoder_of_head, load_encoder_of_head
+from geli.heads import encoder_of_head, load_encoder_of_head, load_reward_head
 from geli.nets.published_heads import NotPublished, read_published_head
 from geli.run.errors import UserError
 

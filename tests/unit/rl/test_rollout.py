@@ -1,6 +1,5 @@
 """Rollouts: sampling, cutting at the end of a turn, scoring."""
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,10 +9,8 @@ from conftest import small_model
 
 from experiments.known_optimum import make_model, prompts
 from geli.nets.policy import load_policy
-from geli.nets.prompts import Prompt
 from geli.rl.rollout import (
     RandomScorer,
-    RewardScorer,
     Rollout,
     cut_responses,
     distinct,
@@ -180,61 +177,6 @@ def test_distinct_n_by_hand():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scoring
-
-
-class LengthEncoder:
-    """Features (n, 1): the number of letters of context and response."""
-
-    device = torch.device("cpu")
-
-    def __init__(self):
-        self.encoded = []
-
-    def tokenize(self, pairs):
-        return list(pairs)
-
-    def encode(self, pairs, autocast):
-        self.encoded += pairs
-        with autocast():
-            return torch.tensor([[float(len(context) + len(response))] for context, response in pairs]).reshape(-1, 1)
-
-
-class SumHead(torch.nn.Module):
-    """A sequential head: the reward of a turn is the sum of the features up to it, over the number of turns."""
-
-    sequential = True
-
-    def forward(self, features):
-        return torch.cat([torch.zeros_like(features[:, :1]), features.cumsum(dim=1)], dim=1)
-
-    def rewards(self, outputs, n_turns):
-        return outputs[:, 1:] / n_turns
-
-
-class NegativeHead(torch.nn.Module):
-    """A head that sees one turn."""
-
-    sequential = False
-
-    def forward(self, features):
-        return -features
-
-
-def test_a_reward_is_that_of_the_context_and_the_response():
-    score = RewardScorer(LengthEncoder(), NegativeHead(), nullcontext)
-    assert score([Prompt("", "abc", ""), Prompt("", "", "")], ["x", "xyz"]).tolist() == [-8, -7]  # with "AI: "
-
-
-def test_a_sequential_head_sees_the_real_turns_before_a_response():
-    turns = (("a", "b"), ("aa", "bb"), ("aaa", "bbb"))
-    asked = [Prompt("", "c", "", turns, position) for position in (2, 0, 1)]
-    encoder = LengthEncoder()
-    score = RewardScorer(encoder, SumHead(), nullcontext)
-    for _ in range(2):
-        assert score(asked, ["x"] * 3).tolist() == pytest.approx([(6 + 2 + 4) / 3, 6 / 3, (6 + 2) / 3])
-    assert score([], []).shape == (0,)  # of a process without a prompt
-    assert encoder.encoded.count(("a", "b")) == 1  # real turns are encoded once
-    assert ("aaa", "bbb") not in encoder.encoded  # turns from the prompt's position on are not needed
 
 
 def test_random_rewards_are_in_minus_1_to_1_and_follow_the_seed():
