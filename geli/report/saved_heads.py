@@ -14,9 +14,10 @@ from geli.heads import find_head, load_reward_head
 from geli.nets.features import TurnFeatures
 from geli.report.checks import conversations_seen, warn_of_leaks
 from geli.report.metrics import HeldOut, Metric, metrics
+from geli.report.tables import Row
 from geli.reward import GELIReward
 from geli.run.errors import UserError
-from geli.statistics import Estimate, interval_over_seeds, resample
+from geli.statistics import interval_over_seeds, resample
 from models import RewardHead, head_rewards, predicted_returns
 
 
@@ -179,23 +180,6 @@ class Scorer:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
-
-
-class Row(NamedTuple):
-    """A metric of a setting.
-
-    Attributes:
-        value: mean over its seeds. spread: standard deviation over seeds, None with one.
-        difference: from the first setting on the same conversations, None of itself. Seeds are paired in the order
-            given, because runs of one seed share the order of the data; those without a partner are left out of it.
-    """
-
-    setting: str
-    metric: str
-    seeds: int
-    value: Estimate
-    spread: float | None
-    difference: Estimate | None
 
 
 def compare(evaluation: Evaluation, predictions: dict[str, list[Predictions]]) -> list[Row]:

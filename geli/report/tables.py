@@ -6,10 +6,26 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from geli.report.saved_heads import Row
 from geli.run.console import format_table
 from geli.run.files import atomic_path, write_json
 from geli.statistics import Estimate
+
+
+class Row(NamedTuple):
+    """A metric of a setting.
+
+    Attributes:
+        value: mean over its seeds. spread: standard deviation over seeds, None with one.
+        difference: from the first setting on the same conversations, None of itself. Seeds are paired in the order
+            given, because runs of one seed share the order of the data; those without a partner are left out of it.
+    """
+
+    setting: str
+    metric: str
+    seeds: int
+    value: Estimate
+    spread: float | None
+    difference: Estimate | None
 
 
 class Column(NamedTuple):

@@ -56,5 +56,5 @@ def test_another_file_is_refused_in_one_line(tmp_path, content):
     if content is not None:
         header = "conversation_id,flip,turn_id,share,status,tokens,seconds,data"
         path.write_text(content.replace("{header}", header), encoding="latin-1")
-    with pytest.raises(UserError, match=r"tools/llm_shares\.py"):
+    with pytest.raises(UserError, match=r"apps/llm_shares"):
         read_shares(path)
