@@ -43,11 +43,11 @@ OPTIONS = parse_options() if __name__ == "__main__" else None
 
 from data_utils import LI_SIGNALS, DataOptions
 from experiments.commands import finished_head, run_command
-from geli.report import tables
-from geli.report.saved_heads import Evaluation, Scorer, compare
 from geli.run.console import progress_bar
 from geli.run.distributed import make_accelerator
 from models import DECOMPOSITIONS
+from tools import tables
+from tools.saved_heads import Evaluation, Scorer, compare
 
 # with normalized losses GE and LI count alike; with raw ones GE, in points², is hundreds of times larger
 STAGE_2 = "--train --val --small_model_shrink --batch_size 4 --K 160 --epochs 16 --loss_scale normalized".split()

@@ -51,10 +51,10 @@ def parse_options(argv: Sequence[str] | None = None):
 OPTIONS = parse_options() if __name__ == "__main__" else None
 
 from data_utils import DataOptions
-from geli.report import tables
-from geli.report.saved_heads import Evaluation, Scorer, compare, parse_settings, reward_class_of
 from geli.run.console import progress_bar
 from geli.run.distributed import make_accelerator
+from tools import tables
+from tools.saved_heads import Evaluation, Scorer, compare, parse_settings, reward_class_of
 
 
 def main(options) -> None:

@@ -8,6 +8,7 @@ which is why scikit-learn and scipy, with which the tests compare, are not used 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -185,3 +186,41 @@ def _ratio(a: float, b: float) -> float:
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a / b, NaN where b is 0."""
     return np.divide(a, b, out=np.full(len(a), np.nan), where=b != 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How metrics are shown
+
+
+class Column(NamedTuple):
+    """How a metric is shown: name, name in LaTeX with the better direction, what it is, decimals."""
+
+    name: str
+    latex: str
+    meaning: str
+    decimals: int = 3
+
+
+COLUMNS = {
+    "ge_loss": Column(
+        "L_GE", r"$\mathcal{L}_{GE}\downarrow$", "L_GE: squared error of the predicted return, points²", 1
+    ),
+    "ge_share": Column("of mean's", r"of mean's $\downarrow$", "L_GE as a share of the mean baseline's"),
+    "delta_li": Column(
+        "Δr_LI", r"$\Delta\hat{r}_{LI}\uparrow$", "Δr_LI: reward of turns with a happy listener less that of the others"
+    ),
+    "roc_auc": Column("ROC AUC", r"ROC AUC $\uparrow$", "area under the ROC curve: happy listeners by reward"),
+    "average_precision": Column("AP", r"AP $\uparrow$", "average precision: happy listeners by reward"),
+    "return_correlation": Column("ρ return", r"$\rho_R\uparrow$", "rank correlation of predicted return and score"),
+    "truth_correlation": Column(
+        "ρ truth", r"$\rho_{r^*}\uparrow$", "rank correlation of turn reward and hidden reward"
+    ),
+}
+
+
+def cell(estimate: Estimate | None, decimals: int) -> str:
+    """`value [low, high]`, or `-` where it is undefined."""
+    if estimate is None or np.isnan(estimate.value):
+        return "-"
+    value, low, high = (f"{number:.{decimals}f}" for number in estimate)
+    return value if np.isnan(estimate.low) or low == high else f"{value} [{low}, {high}]"

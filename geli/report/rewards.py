@@ -12,9 +12,8 @@ from geli.data.candor import AFFECT_GROUPS, FACES, HAPPINESS
 from geli.data.corpus import by_count
 from geli.report import plots
 from geli.report.lineage import lineage
-from geli.report.metrics import HeldOut, estimates, metrics
+from geli.report.metrics import COLUMNS, HeldOut, cell, estimates, metrics
 from geli.report.page import Page, Section, changed_options, seconds_table, write_page
-from geli.report.tables import COLUMNS, cell
 from geli.run.console import format_table
 from geli.run.errors import UserError
 from geli.run.files import atomic_path, write_json

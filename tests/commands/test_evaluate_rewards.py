@@ -8,8 +8,8 @@ import pytest
 from conftest import call_script
 
 from data_utils import DataOptions, TurnSet
-from geli.report.saved_heads import Evaluation, Predictions, compare, truth_of
 from geli.run.errors import UserError
+from tools.saved_heads import Evaluation, Predictions, compare, truth_of
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_conversations_that_a_head_was_trained_on_are_warned_of(evaluated, monke
     out, printed, arguments = evaluated
     assert "Warning" not in printed.stdout
     held_out = json.loads((out / "rewards.json").read_text())["validation_conversations"]
-    monkeypatch.setattr("geli.report.saved_heads.conversations_seen", lambda *_: frozenset(held_out[:1]))
+    monkeypatch.setattr("tools.saved_heads.conversations_seen", lambda *_: frozenset(held_out[:1]))
     warned = call_script("tools/evaluate_rewards.py", "li", *arguments, "--name", "warned").stdout
     assert "Warning: 1 of this run's validation conversations were trained on before" in warned
 

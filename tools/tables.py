@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from geli.report.metrics import COLUMNS, cell
 from geli.run.console import format_table
 from geli.run.files import atomic_path, write_json
 from geli.statistics import Estimate
@@ -28,43 +29,11 @@ class Row(NamedTuple):
     difference: Estimate | None
 
 
-class Column(NamedTuple):
-    """How a metric is shown: name, name in LaTeX with the better direction, what it is, decimals."""
-
-    name: str
-    latex: str
-    meaning: str
-    decimals: int = 3
-
-
-COLUMNS = {
-    "ge_loss": Column(
-        "L_GE", r"$\mathcal{L}_{GE}\downarrow$", "L_GE: squared error of the predicted return, points²", 1
-    ),
-    "ge_share": Column("of mean's", r"of mean's $\downarrow$", "L_GE as a share of the mean baseline's"),
-    "delta_li": Column(
-        "Δr_LI", r"$\Delta\hat{r}_{LI}\uparrow$", "Δr_LI: reward of turns with a happy listener less that of the others"
-    ),
-    "roc_auc": Column("ROC AUC", r"ROC AUC $\uparrow$", "area under the ROC curve: happy listeners by reward"),
-    "average_precision": Column("AP", r"AP $\uparrow$", "average precision: happy listeners by reward"),
-    "return_correlation": Column("ρ return", r"$\rho_R\uparrow$", "rank correlation of predicted return and score"),
-    "truth_correlation": Column(
-        "ρ truth", r"$\rho_{r^*}\uparrow$", "rank correlation of turn reward and hidden reward"
-    ),
-}
 LEGEND = (
     "L_GE in points², also as a share of the mean baseline's; Δr_LI: reward of turns with a happy listener less that "
     "of the others; ROC AUC, AP: of happy listeners by reward; ρ: rank correlation with the score, and of turns with "
     "the hidden reward"
 )
-
-
-def cell(estimate: Estimate | None, decimals: int) -> str:
-    """`value [low, high]`, or `-` where it is undefined."""
-    if estimate is None or np.isnan(estimate.value):
-        return "-"
-    value, low, high = (f"{number:.{decimals}f}" for number in estimate)
-    return value if np.isnan(estimate.low) or low == high else f"{value} [{low}, {high}]"
 
 
 def wide(rows: list[Row], field: str = "value") -> list[dict[str, str]]:

@@ -14,11 +14,11 @@ from geli.heads import find_head, load_reward_head
 from geli.nets.features import TurnFeatures
 from geli.report.checks import conversations_seen, warn_of_leaks
 from geli.report.metrics import HeldOut, Metric, metrics
-from geli.report.tables import Row
 from geli.reward import GELIReward
 from geli.run.errors import UserError
 from geli.statistics import interval_over_seeds, resample
 from models import RewardHead, head_rewards, predicted_returns
+from tools.tables import Row
 
 
 class Setting(NamedTuple):
