@@ -65,7 +65,7 @@ def make_corpora(before: Path, work: Path, casino: str | None) -> list[str]:
     if not (work / "sample").exists():
         call(before, "sample_candor.py", str(work / "sample"), "--conversations", "60", log=log)
     if casino and not (work / "casino").exists():
-        call(before, "casino_to_candor.py", casino, str(work / "casino"), log=log)
+        call(before, "convert_corpus.py", "casino", casino, str(work / "casino"), log=log)
         for folder in sorted((work / "casino").iterdir())[120:]:
             shutil.rmtree(folder)
     for name in names:
