@@ -61,11 +61,11 @@ OPTIONS = parse_options() if __name__ == "__main__" else None
 import numpy as np
 import pandas as pd
 
+from apps.openai_server import Server
 from geli.judges.pairs import CRITERIA, read_pairs
 from geli.judges.scoring import for_print, score
 from geli.judges.server import judge_pairs
 from geli.judges.sheets import Key, make_sheets, read_sheets, write_sheets
-from geli.run.chat_server import Server
 from geli.run.console import format_table
 from geli.run.files import atomic_path
 

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from apps.openai_server import ReplyFile, RequestFailed, ask_all
 from data_utils import Trajectory, fingerprint
 from geli.data.shares import ShareRow, write_shares
 from geli.llm.answers import Shares, merge_windows, read_reply, shares_of_numbers, summary
 from geli.llm.backends import CHARACTERS_PER_TOKEN, Backend, Reply
 from geli.llm.prompt import Window, make_windows, reminder
-from geli.run.chat_server import ReplyFile, RequestFailed, ask_all
 from geli.run.errors import UserError
 from geli.run.files import private_folder, write_json
 
@@ -241,9 +241,8 @@ def _ask_new(asker: Asker, new: list[Window], price) -> Counter:
             seconds = asker.seconds_a_request() / backend.concurrency
             print(f"After one: {estimate(new, asker.tries, backend.max_tokens, price, seconds)}", flush=True)
     return ask_all(
-        new, asker.ask, concurrency=backend.concurrency, stop=backend.stop, where=backend.where, kept=asker.file.path,
-        desc="sharing out",
-    )  # fmt: skip
+        new, asker.ask, concurrency=backend.concurrency, where=backend.where, kept=asker.file.path, desc="sharing out"
+    )
 
 
 def _rows(

@@ -1,17 +1,15 @@
 """Asking about windows: what is asked again, what is never asked twice, and what it is said to cost."""
 
-import threading
-
 import numpy as np
 import pytest
 from turn_sets import trajectory
 
+from apps.openai_server import RequestFailed
 from data_utils import split_by_shares
 from geli.data.shares import read_shares
 from geli.llm.backends import Reply
 from geli.llm.prompt import make_windows
 from geli.llm.shares import Asker, ShareOptions, answer_window, duration, estimate, share_out
-from geli.run.chat_server import RequestFailed
 from geli.run.errors import UserError
 
 FIRST, SECOND = trajectory("a", 80.0, ["happiness", "neutral"]), trajectory("b", 40.0, ["neutral"] * 5)
@@ -23,7 +21,7 @@ class Scripted:
     identity, where, sends_text, form, concurrency, max_tokens = ["scripted"], "script", True, "lines", 1, 100
 
     def __init__(self, *replies):
-        self.replies, self.asked, self.stop = list(replies), [], threading.Event()
+        self.replies, self.asked = list(replies), []
 
     def ask(self, text, n):
         self.asked.append(text)

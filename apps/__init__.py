@@ -1,0 +1,1 @@
+"""Programs that use GELI: each has a folder with its command, its modules and its requirements."""
