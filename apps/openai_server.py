@@ -1,25 +1,25 @@
-"""Requests to a language model on an OpenAI-compatible server, and replies kept on disk as they come in.
+"""Asks a language model on an OpenAI-compatible server, and keeps replies on disk as they come in.
 
-Conversations leave this machine with them, so a command that makes them needs `--log_text`.
+Conversations leave this machine with the requests, so a command that makes them needs `--log_text`.
 """
 
 import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
-import httpx
-
+from apps.packages import require
 from geli.run.console import progress_bar
 from geli.run.errors import UserError, first_line
 
-RETRIES, BACKOFF, LONGEST_WAIT = 4, 1.0, 60.0  # seconds; the wait doubles with each retry
+RETRIES = 4
+RETRIED = (408, 409, 429)  # besides 5xx: the HTTP statuses after which `openai` asks again
 FAILURES_IN_A_ROW = 10  # after so many the server is taken to be down
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,32 +52,33 @@ class RequestFailed(Exception):
 
 
 class ChatClient:
-    """Asks a server. Its methods may be called from several threads.
+    """Asks a server through `openai`'s client, which repeats failed requests. Several threads may ask.
 
     Args:
         server: where it is. key_name: the environment variable with the API key, which may be unset.
-
-    Attributes:
-        client: the connection, a context manager that closes it. stop: set to end the waits between retries.
+        requirements: the file that names `openai`, for the error if it is missing.
 
     Raises:
-        UserError: if the address is none, or the API key in the environment cannot be sent.
+        UserError: if `openai` is missing, or the address or the API key cannot be used.
     """
 
-    def __init__(self, server: Server, key_name: str):
-        self.server, self.stop = server, threading.Event()
-        self.api_key = os.environ.get(key_name, "").strip()
-        if not (self.api_key.isascii() and self.api_key.isprintable()):
+    def __init__(self, server: Server, key_name: str, requirements: str):
+        self.server = server
+        self._openai = openai = require("openai", "asking a server", f"pip install -r {requirements}")
+        self._key = os.environ.get(key_name, "").strip() or "no-key"  # servers without keys ignore it
+        if not (self._key.isascii() and self._key.isprintable()):
             raise UserError(f"{key_name}: expected printable ASCII characters, found others")
-        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        limits = httpx.Limits(max_connections=server.concurrency)
         try:
-            self.client = httpx.Client(base_url=server.url, headers=headers, timeout=server.timeout, limits=limits)
-        except httpx.InvalidURL as error:
-            raise UserError(f"{server.url} is no address of a server: {first_line(error)}") from None
+            self._client = openai.OpenAI(
+                base_url=server.url, api_key=self._key, timeout=server.timeout, max_retries=RETRIES,
+                http_client=openai.DefaultHttpxClient(follow_redirects=False),  # the text is for this host alone
+            )  # fmt: skip
+        except Exception as error:  # the HTTP library's own, for an address or a proxy's settings in the environment
+            raise UserError(f"{server.url}: {first_line(error)}") from None
 
-    def request(self, text: str, **more) -> httpx.Response:
-        """The server's response to one user message, at temperature 0.
+    def ask(self, text: str, **more) -> tuple[str, Any]:
+        """The reply to one user message, at temperature 0, and `openai`'s `CompletionUsage` (None if the server gives
+        none).
 
         Args:
             more: other fields of the request, such as `max_tokens`. Servers differ in what `response_format` they take.
@@ -86,52 +87,28 @@ class ChatClient:
             RequestFailed: after the last retry. UserError: if the server refuses the request.
         """
         messages = [{"role": "user", "content": text}]
-        body = {"model": self.server.model, "messages": messages, "temperature": 0, "seed": self.server.seed, **more}
-        for attempt in range(RETRIES + 1):
-            wait = BACKOFF * 2**attempt
-            try:
-                response = self.client.post("chat/completions", json=body)
-            except httpx.TimeoutException:
-                failure = "timeout"
-            except httpx.RequestError:
-                failure = "no connection"
-            else:
-                if response.is_success:
-                    return response
-                failure = f"HTTP {response.status_code}"
-                if response.status_code != 429 and response.status_code < 500:
-                    raise UserError(f"{self.server.host}: {failure}: {self._first_line(response)}")
-                wait = max(wait, retry_after(response))
-            if attempt == RETRIES or self.stop.wait(min(wait, LONGEST_WAIT)):
-                break
+        try:
+            completion = self._client.chat.completions.create(
+                model=self.server.model, messages=messages, temperature=0, seed=self.server.seed, **more
+            )
+            return str(completion.choices[0].message.content or ""), completion.usage
+        except self._openai.APITimeoutError:
+            failure = "timeout"
+        except self._openai.APIConnectionError:
+            failure = "no connection"
+        except self._openai.APIStatusError as error:
+            failure = f"HTTP {error.status_code}"
+            if error.status_code < 500 and error.status_code not in RETRIED:
+                raise UserError(f"{self.server.host}: {failure}: {self._first_line(error)}") from None
+        except (ValueError, TypeError, AttributeError, IndexError):  # `openai` does not check what a server replies
+            failure = "no chat completion"
         raise RequestFailed(failure)
 
-    def _first_line(self, response: httpx.Response) -> str:
-        """The first line of an error page, without the API key, which some servers repeat."""
-        text = response.text.strip() or response.reason_phrase
-        return (text.replace(self.api_key, "…") if self.api_key else text).splitlines()[0][:300]
-
-
-def content_of(response: httpx.Response) -> str:
-    """The reply in a response; empty if it has none."""
-    try:
-        content = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
-        return ""
-    return content if isinstance(content, str) else ""
-
-
-def retry_after(response: httpx.Response) -> float:
-    """Seconds that a server asks to wait: `Retry-After` as a number or a date; 0 without."""
-    header = response.headers.get("Retry-After", "0")
-    try:
-        return float(header)
-    except ValueError:
-        pass
-    try:
-        return (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
-    except (ValueError, TypeError):
-        return 0.0
+    def _first_line(self, error) -> str:
+        """The first line of what a server said, without the API key, which some servers repeat."""
+        said = error.body.get("message") if isinstance(error.body, dict) else error.body
+        text = str(said or error.response.text).strip() or error.response.reason_phrase
+        return text.replace(self._key, "…").partition("\n")[0][:300]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,8 +127,11 @@ class ReplyFile:
     """
 
     def __init__(self, path: Path):
-        self.path, self._lock = path, threading.Lock()
-        self.records = {record["key"]: record for record in _json_objects(path) if "key" in record}
+        self.path, self.records, self._lock = path, {}, threading.Lock()
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+            with suppress(ValueError, LookupError, TypeError):
+                record = json.loads(line)
+                self.records[record["key"]] = record
 
     def append(self, record: dict) -> None:
         """Adds a record, and writes it to the disk before it returns."""
@@ -164,29 +144,17 @@ class ReplyFile:
             self.records[record["key"]] = record
 
 
-def _json_objects(path: Path) -> Iterable[dict]:
-    """The lines of a file that are JSON objects; none if there is no file."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            yield record
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Many requests
 
 
-def ask_all(
-    questions: Sequence, ask: Callable, *, concurrency: int, stop: threading.Event, where: str, kept: Path, desc: str
-) -> Counter:
+def ask_all(questions: Sequence, ask: Callable, *, concurrency: int, where: str, kept: Path, desc: str) -> Counter:
     """Calls `ask` with each question, some at a time. Returns how many failed, by kind.
 
+    What is under way when it is interrupted is not waited for.
+
     Args:
-        ask: keeps what comes back; raises `RequestFailed`. concurrency: calls at a time. stop: set at the end, so that
-            nothing waits any longer.
+        ask: keeps what comes back; raises `RequestFailed`. concurrency: calls at a time.
         where, kept: what is asked, and the file of replies, for the error message. desc: of the progress bar.
 
     Raises:
@@ -199,21 +167,16 @@ def ask_all(
             ask(question)
         except RequestFailed as failure:
             return str(failure)
-        return None
 
-    with ThreadPoolExecutor(concurrency) as pool:
-        waiting = [pool.submit(failure_of, question) for question in questions]
-        try:
-            for done in progress_bar(as_completed(waiting), total=len(waiting), desc=desc, unit="request"):
-                failure = done.result()
-                failures += Counter([failure] if failure else [])
-                in_a_row = in_a_row + 1 if failure else 0
-                if in_a_row == FAILURES_IN_A_ROW:
-                    raise UserError(
-                        f"{where}: {in_a_row} requests in a row failed ({failure}); answers so far are in {kept}, and "
-                        "the same command continues"
-                    )
-        finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)  # leaving `with` waits for the requests that are under way
+    with ThreadPool(concurrency) as pool:  # whose threads end with the program
+        # one at a time in this thread, because a model that computes here must not be cut off while Python ends
+        found = pool.imap_unordered(failure_of, questions) if concurrency > 1 else map(failure_of, questions)
+        for failure in progress_bar(found, total=len(questions), desc=desc, unit="request"):
+            failures += Counter([failure] if failure else [])
+            in_a_row = in_a_row + 1 if failure else 0
+            if in_a_row == FAILURES_IN_A_ROW:
+                raise UserError(
+                    f"{where}: {in_a_row} requests in a row failed ({failure}); answers so far are in {kept}, and "
+                    "the same command continues"
+                )
     return failures

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from apps.judge.pairs import ANSWERS, CRITERIA, Pair
-from apps.openai_server import ChatClient, ReplyFile, Server, ask_all, content_of
+from apps.openai_server import ChatClient, ReplyFile, Server, ask_all
 from geli.run.errors import UserError
 
 API_KEY = "JUDGE_API_KEY"  # environment variable
+REQUIREMENTS = "apps/judge/requirements.txt"
 NUMBERS = [str(number) for number in range(1, len(CRITERIA) + 1)]
 QUESTIONS = "\n".join(f"{number}. {question}" for number, question in zip(NUMBERS, CRITERIA.values(), strict=True))
 FORMAT = (
@@ -75,32 +76,6 @@ def parse_reply(reply: str) -> list[str] | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Asking
-
-
-class Judge(ChatClient):
-    """Asks a server the questions. Its methods may be called from several threads.
-
-    Args:
-        server: where it is.
-
-    Raises:
-        UserError: as `ChatClient`.
-    """
-
-    def __init__(self, server: Server):
-        super().__init__(server, API_KEY)
-
-    def ask(self, question: Question) -> tuple[str, list[str] | None]:
-        """The reply and the answers in it. A reply without answers is asked for once more."""
-        reply = content_of(self.request(question.text))
-        if (answers := parse_reply(reply)) is None:  # at temperature 0 the same words would give the same reply
-            reply = content_of(self.request(f"{question.text}\n\n{REMINDER}"))
-            answers = parse_reply(reply)
-        return reply, answers
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # All questions, and their answers on disk
 
 
@@ -109,22 +84,23 @@ def read_answers(path: Path) -> dict[str, list[str] | None]:
     return {key: record["answers"] for key, record in ReplyFile(path).records.items() if "answers" in record}
 
 
-def ask_judge(judge: Judge, questions: Sequence[Question], path: Path) -> Counter:
+def ask_judge(client: ChatClient, questions: Sequence[Question], path: Path) -> Counter:
     """Asks the questions, and appends each answer to `path` as it comes in. Returns how many requests failed, by kind.
+    A reply without answers is asked for once more.
 
     Raises:
         UserError: as `ask_all`. What came in before is kept.
     """
-    file = ReplyFile(path)
+    file, server = ReplyFile(path), client.server
 
     def ask(question: Question) -> None:
-        reply, answers = judge.ask(question)
-        file.append({"key": question.key, "model": judge.server.model, "reply": reply, "answers": answers})
+        reply, _ = client.ask(question.text)
+        if (answers := parse_reply(reply)) is None:  # at temperature 0 the same words would give the same reply
+            reply, _ = client.ask(f"{question.text}\n\n{REMINDER}")
+            answers = parse_reply(reply)
+        file.append({"key": question.key, "model": server.model, "reply": reply, "answers": answers})
 
-    server = judge.server
-    return ask_all(
-        questions, ask, concurrency=server.concurrency, stop=judge.stop, where=server.host, kept=path, desc="judge"
-    )
+    return ask_all(questions, ask, concurrency=server.concurrency, where=server.host, kept=path, desc="judge")
 
 
 def votes_of(questions: Sequence[Question], answers: dict[str, list[str] | None]) -> tuple[np.ndarray, np.ndarray]:
@@ -147,17 +123,17 @@ def judge_pairs(server: Server, pairs: Sequence[Pair], path: Path) -> tuple[np.n
     requests were answered and how many were not, by kind.
 
     Raises:
-        UserError: as `ask_judge`; and if no pair has answers in both orders.
+        UserError: as `ChatClient` and `ask_judge`; and if no pair has answers in both orders.
     """
-    judge, questions, known = Judge(server), make_questions(pairs, server.model), read_answers(path)
+    client = ChatClient(server, API_KEY, REQUIREMENTS)
+    questions, known = make_questions(pairs, server.model), read_answers(path)
     new = [question for question in questions if question.key not in known]
     prompts, size = len({question.pair.row for question in new}), sum(len(question.text) for question in new)
     print(f"Sends {prompts} prompts and their responses in {len(new)} requests ({size:,} characters) to {server.host}")
     if known:
         print(f"{len(questions) - len(new)} requests are answered in {path}")
     sys.stdout.flush()
-    with judge.client:
-        failures = ask_judge(judge, new, path)
+    failures = ask_judge(client, new, path)
     answers = read_answers(path)
     found = [answers[question.key] for question in questions if question.key in answers]
     outcomes = {"answered": len(found) - found.count(None), "unparsed": found.count(None), **failures}

@@ -1,6 +1,5 @@
 """Who is asked: a language model on a server, or one in a folder on this machine. `BACKENDS` is the table."""
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +9,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from apps.llm_shares.prompt import HIGHEST
-from apps.openai_server import ChatClient, Server, content_of
+from apps.openai_server import ChatClient, Server
 from geli.nets.features import weights_digest
 from geli.nets.pretrained import check_vocabulary, load_pretrained
 from geli.run.distributed import frozen_dtype, make_accelerator
 from geli.run.errors import UserError
 
 API_KEY = "LLM_API_KEY"  # environment variable
+REQUIREMENTS = "apps/llm_shares/requirements.txt"
 CHARACTERS_PER_TOKEN = 4  # of English, where a server does not say how many tokens there were
 
 
@@ -58,15 +58,14 @@ class Backend(Protocol):
 
     Attributes:
         identity: what a reply depends on besides the request. where: for messages. sends_text: whether text leaves the
-            program. concurrency: requests at a time. stop: set when nothing more will be asked.
-        form: of replies, a key of `FORMATS`. max_tokens: of a reply; None if each has exactly one number for each turn.
+            program. concurrency: requests at a time. form: of replies, a key of `FORMATS`.
+        max_tokens: of a reply; None if each has exactly one number for each turn.
     """
 
     identity: list
     where: str
     sends_text: bool
     concurrency: int
-    stop: threading.Event
     form: str
     max_tokens: int | None
 
@@ -101,30 +100,20 @@ class ServerBackend:
 
     def __init__(self, options: BackendOptions):
         server = Server(options.url, options.model, options.seed, options.timeout, options.concurrency)
-        self._client, self.max_tokens = ChatClient(server, API_KEY), options.max_tokens
+        self._client, self.max_tokens = ChatClient(server, API_KEY, REQUIREMENTS), options.max_tokens
         self._schema, self.form = options.schema, "json" if options.schema else "lines"
         self.identity = ["url", options.model, options.seed, options.max_tokens, options.schema]
-        self.where, self.concurrency, self.stop = server.host, options.concurrency, self._client.stop
+        self.where, self.concurrency = server.host, options.concurrency
 
     def ask(self, text: str, n: int) -> Reply:
         """The reply to one user message at temperature 0."""
         start = time.perf_counter()
         more = {"response_format": SCHEMAS[self._schema](points_schema(n))} if self._schema else {}
-        response = self._client.request(text, max_tokens=self.max_tokens, **more)
-        seconds, reply = time.perf_counter() - start, content_of(response)
-        tokens_in, tokens_out = (
-            _usage(response, name) or len(content) // CHARACTERS_PER_TOKEN
-            for name, content in (("prompt_tokens", text), ("completion_tokens", reply))
-        )
+        reply, usage = self._client.ask(text, max_tokens=self.max_tokens, **more)
+        seconds = time.perf_counter() - start
+        tokens_in = (usage and usage.prompt_tokens) or len(text) // CHARACTERS_PER_TOKEN
+        tokens_out = (usage and usage.completion_tokens) or len(reply) // CHARACTERS_PER_TOKEN
         return Reply(reply, tokens_in, tokens_out, seconds)
-
-
-def _usage(response, name: str) -> int:
-    """A count of tokens in a server's response; 0 if it has none."""
-    try:
-        return int(response.json()["usage"][name])
-    except (ValueError, KeyError, TypeError):
-        return 0
 
 
 class FolderBackend:
@@ -148,7 +137,7 @@ class FolderBackend:
         )
         check_vocabulary(self.tokenizer, model, name, "--folder")
         self.identity = ["folder", weights_digest(model.state_dict(), model.config.to_json_string())]
-        self.model, self.where, self.stop = model.to(accelerator.device).eval(), name, threading.Event()
+        self.model, self.where = model.to(accelerator.device).eval(), name
 
     @torch.inference_mode()
     def ask(self, text: str, n: int) -> Reply:

@@ -241,9 +241,8 @@ def _ask_new(asker: Asker, new: list[Window], price) -> Counter:
             seconds = asker.seconds_a_request() / backend.concurrency
             print(f"After one: {estimate(new, asker.tries, backend.max_tokens, price, seconds)}", flush=True)
     return ask_all(
-        new, asker.ask, concurrency=backend.concurrency, stop=backend.stop, where=backend.where, kept=asker.file.path,
-        desc="sharing out",
-    )  # fmt: skip
+        new, asker.ask, concurrency=backend.concurrency, where=backend.where, kept=asker.file.path, desc="sharing out"
+    )
 
 
 def _rows(

@@ -1,17 +1,12 @@
 """What a judge is asked, what is read from its replies, and what its answers in both orders come to."""
 
 import json
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 
-import httpx
 import numpy as np
 import pytest
 
 from apps.judge.pairs import CRITERIA, Pair
-from apps.judge.server import Judge, make_questions, parse_reply, read_answers, votes_of
-from apps.openai_server import Server, content_of, retry_after
-from geli.run.errors import UserError
+from apps.judge.server import make_questions, parse_reply, read_answers, votes_of
 
 PAIR = Pair(3, "User: hi", "first one", "second one")
 ANSWERS = ["A", "B", "tie", "A", "A", "B", "tie", "B"]
@@ -93,27 +88,3 @@ def test_answers_on_disk_survive_a_torn_line(tmp_path):
     (tmp_path / "a.jsonl").write_text(f'\n{first}\n\n{{"key": "b", "answ\n{last}\n7\n')
     assert read_answers(tmp_path / "a.jsonl") == {"a": ANSWERS, "c": ANSWERS}
     assert read_answers(tmp_path / "none.jsonl") == {}
-
-
-@pytest.mark.parametrize(
-    ("header", "seconds"), [({}, 0), ({"Retry-After": "7"}, 7), ({"Retry-After": "soon"}, 0), (None, 30)]
-)
-def test_retry_after_is_a_number_or_a_date(header, seconds):
-    date = {"Retry-After": format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)}
-    assert retry_after(httpx.Response(429, headers=date if header is None else header)) == pytest.approx(seconds, abs=2)
-
-
-@pytest.mark.parametrize(
-    "body", ["<html>", "{}", "[]", '{"choices": []}', '{"choices": [{"message": {"content": 1}}]}']
-)
-def test_a_response_that_is_no_chat_has_an_empty_reply(body):
-    assert content_of(httpx.Response(200, text=body)) == ""
-
-
-def test_a_key_or_address_that_cannot_be_sent_is_refused_without_showing_the_key(monkeypatch):
-    with pytest.raises(UserError, match="is no address of a server"):
-        Judge(Server("http://999.1.1.1/v1", "m"))
-    monkeypatch.setenv("JUDGE_API_KEY", "sécret")
-    with pytest.raises(UserError) as error:
-        Judge(Server("http://h/v1", "m"))
-    assert "JUDGE_API_KEY" in str(error.value) and "cret" not in str(error.value)

@@ -7,7 +7,6 @@ import torch
 from conftest import small_model
 from small_models import chat_model
 
-from apps import openai_server as chat_server
 from apps.llm_shares.answers import read_reply
 from apps.llm_shares.backends import BACKENDS, BackendOptions, FolderBackend
 from apps.llm_shares.prompt import HIGHEST
@@ -84,8 +83,9 @@ def test_another_model_has_another_identity(backend, sample, tmp_path):
 
 
 def test_a_server_is_asked_at_temperature_0_with_the_seed(monkeypatch):
+    pytest.importorskip("openai", reason="needs openai (apps/llm_shares/requirements.txt)")
     monkeypatch.setenv("LLM_API_KEY", "sk-secret")
-    monkeypatch.setattr(chat_server, "BACKOFF", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     with server(lambda text: "1: 5" if text == TEXT else 500) as (url, asked):
         backend = BACKENDS["url"].make(BackendOptions(url=url, model="m", seed=7, max_tokens=33))
         reply = backend.ask(TEXT, 1)
@@ -100,6 +100,7 @@ def test_a_server_is_asked_at_temperature_0_with_the_seed(monkeypatch):
 
 @pytest.mark.parametrize("name", ["json_schema", "json_object"])
 def test_a_server_can_be_made_to_reply_in_json_with_one_number_for_each_turn(name):
+    pytest.importorskip("openai", reason="needs openai (apps/llm_shares/requirements.txt)")
     with server(lambda _: '{"1": 5, "2": 10}') as (url, asked):
         backend = BACKENDS["url"].make(BackendOptions(url=url, model="m", schema=name))
         assert read_reply(backend.ask(TEXT, 2).text, 2).problems == () and backend.form == "json"

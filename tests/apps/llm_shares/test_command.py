@@ -15,10 +15,11 @@ from no_pictures import without_pictures
 
 from apps.openai_server import ReplyFile
 from experiments.llm_oracle import oracle, server
-from geli.heads import load_reward_head
+from models import load_reward_head
 from tools.hidden_reward import hidden_reward
 
-TOOL = "apps.llm_shares"
+TOOL = "apps/llm_shares"
+OPENAI = "needs openai (apps/llm_shares/requirements.txt)"
 QUICK = ("--train", "--val", "--context_turns", 2, "--epochs", 1, "--train_size", 6, "--small_model_shrink")
 
 
@@ -33,6 +34,7 @@ def table(path):
 @pytest.fixture(scope="module")
 def shares(sample, tmp_path_factory):
     """Folder with the shares of an oracle that is right, but spoils half of its replies."""
+    pytest.importorskip("openai", reason=OPENAI)
     out = tmp_path_factory.mktemp("shares")
     with server(partial(oracle, noise=0, faults=0.5)) as (url, asked):
         said = call_script(*arguments(sample, out, url, "--price", 1, 2)).stdout
@@ -111,6 +113,7 @@ def test_stage_2_learns_from_the_shares(shares, sample, tiny, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_a_killed_run_continues_without_a_repeated_request(sample, tmp_path):
+    pytest.importorskip("openai", reason=OPENAI)
     with server(partial(oracle, noise=1, faults=0.3), seconds=0.2) as (url, asked):
         words = [str(word) for word in arguments(sample, tmp_path / "out", url, "--concurrency", 1)]
         log = tmp_path / "out" / "replies.jsonl"

@@ -1,7 +1,5 @@
 """Asking about windows: what is asked again, what is never asked twice, and what it is said to cost."""
 
-import threading
-
 import numpy as np
 import pytest
 from turn_sets import trajectory
@@ -23,7 +21,7 @@ class Scripted:
     identity, where, sends_text, form, concurrency, max_tokens = ["scripted"], "script", True, "lines", 1, 100
 
     def __init__(self, *replies):
-        self.replies, self.asked, self.stop = list(replies), [], threading.Event()
+        self.replies, self.asked = list(replies), []
 
     def ask(self, text, n):
         self.asked.append(text)

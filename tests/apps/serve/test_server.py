@@ -13,7 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import httpx
+import httpx2
 import pytest
 
 for name in ("fastapi", "uvicorn", "prometheus_client"):
@@ -56,7 +56,7 @@ def served(request):
     server = RewardServer(reward, "127.0.0.1", 0, LIMITS, token)
     thread = threading.Thread(target=server.run)
     thread.start()
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+    with httpx2.Client(base_url=server.url, timeout=60, trust_env=False) as client:
         yield SimpleNamespace(reward=reward, client=client, url=server.url)
     server.should_exit = True
     thread.join(60)
@@ -222,7 +222,7 @@ def test_hostile_requests_get_no_score_and_spoil_none(served, capfd):
     def client(i: int) -> int:
         """Sends good requests all the while; how many got their score."""
         got = 0
-        with httpx.Client(base_url=served.url, timeout=60, trust_env=False) as own:
+        with httpx2.Client(base_url=served.url, timeout=60, trust_env=False) as own:
             while not stop.is_set() or not got:
                 answer = get_reward(own, f"Hello {i}|{got}")
                 if answer.status_code != 503:
