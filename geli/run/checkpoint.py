@@ -121,7 +121,7 @@ class Checkpointer:
         try:
             yield
         except (UserError, OSError) as error:
-            raise UserError(f"{str(error).rstrip('.')}; {self._kept()}") from None
+            raise UserError(f"{str(error).rstrip('.')}; {self._kept()}") from error
         except Exception:
             print(f"The run has failed; {self._kept()}", file=sys.stderr)
             raise

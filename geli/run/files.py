@@ -80,7 +80,7 @@ def _write_errors(path: Path) -> Iterator[None]:
         if not isinstance(error, OSError) and "os error" not in str(error):  # as libraries written in Rust report it
             raise
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{path}: could not be written ({reason}); an earlier version of it is unchanged") from None
+        raise UserError(f"{path}: could not be written ({reason}); an earlier version of it is unchanged") from error
 
 
 def _flush(path: Path) -> None:
