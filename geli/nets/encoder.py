@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from geli.nets.batching import token_batches
 from geli.nets.pretrained import check_vocabulary, load_adapter, load_pretrained, named_by_file, recorded_base
-from geli.run.console import progress_bar
+from geli.run.console import is_main_process, progress_bar
 from geli.run.distributed import available_memory
 from geli.run.errors import UserError
 from geli.run.files import atomic_folder
@@ -221,12 +221,14 @@ class TurnEncoder(nn.Module):
         return features
 
     def save(self, folder: str | Path) -> None:
-        """Writes model (or adapter) and tokenizer in Hugging Face's format, atomically. All processes must call it."""
+        """Writes model (or adapter) and tokenizer in Hugging Face's format, atomically. All processes must call it; the
+        main one writes."""
         adapted = hasattr(self.model, "peft_config")  # then only the adapter is written, which is never sharded
         state = full_state(self.model) if self.max_over_ranks and not adapted else None
-        with atomic_folder(folder) as temporary:
-            self.model.save_pretrained(temporary, state_dict=state)
-            self.tokenizer.save_pretrained(temporary)
+        if is_main_process():
+            with atomic_folder(folder) as temporary:
+                self.model.save_pretrained(temporary, state_dict=state)
+                self.tokenizer.save_pretrained(temporary)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -231,7 +231,9 @@ class Policy(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Writes a PEFT adapter with its tokenizer and `value_head.safetensors`, which records the prompt format,
-        atomically."""
+        atomically. Only the main process writes."""
+        if not is_main_process():
+            return
         with atomic_folder(folder) as temporary:
             self.model.save_pretrained(temporary, save_embedding_layers=False)
             self.tokenizer.save_pretrained(temporary)
