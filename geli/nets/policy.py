@@ -288,7 +288,7 @@ def _token_logprobs(logits_of: Callable, vocabulary: int, states: torch.Tensor, 
 
 
 def saved_prompt_format(folder: str | Path) -> str:
-    """The prompt format of a saved policy; `raw` for one that records none.
+    """The prompt format of a saved policy.
 
     Raises:
         UserError: if it records one that this program does not know, or cannot be read.
@@ -296,7 +296,7 @@ def saved_prompt_format(folder: str | Path) -> str:
     path = Path(folder) / VALUE_HEAD
     try:
         with safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("prompt_format", "raw")
+            found = (file.metadata() or {}).get("prompt_format")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: expected a value head (a safetensors file): {first_line(error)}") from None
     if found not in PROMPT_FORMATS:
