@@ -304,9 +304,9 @@ def main(options: Options) -> None:
     rl, arguments, clock = options.rl, flat(options), Clock()
     seed_everything(options.run.seed)
     accelerator = make_accelerator(options.run.device, options.run.dtype, cpu_dtype="float32")
+    make_local_model(options)
     check_processes(options, accelerator)
     names = OutputNames.of(options)
-    make_local_model(options)
     lock = lock_names(arguments, names) if options.run.resume else None
     started = broadcast_object_list([lock.description if lock else {}])[0]  # of a run that is resumed; else empty
     needs_score = rl.train or rl.val

@@ -9,11 +9,13 @@ again to continue where it stopped.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
 
+from experiments.loop_options import LoopOptions
 from geli.run.errors import run
 from geli.run.options import new_parser, positive_float, positive_int, seed
 
@@ -24,28 +26,25 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("out", type=Path, help="folder of everything; what is finished there is not run again")
     parser.add_argument("--data_dir", required=True, help="corpus in CANDOR's layout, whose sentences are used")
     parser.add_argument("--encoder", required=True, help="hub id or folder of the heads' text encoder")
-    parser.add_argument("--policy", default="smollm2", help="the policy, as --model_name of train_rl_GELI.py")
-    parser.add_argument("--seeds", type=seed, nargs="+", default=[0, 1, 2], help="seeds of training")
-    parser.add_argument(
-        "--algorithms", nargs="+", default=["ppo", "rloo", "grpo"], help="as --algo of train_rl_GELI.py"
-    )
-    parser.add_argument("--steps", type=positive_int, default=16, help="steps of each policy, at most")
-    parser.add_argument("--prompts", type=positive_int, default=256, help="held-out prompts of a seed")
-    parser.add_argument(
-        "--target_kl", type=positive_float, default=5.0, help="nats a response at which policies are compared"
-    )
-    parser.add_argument("--device", default="cpu", help="as in the commands")
-    parser.add_argument("--dtype", default="auto", help="of the policies, as in train_rl_GELI.py")
+    parser.add_argument("--policy", help="the policy, as --model_name of train_rl_GELI.py")
+    parser.add_argument("--seeds", type=seed, nargs="+", help="seeds of training")
+    parser.add_argument("--algorithms", nargs="+", help="as --algo of train_rl_GELI.py, or best-of-N")
+    parser.add_argument("--steps", type=positive_int, help="steps of each policy, at most")
+    parser.add_argument("--prompts", type=positive_int, help="held-out prompts of a seed")
+    parser.add_argument("--target_kl", type=positive_float, help="nats a response at which policies are compared")
+    parser.add_argument("--device", help="as in the commands")
+    parser.add_argument("--dtype", help="of the policies, as in train_rl_GELI.py")
     parser.add_argument(
         "--evaluate", nargs=3, metavar=("REWARD", "ALGO", "SEED"), help="evaluate that finished run alone"
     )
+    parser.set_defaults(**{field.name: field.default for field in fields(LoopOptions) if field.default is not MISSING})
     return parser.parse_args(argv)
 
 
 # Parsed before the imports below, which take seconds, so that --help and mistakes in options are answered at once.
 OPTIONS = parse_options() if __name__ == "__main__" else None
 
-from experiments.loop import LoopOptions, PolicyRun, closed_loop, evaluate_run
+from experiments.loop import PolicyRun, closed_loop, evaluate_run
 
 
 def main(options) -> None:

@@ -9,7 +9,6 @@ not run again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ import torch
 from data_utils import DataOptions, load_prompts
 from experiments.best_of import BEST_OF, best_of, sample_responses
 from experiments.commands import finished_head, run_command
+from experiments.loop_options import LoopOptions
 from experiments.loop_report import write_report
 from geli.nets.options import PolicyOptions
 from geli.nets.policy import load_policy
@@ -39,32 +39,6 @@ CONTEXT_TURNS = 2  # of heads and policies: on CaSiNo more turns cost time and h
 TRAIN_CONVERSATIONS = 980  # of the heads; CaSiNo has 1,030
 STOP_AT = 1.4  # times the target KL: PPO goes past it, so that checkpoints on both sides are known
 KL_WINDOW = 2  # training steps whose mean KL is taken for that of the checkpoint before them
-
-
-@dataclass(frozen=True)
-class LoopOptions:
-    """Options of the experiment; those of the commands are in `reward_commands` and `policy_command`.
-
-    Attributes:
-        out: folder of everything. data_dir: corpus in CANDOR's layout. encoder: hub id or folder, of the heads.
-        policy: `--model_name`. seeds: of everything but the planted corpus. algorithms: of `--algo`, or best-of-N; all
-            rewards are tried with the first of them and with best-of-N, GELI with all.
-        steps: of training at most. prompts: held-out prompts. device: `--device`.
-        dtype: `--dtype` of the policies. target_kl: nats a response; of each run the checkpoint is
-            evaluated whose KL was closest to it.
-    """
-
-    out: Path
-    data_dir: str
-    encoder: str
-    policy: str = "smollm2"
-    seeds: tuple[int, ...] = (0, 1, 2)
-    algorithms: tuple[str, ...] = ("ppo", "best-of-8", "rloo", "grpo")
-    steps: int = 16
-    prompts: int = 256
-    target_kl: float = 5.0
-    device: str = "cpu"
-    dtype: str = "auto"
 
 
 class PolicyRun(NamedTuple):

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from geli.nets.batching import token_batches
 from geli.nets.pretrained import check_vocabulary, load_adapter, load_pretrained, named_by_file, recorded_base
-from geli.run.console import progress_bar
+from geli.run.console import is_main_process, progress_bar
+from geli.run.distributed import available_memory
 from geli.run.errors import UserError
 from geli.run.files import atomic_folder
 from geli.run.sharding import full_state, shard
@@ -73,7 +74,8 @@ class TurnEncoder(nn.Module):
         self._compiled = torch.compile(self.encoder, dynamic=True)
 
     def token_budget(self, gradients: bool = False) -> int:
-        """Padded tokens to encode at once: `tokens_per_batch`, or what fits into a part of this machine's memory.
+        """Padded tokens to encode at once: `tokens_per_batch`, or what fits into a part of the memory that the machine,
+        or the container, has.
 
         It does not depend on what else is in memory, so that results do not either, and has an upper limit above which
         larger batches are no faster.
@@ -85,7 +87,7 @@ class TurnEncoder(nn.Module):
         if self.device.type == "cuda":
             memory, limit = 0.4 * torch.cuda.get_device_properties(self.device).total_memory, 1 << 18
         else:
-            memory = 0.25 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            memory = 0.25 * available_memory()
             limit = 1 << (15 if gradients else 13)
         return max(min(int(memory / layer / layers), limit), self.max_length)
 
@@ -217,12 +219,14 @@ class TurnEncoder(nn.Module):
         return features
 
     def save(self, folder: str | Path) -> None:
-        """Writes model (or adapter) and tokenizer in Hugging Face's format, atomically. All processes must call it."""
+        """Writes model (or adapter) and tokenizer in Hugging Face's format, atomically. All processes must call it; the
+        main one writes."""
         adapted = hasattr(self.model, "peft_config")  # then only the adapter is written, which is never sharded
         state = full_state(self.model) if self.max_over_ranks and not adapted else None
-        with atomic_folder(folder) as temporary:
-            self.model.save_pretrained(temporary, state_dict=state)
-            self.tokenizer.save_pretrained(temporary)
+        if is_main_process():
+            with atomic_folder(folder) as temporary:
+                self.model.save_pretrained(temporary, state_dict=state)
+                self.tokenizer.save_pretrained(temporary)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

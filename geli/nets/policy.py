@@ -231,7 +231,9 @@ class Policy(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Writes a PEFT adapter with its tokenizer and `value_head.safetensors`, which records the prompt format,
-        atomically."""
+        atomically. Only the main process writes."""
+        if not is_main_process():
+            return
         with atomic_folder(folder) as temporary:
             self.model.save_pretrained(temporary, save_embedding_layers=False)
             self.tokenizer.save_pretrained(temporary)
@@ -286,7 +288,7 @@ def _token_logprobs(logits_of: Callable, vocabulary: int, states: torch.Tensor, 
 
 
 def saved_prompt_format(folder: str | Path) -> str:
-    """The prompt format of a saved policy; `raw` for one that records none.
+    """The prompt format of a saved policy.
 
     Raises:
         UserError: if it records one that this program does not know, or cannot be read.
@@ -294,7 +296,7 @@ def saved_prompt_format(folder: str | Path) -> str:
     path = Path(folder) / VALUE_HEAD
     try:
         with safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("prompt_format", "raw")
+            found = (file.metadata() or {}).get("prompt_format")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: expected a value head (a safetensors file): {first_line(error)}") from None
     if found not in PROMPT_FORMATS:

@@ -11,25 +11,35 @@ from models import RewardHeadConfig
 
 
 def conversations_seen(head_path: Path, config: RewardHeadConfig) -> frozenset[str]:
-    """The conversations that a saved head, or the encoder that it uses, was trained on, as far as records exist.
+    """The conversations that a saved head was trained on, or the encoder that it uses, or the heads that their training
+    started from, as far as records exist.
 
     Raises:
         UserError: if a record is not readable.
     """
-    records = [head_path.with_name(head_path.name + ".json")]
+    heads = [head_path]
     if config.encoder_is_folder:
         encoder = Path(encoder_of_head(config, head_path))
-        records.append(encoder.with_name(f"reward1_{encoder.name.removeprefix('lang_model_')}.json"))
+        heads.append(encoder.with_name(f"reward1_{encoder.name.removeprefix('lang_model_')}"))
     seen: set[str] = set()
-    for record in records:
-        if not record.is_file():
+    records: set[Path] = set()  # those that were read
+    while heads:
+        head = heads.pop()
+        record = head.with_name(head.name + ".json").resolve()
+        if record in records or not record.is_file():
             continue  # published heads have none
+        records.add(record)
         content = read_json(record, str(record))
         metrics, trained_on = content.get("metrics", {}), content.get("training_conversations", [])
-        if not isinstance(metrics, dict) or not isinstance(trained_on, list):
-            raise UserError(f"{record}: expected the record of a run, with its metrics and training_conversations")
+        started_from = content.get("started_from")
+        if not (isinstance(metrics, dict) and isinstance(trained_on, list) and isinstance(started_from, str | None)):
+            raise UserError(
+                f"{record}: expected the record of a run, with its metrics, training_conversations and started_from"
+            )
         if "steps" in metrics:  # otherwise the run only evaluated
             seen.update(map(str, trained_on))
+        if started_from:
+            heads.append(record.parent / started_from)
     return frozenset(seen)
 
 

@@ -7,8 +7,10 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import AutoConfig, PrinterCallback, TrainerCallback
 
@@ -16,7 +18,7 @@ from geli.nets.options import MAX_NEW_TOKENS
 from geli.nets.policy import Policy
 from geli.nets.pretrained import load_pretrained
 from geli.nets.prompts import Prompt
-from geli.rl.rollout import first_turn
+from geli.rl.rollout import cut_responses
 from geli.run.console import progress_bar
 from geli.run.errors import UserError, first_line
 
@@ -58,11 +60,11 @@ def train(
     _check_batches(algo, policy, batch_size, generations, processes)
     make_config, make_trainer = {"rloo": (RLOOConfig, RLOOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}[algo]
 
-    def reward(prompts: list, completions: list, index: list[int], **_) -> list[float]:
-        """TRL's reward function: `prompts` are its own, `index` (a column of `rows`) points to ours. A completion is a
-        text, or a list with one chat message."""
-        said = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
-        return score([ours[i] for i in index], list(map(first_turn, said))).tolist()
+    def reward(completion_ids: list[list[int]], index: list[int], log_metric: Callable, **_) -> list[float]:
+        """TRL's reward function: `index` (a column of `rows`) points to our prompts, `log_metric` adds to the logs."""
+        at_length = [len(ids) == config.max_completion_length for ids in completion_ids]
+        log_metric("cut_at_length_share", float(np.mean(at_length)))
+        return score([ours[i] for i in index], trainer.texts).tolist()
 
     ours = list(prompts)
     rows = {
@@ -79,7 +81,7 @@ def train(
             config = make_config(**{**settings, **parse_options(options)})
         except (TypeError, ValueError) as error:
             raise UserError(f"--trl: TRL's {make_config.__name__} does not take this: {first_line(error)}") from None
-        trainer = make_trainer(
+        trainer = _cutting(make_trainer, policy)(
             model=policy.model, reward_funcs=reward, args=config, train_dataset=Dataset.from_dict(rows),
             processing_class=policy.tokenizer,
             callbacks=[_OnStep("reward", lambda step, logs: on_step(step, _ppo_metrics(logs)))],
@@ -87,6 +89,28 @@ def train(
         trainer.remove_callback(PrinterCallback)  # it prints what `on_step` receives
         trainer.train()
     policy.eval()
+
+
+def _cutting(trainer: type, policy: Policy) -> type:
+    """The trainer whose responses are cut as PPO's are (see `cut_responses`), where they are sampled: an invented next
+    turn is neither scored nor trained on."""
+
+    class Cutting(trainer):
+        """Attributes: texts: the cut responses of the last batch."""
+
+        def _generate_single_turn(self, *args, **options):
+            found = super()._generate_single_turn(*args, **options)  # of GRPO with log-probabilities, which may be None
+            ids, logprobs = found if isinstance(found, tuple) else (found, None)
+            width = max(map(len, ids))
+            response = torch.tensor([row + [policy.end] * (width - len(row)) for row in ids])
+            kept, self.texts = cut_responses(response, partial(decode, skip_special_tokens=True), policy.end)
+            ids, logprobs = (
+                rows and [row[:n] for row, n in zip(rows, kept.tolist(), strict=True)] for rows in (ids, logprobs)
+            )
+            return (ids, logprobs) if isinstance(found, tuple) else ids
+
+    decode = policy.tokenizer.batch_decode
+    return Cutting
 
 
 def _check_batches(algo: str, policy: Policy, batch_size: int, generations: int, processes: int) -> None:
@@ -104,7 +128,7 @@ def _ppo_metrics(logs: dict) -> dict[str, float]:
     names = {
         "score_mean": "reward", "score_std": "reward_std", "kl": "kl", "entropy": "entropy", "policy_loss": "loss",
         "gradient_norm": "grad_norm", "response_length_mean": "completions/mean_length",
-        "cut_at_length_share": "completions/clipped_ratio", "seconds": "step_time",
+        "cut_at_length_share": "cut_at_length_share", "seconds": "step_time",
     }  # fmt: skip
     metrics = {ours: float(logs[theirs]) for ours, theirs in names.items() if theirs in logs}
     if "kl" in metrics and "response_length_mean" in metrics:

@@ -31,11 +31,10 @@ from geli.run.console import is_main_process
 from geli.run.errors import Stopped, UserError, first_line
 from geli.run.files import atomic_path, write_json
 from geli.run.lock import RunLock, list_checkpoints
-from geli.run.old_checkpoints import read_old_checkpoint
 from geli.run.sharding import reshard
 
 CHECKPOINTS_KEPT = 2
-_FORMAT = "geli-checkpoint-2"
+_FORMAT = "geli-checkpoint-1"
 _TYPES = {"step": int, "modules": dict, "optimizer": dict, "values": dict, "random": list, "inputs": dict}
 # whole tensors on the CPU, of trained parameters only
 _SAVED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -86,11 +85,8 @@ class Checkpointer:
     def _restore(self) -> int:
         for path in reversed(list_checkpoints(self.folder)):
             try:
-                if path.suffix == ".safetensors":
-                    checkpoint = read_old_checkpoint(path, list(self.model), list(self._optimizer_names()))
-                else:
-                    checkpoint = _read(path)
-            except Exception as error:  # zipfile, pickle and safetensors raise many kinds for damaged files
+                checkpoint = _read(path)
+            except Exception as error:  # zipfile and pickle raise many kinds for damaged files
                 print(f"Checkpoint {path} is skipped: {first_line(error)}")
                 continue
             inputs, states, processes = checkpoint["inputs"], checkpoint["random"], self.accelerator.num_processes
@@ -121,7 +117,7 @@ class Checkpointer:
         try:
             yield
         except (UserError, OSError) as error:
-            raise UserError(f"{str(error).rstrip('.')}; {self._kept()}") from None
+            raise UserError(f"{str(error).rstrip('.')}; {self._kept()}") from error
         except Exception:
             print(f"The run has failed; {self._kept()}", file=sys.stderr)
             raise
@@ -232,7 +228,7 @@ class Checkpointer:
             self.optimizer.load_state_dict(saved)
         for name, value in self.values.items():
             if isinstance(value, dict):
-                value.update(checkpoint["values"].get(name, {}))  # an earlier version did not save all of them
+                value.update(checkpoint["values"][name])
             else:
                 value.load_state_dict(checkpoint["values"][name])
 

@@ -1,9 +1,11 @@
 """Devices, number types, seeds, and the processes of a run."""
 
+import math
 import os
 import platform
 import random
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,32 @@ def gather_shares(mine: list, accelerator: Accelerator) -> list:
 def device_name(device: torch.device) -> str:
     """The name of the hardware, which is part of the key of cached features: the last digits may depend on it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+
+
+def available_memory() -> float:
+    """Bytes of memory that this process may use at most: the machine's, or less where a container allows less. What is
+    in use does not count."""
+    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), container_memory())
+
+
+def container_memory(own: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that the control groups of this process allow (a container's or a batch job's, in the files of Linux'
+    cgroup v2 or v1); infinite without a limit.
+
+    Args:
+        own: the file that lists the process' groups. groups: where the files of all groups are.
+    """
+    limits = [math.inf]
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        top, name = (groups / "memory", "memory.limit_in_bytes") if controllers else (groups, "memory.max")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):  # a limit holds for the groups inside a group too
+            with suppress(OSError, ValueError):  # no such file, or "max"
+                limits.append(int((folder / name).read_text()))
+    return min(limits)
 
 
 def available_cores() -> int:

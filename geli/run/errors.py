@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -36,15 +37,19 @@ def program_name() -> str:
 
 
 def _fail(error: Exception) -> None:
-    rank = os.environ.get("RANK", "0")
+    rank, shown = os.environ.get("RANK", "0"), os.environ.get("GELI_TRACEBACK") == "1"
+    if shown:
+        traceback.print_exception(error)
     command = program_name() + (f" (rank {rank})" if rank != "0" else "")
-    print(f"{command}: error: {one_line(str(error))}", file=sys.stderr)
+    hint = " (GELI_TRACEBACK=1 shows where)" if isinstance(error, OSError) and not shown else ""
+    print(f"{command}: error: {one_line(str(error))}{hint}", file=sys.stderr)
     sys.exit(2)
 
 
 def run(main: Callable[[], None]) -> None:
     """Runs a command's `main`. A `UserError` or `OSError` (no permission, a full disk) becomes one line on stderr and
-    exit code 2; SIGTERM and Ctrl-C exit with 143 and 130."""
+    exit code 2; with the environment variable GELI_TRACEBACK=1 the traceback is before it, because an `OSError` may be
+    a programmer's mistake. SIGTERM and Ctrl-C exit with 143 and 130."""
     # libraries warn each other here; users cannot act on it
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
     try:

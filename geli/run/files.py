@@ -46,21 +46,21 @@ def atomic_path(path: str | Path, every_process: bool = False) -> Iterator[Path]
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """As `atomic_path`, for a folder. An existing folder is renamed away, replaced, and then removed."""
+    """As `atomic_path`, for a folder, which one process alone writes. An existing folder is renamed away, replaced, and
+    then removed."""
     path = Path(path)
     temporary, old = temporary_name(path), None
     try:
         with _write_errors(path):
             temporary.mkdir(parents=True)
             yield temporary
-            if is_main_process():
-                for written in [*temporary.rglob("*"), temporary]:
-                    _flush(written)
-                if path.exists():
-                    old = temporary_name(path)
-                    path.rename(old)
-                temporary.rename(path)
-                _flush(path.parent)
+            for written in [*temporary.rglob("*"), temporary]:
+                _flush(written)
+            if path.exists():
+                old = temporary_name(path)
+                path.rename(old)
+            temporary.rename(path)
+            _flush(path.parent)
     finally:
         if old and not path.exists():
             old.rename(path)
@@ -80,7 +80,7 @@ def _write_errors(path: Path) -> Iterator[None]:
         if not isinstance(error, OSError) and "os error" not in str(error):  # as libraries written in Rust report it
             raise
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{path}: could not be written ({reason}); an earlier version of it is unchanged") from None
+        raise UserError(f"{path}: could not be written ({reason}); an earlier version of it is unchanged") from error
 
 
 def _flush(path: Path) -> None:

@@ -189,8 +189,8 @@ def _find_run(arguments: dict, folder: Path, outputs, record, name: str | None) 
 def _difference(recorded: dict, arguments: dict) -> str | None:
     """The first option that had another value, in words."""
     for name, value in json.loads(json.dumps(arguments, default=str)).items():
-        if name not in _MAY_DIFFER and recorded.get(name) != value:  # an older run lacks a newer option
-            return f"--{name} {recorded.get(name, '(unknown)')}, not {value}"
+        if name not in _MAY_DIFFER and recorded.get(name) != value:
+            return f"--{name} {recorded.get(name)}, not {value}"
     return None
 
 
@@ -204,8 +204,8 @@ def _state_name(name: str) -> re.Pattern:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `state_{name}/`, the newest last (`.safetensors` is the format of older versions)."""
-    return sorted(path for path in folder.glob("step_*") if path.suffix in (".pt", ".safetensors"))
+    """The checkpoints in `state_{name}/`, the newest last."""
+    return sorted(folder.glob("step_*.pt"))
 
 
 def _description(folder: Path) -> dict:

@@ -77,7 +77,7 @@ def test_chat_form_is_recorded_and_followed_by_a_later_evaluation(stage_3, chat_
     assert "--prompt_format raw:" in refused.stderr and "was trained with chat" in refused.stderr
 
 
-def test_a_checkpoint_without_a_record_is_raw(stage_3, chat_llama, tiny, tmp_path):
+def test_the_prompt_format_is_raw_by_default(stage_3, chat_llama, tiny, tmp_path):
     stage_3(tiny / "llama", "--train", "--reward", "random")
     assert saved_prompt_format(tmp_path / "rlmf_weights" / "GELI_llama_2") == "raw"
     refused = stage_3(tiny / "llama", "--train", "--reward", "random", "--prompt_format", "chat", check=2)

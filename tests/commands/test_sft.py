@@ -4,6 +4,7 @@ The loss itself is tested in unit/rl/test_trl_algorithms.py.
 """
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,16 @@ def nats_a_token(policy, prompts) -> float:
     for row, answer in enumerate(answers):
         response[row, : len(answer)], mask[row, : len(answer)] = torch.tensor(answer), 1
     return -(policy(query, query_mask, response, mask)[0].sum() / mask.sum()).item()
+
+
+def test_smollm2_is_made_before_its_configuration_is_read(stage_3, tiny, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        train_rl_GELI, "make_smollm2", lambda folder: made.append(shutil.copytree(tiny / "llama", folder))
+    )
+    stage_3("--model_name", "smollm2", "--rf_model", "base", *WARM, "--sft_steps", 1)
+    assert made == [tmp_path / "cache" / "smollm2"]
+    assert (tmp_path / "rlmf_weights" / "GELI_smollm2_sft").is_dir()
 
 
 def test_sft_alone_makes_held_out_human_answers_likelier(stage_3, held_out, tiny, tmp_path):

@@ -2,14 +2,17 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from conftest import call_script
 from small_models import chat_model
 
+from experiments import closed_loop as command
 from experiments import loop as closed_loop
 from experiments.best_of import best_of
-from experiments.loop import LoopOptions, PolicyRun, checkpoint_at
+from experiments.loop import PolicyRun, checkpoint_at
+from experiments.loop_options import LoopOptions
 from experiments.loop_report import gains, phrases
 from tools.hidden_reward import hidden_reward
 
@@ -106,6 +109,13 @@ def test_gains_are_paired_by_prompt():
 def test_words_are_listed_by_the_change_of_their_share():
     (row,) = phrases(*results((0.2, 0.5, 0.1)))
     assert row["more often"].startswith("nice +67, ! +33") and row["less often"].startswith("no -33")
+
+
+def test_the_command_line_has_the_defaults_of_the_options(monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "closed_loop", seen.append)
+    command.main(command.parse_options(["out", "--data_dir", "d", "--encoder", "e"]))
+    assert seen == [LoopOptions(Path("out"), "d", "e")]
 
 
 def test_every_reward_is_tried_before_the_other_algorithms():

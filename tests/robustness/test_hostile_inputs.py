@@ -269,16 +269,6 @@ def with_payload(path, canary):
     torch.save({**torch.load(path, weights_only=True), "more": Payload(canary)}, path)
 
 
-def old_format(content: bytes) -> Callable:
-    """A checkpoint in the format of older versions with this content."""
-
-    def spoil(path, canary):
-        path.unlink()
-        path.with_suffix(".safetensors").write_bytes(content)
-
-    return spoil
-
-
 def cut(path, canary):
     """A file without its last byte."""
     path.write_bytes(path.read_bytes()[:-1])
@@ -589,10 +579,6 @@ CASES = [
          checkpoint_of_run(with_payload), "is skipped", False),
     Case("checkpoint", "cut short", checkpoint_of_run(cut), "is skipped", False),
     Case("checkpoint", "one byte is another", checkpoint_of_run(flipped), "is skipped", False),
-    Case("checkpoint", "of an older version, a header of 2**62 bytes",
-         checkpoint_of_run(old_format(ABSURD_HEADER)), "is skipped", False),
-    Case("checkpoint", "of an older version, a tensor of 2**40 numbers in four bytes",
-         checkpoint_of_run(old_format(ABSURD_TENSOR)), "is skipped", False),
     Case("checkpoint", "weights of another shape", checkpoint_of_run(with_entries(
         modules={"head.weight": torch.zeros(9, 9), "head.bias": torch.zeros(1)})), "does not fit this run"),
     Case("checkpoint", "random numbers' state is text",

@@ -204,6 +204,6 @@ def test_consent_says_what_is_stored_where_and_how_it_is_deleted(tmp_path):
         "under the id ann",
         ".broken_off",
         "Nothing is sent anywhere",
-        "forget.py ann",
+        "apps.chat.forget ann",
     ):
         assert said in text

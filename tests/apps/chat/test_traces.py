@@ -185,6 +185,18 @@ def runs(data, tmp_path_factory, sample):
     return runs
 
 
+def test_a_head_is_named_whose_own_encoder_was_trained_further_after_it_saw_them(runs, traces_of):
+    """As after `--affect_path li --unfreeze`."""
+    stage_2 = runs / "visual_feedback_baselines_convo"
+    encoder = shutil.copytree(runs / "bart", stage_2 / "lang_model_unfrozen")
+    head = write_head(stage_2, encoder, "small_model").rename(stage_2 / "reward1_unfrozen")
+    write_record(
+        stage_2 / "reward1_unfrozen.json", metrics={"steps": 3}, training_conversations=["c-2"],
+        started_from="../SINGLE_INDEX_reward_function_convo/reward1_li",
+    )  # fmt: skip
+    assert "trained on 1" in traces_of().heads[head]
+
+
 def test_heads_and_policies_that_saw_them_are_named(data, runs, traces_of):
     stage_2, weights = runs / "visual_feedback_baselines_convo", runs / "rlmf_weights"
     arguments = {"train": True, "data_dir": "elsewhere"}

@@ -83,6 +83,21 @@ def test_an_encoder_survives_saving(encoder, tmp_path):
     assert torch.equal(again.encode(again.tokenize([(" User: a", "AI: b")])), encoder.encode(pairs))
 
 
+def test_every_process_gathers_a_sharded_encoder_and_only_the_main_one_writes(tiny, tmp_path, monkeypatch):
+    model, calls = load_encoder(str(tiny / "bart")), []
+    model.max_over_ranks = lambda n: n
+    monkeypatch.setattr("geli.nets.encoder.full_state", lambda module: calls.append("gather") or module.state_dict())
+    write = model.model.save_pretrained
+    monkeypatch.setattr(
+        model.model, "save_pretrained", lambda *args, **more: calls.append("write") or write(*args, **more)
+    )
+    for rank, expected in (("1", ["gather"]), ("0", ["gather", "write"])):
+        calls.clear()
+        monkeypatch.setenv("RANK", rank)
+        model.save(tmp_path / "saved")
+        assert calls == expected and (tmp_path / "saved").exists() == (rank == "0")
+
+
 def test_an_encoder_that_cannot_be_loaded_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"--lang_model_path nobody/nothing: this hub id .* could not be loaded"):
         load_encoder("nobody/nothing")

@@ -240,3 +240,20 @@ def test_conversations_seen_are_those_of_the_head_and_of_its_encoder(tmp_path, c
     (tmp_path / "s/reward1_li.json").write_text('{"metrics": []}')
     with pytest.raises(UserError, match="expected the record of a run"):
         conversations_seen(path, config)
+
+
+def test_conversations_seen_are_those_of_every_head_that_training_started_from(tmp_path):
+    """As after `--affect_path li --unfreeze`: the encoder has the run's own name, and no stage-1 run has it."""
+    config = RewardHeadConfig("default", 4, "lang_model_geli", True, 9, 2, 2, None)
+    started = {"g/reward1_geli": "../s/reward1_li", "s/reward1_li": "../s/reward1_first"}
+    for (name, before), conversation in zip([*started.items(), ("s/reward1_first", None)], "abc", strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        record = {"metrics": {"steps": 1}, "training_conversations": [conversation], "started_from": before}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    path = tmp_path / "g" / "reward1_geli"
+    assert conversations_seen(path, config) == {"a", "b", "c"}
+    (tmp_path / "s/reward1_first.json").write_text('{"started_from": "../g/reward1_geli"}')  # a circle
+    assert conversations_seen(path, config) == {"a", "b"}
+    (tmp_path / "s/reward1_first.json").write_text('{"started_from": 3}')
+    with pytest.raises(UserError, match=r"expected the record of a run, with its .* started_from"):
+        conversations_seen(path, config)

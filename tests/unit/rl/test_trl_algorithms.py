@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import trl
 from accelerate.state import AcceleratorState
 from conftest import small_model
 
@@ -78,6 +79,41 @@ def test_the_score_gets_our_prompts_and_one_turn_of_each_response(model):
     train(policy, score=score, steps=1)
     assert len(seen) == 8 and len({prompt.text for prompt, _ in seen}) == 2  # 4 responses to each of 2 prompts
     assert all("User:" not in text and text == text.strip() for _, text in seen)
+
+
+@pytest.mark.parametrize("algo", ["rloo", "grpo"])
+def test_an_invented_next_turn_is_neither_scored_nor_trained_on(algo, model, monkeypatch):
+    """Every completion is w05 w06 w07 User: w08 AI:, in tokens w05 w06 w07 w20 w08 w21 by name."""
+    policy, scored, trained, logged = policy_of(model), [], [], []
+    words = {"w20": "User:", "w21": "AI:"}
+    decode = policy.tokenizer.batch_decode
+    policy.tokenizer.batch_decode = lambda *args, **more: [
+        " ".join(words.get(word, word) for word in text.split()) for text in decode(*args, **more)
+    ]
+    said = torch.tensor(policy.tokenizer("w05 w06 w07 w20 w08 w21", add_special_tokens=False).input_ids)
+    monkeypatch.setattr(
+        type(policy.model), "generate",
+        lambda self, input_ids, **_: torch.cat([input_ids, said.expand(len(input_ids), -1)], dim=1),
+    )  # fmt: skip
+    kind = {"rloo": trl.RLOOTrainer, "grpo": trl.GRPOTrainer}[algo]
+    compute_loss = kind.compute_loss
+
+    def loss(self, model, inputs, *args, **more):
+        trained.extend(
+            ids[mask.bool()].tolist()
+            for ids, mask in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)
+        )
+        return compute_loss(self, model, inputs, *args, **more)
+
+    monkeypatch.setattr(kind, "compute_loss", loss)
+
+    def score(asked, responses):
+        scored.extend(responses)
+        return torch.arange(len(responses)).float()
+
+    train(policy, algo, score=score, steps=1, on_step=lambda step, metrics: logged.append(metrics))
+    assert scored == ["w05 w06 w07"] * 8 and trained == [said[:3].tolist()] * 8
+    assert logged[0]["response_length_mean"] == 3 and logged[0]["cut_at_length_share"] == 0
 
 
 def test_kl_is_per_response():
