@@ -24,7 +24,7 @@ class NewConversation(NamedTuple):
         turns: (user id, start, stop, utterance), in order, in seconds.
         faces: (user id, start, stop, face class of `FACES`): the user's face from start to stop; it is neutral at other
             times.
-        answers: user id -> survey question of `REWARD_CLASSES` -> answer, of the users who rated.
+        answers: user id -> survey question of `QUESTIONS` -> answer, of the users who rated.
     """
 
     id: str

@@ -17,7 +17,8 @@ import numpy as np
 from apps.calls.speech import transcribe
 from apps.calls.transcripts import ENDINGS, Utterance, make_turns, read_transcript
 from apps.calls.video import Tile
-from geli.data.candor import ANSWER_LIMITS, MOST_BYTES, REWARD_CLASSES, Dropped, read_conversation
+from geli.data.candor import MOST_BYTES, Dropped, read_conversation
+from geli.data.questions import QUESTIONS
 from geli.data.writer import write_conversation, write_conversation_of_frames
 from geli.run.files import atomic_folder
 
@@ -33,7 +34,7 @@ class Call:
 
     Attributes:
         folder: its name becomes the conversation's id.
-        answers: person -> question of `REWARD_CLASSES` -> answer, of both people.
+        answers: person -> question of `QUESTIONS` -> answer, of both people.
         names: name in the transcript -> person.
         transcript: its file, if there is one.
         videos: file -> person -> part of the picture (None: all of it).
@@ -171,7 +172,7 @@ def _person(name: str, path: Path) -> str:
 def _read_ratings(path: Path) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Person -> question -> answer; and name in the transcript -> person."""
     rows = _read_table(path)
-    if not (questions := [name for name in rows[0] if name in REWARD_CLASSES]):
+    if not (questions := [name for name in rows[0] if name in QUESTIONS]):
         raise Dropped(f"{path.name}: no question of CANDOR's survey in it (such as overall_affect)")
     answers = {}
     for row in rows:
@@ -183,12 +184,12 @@ def _read_ratings(path: Path) -> tuple[dict[str, dict[str, float]], dict[str, st
 
 
 def _answer(question: str, cell: str, path: Path) -> float:
-    low, high = ANSWER_LIMITS[REWARD_CLASSES[question]]
     try:
         answer = float(cell)
     except ValueError:
         answer = float("nan")
-    if not low <= answer <= high:
+    if not QUESTIONS[question].accepts(answer):
+        low, high = QUESTIONS[question].limits
         raise Dropped(f"{path.name}: {question} is {cell[:40]!r}, expected a number from {low} to {high}")
     return answer
 

@@ -5,7 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from geli.data.candor import ANSWER_LIMITS, FACES, FEATURES_FILE, REWARD_CLASSES, SURVEY_FILE, TRANSCRIPTS
+from geli.data.candor import FACES, FEATURES_FILE, SURVEY_FILE, TRANSCRIPTS
+from geli.data.questions import QUESTIONS
 
 TRANSCRIPT_COLUMNS = (
     "turn_id speaker start stop utterance interval delta questions end_question overlap n_words".split()
@@ -27,7 +28,7 @@ def write_conversation(
         folder: the conversation's folder; its name is the conversation's id.
         turns: (user id, start, stop, utterance), in order, seconds.
         faces: (user id, start, stop, face class of `FACES`): that face from start to stop; neutral at all other times.
-        answers: user id -> question of `REWARD_CLASSES` -> answer; questions left out are empty cells.
+        answers: user id -> question of `QUESTIONS` -> answer; questions left out are empty cells.
         lost: (user id, second) of frames whose face was lost: empty cells.
 
     Raises:
@@ -79,8 +80,8 @@ def write_conversation_of_frames(
     ]
     _write(folder / FEATURES_FILE, columns, rows)
 
-    survey = [[user, *(given.get(question, "") for question in REWARD_CLASSES)] for user, given in answers.items()]
-    _write(folder / SURVEY_FILE, ["user_id", *REWARD_CLASSES], survey)
+    survey = [[user, *(given.get(question, "") for question in QUESTIONS)] for user, given in answers.items()]
+    _write(folder / SURVEY_FILE, ["user_id", *QUESTIONS], survey)
 
 
 def _check(frames: Mapping[str, Sequence[Sequence[float] | None]], answers: Mapping[str, Mapping[str, float]]) -> None:
@@ -88,10 +89,10 @@ def _check(frames: Mapping[str, Sequence[Sequence[float] | None]], answers: Mapp
         if len(frame) != len(FACES) or not all(0 <= probability <= 1 for probability in frame):
             raise ValueError(f"face probabilities {list(frame)}, expected {len(FACES)} numbers from 0 to 1")
     for question, answer in (item for given in answers.values() for item in given.items()):
-        if question not in REWARD_CLASSES:
-            raise ValueError(f"survey question {question!r}, expected one of {', '.join(REWARD_CLASSES)}")
-        low, high = ANSWER_LIMITS[REWARD_CLASSES[question]]
-        if not low <= answer <= high:
+        if question not in QUESTIONS:
+            raise ValueError(f"survey question {question!r}, expected one of {', '.join(QUESTIONS)}")
+        if not QUESTIONS[question].accepts(answer):
+            low, high = QUESTIONS[question].limits
             raise ValueError(f"{question}: answer {answer!r}, expected {low} to {high}")
 
 
