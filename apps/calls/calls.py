@@ -19,7 +19,7 @@ from apps.calls.transcripts import ENDINGS, Utterance, make_turns, read_transcri
 from apps.calls.video import Tile
 from geli.data.candor import MOST_BYTES, Dropped, read_conversation
 from geli.data.questions import QUESTIONS
-from geli.data.writer import write_conversation, write_conversation_of_frames
+from geli.data.writer import write_conversation_of_frames
 from geli.run.files import atomic_folder
 
 RATINGS_FILE, TILES_FILE = "ratings.csv", "tiles.csv"
@@ -95,17 +95,15 @@ def write_call(path: Path, call: Call, turns: Sequence[Utterance], faces: Mappin
     """Writes a call to the folder `path`, which appears whole or not at all.
 
     Args:
-        faces: person -> (seconds, 8) probabilities, NaN in seconds without a face; {} if no videos were read. Corpora
-            without faces have neutral ones in every second, since a conversation without any frame is not read.
+        faces: person -> (seconds, 8) probabilities, NaN in seconds without a face; {} if no videos were read, for which
+            no file of faces is written.
 
     Raises:
         Dropped: if no face was found, or the conversation could not be read again.
     """
     with atomic_folder(path) as temporary:
-        if faces:
-            write_conversation_of_frames(temporary, turns, _frames(call, turns, faces), call.answers)
-        else:
-            write_conversation(temporary, turns, [], call.answers)
+        frames = _frames(call, turns, faces) if faces else None
+        write_conversation_of_frames(temporary, turns, frames, call.answers)
         read_conversation(temporary)
 
 
