@@ -149,7 +149,7 @@ def test_answers_outside_their_limits_are_counted_with_an_example_and_what_to_do
 
 def test_a_question_whose_answers_are_all_outside_its_limits_is_an_error_that_says_so(tmp_path):
     edit(write(tmp_path / "c"), lambda t: t.assign(overall_memory_rating=["60", "70"]), "survey.csv")
-    with pytest.raises(UserError, match=r"no usable answer to overall_memory_rating \(2\)\. Left out 2 .* such as 60: if"):
+    with pytest.raises(UserError, match=r"no usable answer to overall_memory_rating \(2\)\. Left out 2 .* as 60: if"):
         read_corpus(tmp_path, "overall_memory_rating")
 
 
