@@ -215,7 +215,7 @@ def test_examples_train_through_the_three_commands(extended):
 
 def test_the_chat_asks_the_question_of_the_example(extended):
     _, printed = extended
-    assert "How closely did your partner listen? (1: not at all … 5: very closely)" in printed
+    assert "How well did your partner listen? (1: not at all … 5: very well)" in printed
     assert "Noted: partner_listened 4." in printed and "The talk's score: 80.0\n" in printed
 
 
