@@ -466,7 +466,7 @@ class GELITraining(Stage):
             loss = loss + contrast
         turns, ge, li, rewards = zip(*gather_shares(seen, self.accelerator), strict=True)
         logged = {"train/loss": float(np.mean(ge))}
-        if known := [loss for loss in li if not np.isnan(loss)]:  # none without faces, where GE alone is learned
+        if known := [value for value in li if not np.isnan(value)]:  # GE alone may have no faces
             logged["train/shaped_loss"] = float(np.mean(known))
         if contrastive:
             logged["train/contrastive_loss"] = contrast.item()
