@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from geli.data.candor import HAPPINESS, NEGATIVE, REWARD_CLASSES, TRANSCRIPTS, Conversation, Dropped, Turn
+from geli.data.candor import HAPPINESS, NEGATIVE, TRANSCRIPTS, Conversation, Dropped, Turn
 from geli.data.corpus import by_count, printable, read_conversations
+from geli.data.questions import QUESTIONS
 from geli.data.shares import TrajectoryShares
 from geli.nets.prompts import Prompt, context_text, prompt_text
 from geli.run.errors import UserError, one_line
@@ -69,7 +70,7 @@ def make_trajectory(conversation: Conversation, flip: bool, reward_class: str) -
         raise Dropped(f"no usable answer to {reward_class}")
     answer = answers[reward_class]
     turns = tuple(i for i, turn in enumerate(conversation.turns) if turn.speaker == agent)
-    return Trajectory(conversation, flip, user, agent, REWARD_CLASSES[reward_class] * answer, answer, turns)
+    return Trajectory(conversation, flip, user, agent, QUESTIONS[reward_class].points * answer, answer, turns)
 
 
 def fingerprint(trajectories: Iterable[Trajectory]) -> str:
@@ -150,15 +151,17 @@ class LISignal(NamedTuple):
         reactions: (trajectories, `SignalOptions`, trust_remote_code) -> reactions to all their agent turns, one
             trajectory after the other.
         help: one line for `--help`. uses_model: whether `--sentiment_model` is for it.
+        needs_faces: whether it reads the listener's face, so that conversations without faces cannot be learned from.
     """
 
     reactions: Callable[..., Reactions]
     help: str
     uses_model: bool = False
+    needs_faces: bool = False
 
 
 LI_SIGNALS = {
-    "face": LISignal(face_reactions, "the listener's face during the turn"),
+    "face": LISignal(face_reactions, "the listener's face during the turn", needs_faces=True),
     "sentiment": LISignal(sentiment_reactions, "the sentiment of the user's next turn", uses_model=True),
 }
 
@@ -192,9 +195,9 @@ class DataOptions:
     transcript: str = option("cliffhanger", "which of CANDOR's transcripts is read", choices=TRANSCRIPTS)
     reward_class: str = option(
         "overall_affect",
-        f"the survey question that is the score, one of {', '.join(REWARD_CLASSES)}; people who did not answer it are "
+        f"the survey question that is the score, one of {', '.join(QUESTIONS)}; people who did not answer it are "
         "left out",
-        choices=REWARD_CLASSES,
+        choices=QUESTIONS,
         metavar="CLASS",
     )
     context_turns: int = option(20, "turns of context before an agent turn", type=positive_int)
@@ -249,11 +252,23 @@ class Corpus:
     dropped_trajectories: dict[str, str]
     trajectories: dict[str, list[Trajectory]]
 
+    def off_scale(self) -> dict[str, dict]:
+        """Question -> how many answers to it are outside its limits, an example, and the limits."""
+        found: dict[str, list[float]] = {}
+        for question, answers in (item for c in self.conversations for item in c.off_scale.items()):
+            found.setdefault(question, []).extend(answers)
+        return {
+            question: {"answers": len(answers), "example": answers[0], "limits": list(QUESTIONS[question].limits)}
+            for question, answers in sorted(found.items())
+        }
+
     def counts(self) -> dict:
         """Counts for a run's JSON file: numbers and reasons, no ids."""
         skipped = sum((c.skipped_turns for c in self.conversations), Counter())
+        off_scale = self.off_scale()
         return {
             "conversations": len(self.conversations),
+            "conversations_without_faces": sum(bool(c.no_faces) for c in self.conversations),
             "trajectories": sum(map(len, self.trajectories.values())),
             "turns": sum(len(c.turns) for c in self.conversations),
             "dropped_conversations": len(self.dropped),
@@ -261,6 +276,8 @@ class Corpus:
             "dropped_trajectories": len(self.dropped_trajectories),
             "dropped_trajectories_by_reason": by_count(self.dropped_trajectories.values()),
             "skipped_transcript_rows": dict(sorted(skipped.items())),
+            "answers_off_scale": sum(found["answers"] for found in off_scale.values()),
+            "answers_off_scale_by_question": off_scale,
         }
 
     def numbers(self) -> dict[str, int]:
@@ -268,7 +285,8 @@ class Corpus:
         return {name: value for name, value in self.counts().items() if isinstance(value, int)}
 
     def describe(self) -> str:
-        """The summary that a run prints first: counts, and every dropped conversation with its reason."""
+        """The summary that a run prints first: counts, every dropped conversation with its reason, and answers that are
+        outside their question's limits with what to do."""
         counts = self.counts()
         lines = [
             f"Read {counts['conversations']:,} conversations, {counts['trajectories']:,} trajectories, "
@@ -279,19 +297,37 @@ class Corpus:
             lines += [f"  {one_line(f'{printable(name)}: {reason}')}" for name, reason in sorted(self.dropped.items())]
         for reason, number in counts["dropped_trajectories_by_reason"].items():
             lines.append(f"Dropped {number:,} trajectories: {reason}.")
+        if number := counts["conversations_without_faces"]:
+            lines.append(f"{number:,} of the conversations have no faces; what is measured by faces is of the others.")
         for reason, number in counts["skipped_transcript_rows"].items():
             lines.append(f"Skipped {number:,} transcript rows: {reason}.")
+        lines += [_said_of_off_scale(*item) for item in counts["answers_off_scale_by_question"].items()]
         return "\n".join(lines)
 
 
+def _said_of_off_scale(question: str, found: dict) -> str:
+    low, high = found["limits"]
+    return (
+        f"Left out {found['answers']:,} answers to {question} that are not from {low} to {high}, such as "
+        f"{found['example']:g}: if they are right, correct the question's row in geli/data/questions.py "
+        "(docs/extending.md)."
+    )
+
+
 def read_corpus(
-    data_dir: str | Path, reward_class: str, transcript: str = "cliffhanger", cache: str | Path | None = None
+    data_dir: str | Path,
+    reward_class: str,
+    transcript: str = "cliffhanger",
+    cache: str | Path | None = None,
+    needs_faces: bool = False,
 ) -> Corpus:
     """Reads every conversation folder in `data_dir`, in an order that does not depend on the file system.
 
     Args:
-        reward_class: a key of `REWARD_CLASSES`.
+        reward_class: a key of `QUESTIONS`.
         cache: folder that keeps what was read (`geli.data.cache.ConversationCache`); None for no cache.
+        needs_faces: drop the trajectories of conversations without faces. The conversations keep their places, so that
+            splits are the same whether faces are needed or not.
 
     Raises:
         UserError: if there is no folder, nothing usable in it, or no answer to `reward_class`.
@@ -308,16 +344,22 @@ def read_corpus(
         trajectories[conversation.id] = []
         for flip in (False, True):
             try:
+                if needs_faces and conversation.no_faces:
+                    raise Dropped(f"no faces to learn from ({conversation.no_faces})")
                 trajectories[conversation.id].append(make_trajectory(conversation, flip, reward_class))
             except Dropped as reason:
                 dropped_trajectories[f"{conversation.id}/{int(flip)}"] = str(reason)
+    corpus = Corpus(conversations, dropped, dropped_trajectories, trajectories)
     if not any(trajectories.values()):
-        raise UserError(f"--reward_class {reward_class}: no survey.csv under {data_dir} has an answer to it")
-    return Corpus(conversations, dropped, dropped_trajectories, trajectories)
+        reasons = "; ".join(f"{reason} ({n})" for reason, n in by_count(dropped_trajectories.values()).items())
+        off_scale = corpus.off_scale()
+        hint = f". {_said_of_off_scale(reward_class, off_scale[reward_class])}" if reward_class in off_scale else ""
+        raise UserError(f"--reward_class {reward_class}: no trajectory under {data_dir} can be used: {reasons}{hint}")
+    return corpus
 
 
 def split(
-    corpus: Corpus, train_size: int, all_others: bool = False, seen: frozenset[str] = frozenset()
+    corpus: Corpus, train_size: int, all_except: frozenset[str] | None = None
 ) -> tuple[list[Trajectory], list[Trajectory]]:
     """Training and validation trajectories.
 
@@ -326,15 +368,15 @@ def split(
     the first `train_size` of the others that have a trajectory.
 
     Args:
-        all_others: validate on every conversation after the training ones that is not in `seen`.
-        seen: ids of conversations that an earlier stage trained on.
+        all_except: validate on every conversation after the training ones but these (ids of those that an earlier stage
+            trained on); None: on the last ones alone.
     """
     ordered = corpus.conversations
     held_out = 50 if len(ordered) >= 500 else max(1, len(ordered) // 10)
     usable = [place for place, c in enumerate(ordered[:-held_out]) if corpus.trajectories[c.id]]
     training = [ordered[place].id for place in usable[:train_size]]
-    first = usable[:train_size][-1] + 1 if all_others and training else len(ordered) - held_out
-    validation = [c.id for c in ordered[first:] if not (all_others and c.id in seen)]
+    first = usable[:train_size][-1] + 1 if all_except is not None and training else len(ordered) - held_out
+    validation = [c.id for c in ordered[first:] if c.id not in (all_except or ())]
     return (
         [t for i in training for t in corpus.trajectories[i]],
         [t for i in validation for t in corpus.trajectories[i]],
@@ -386,6 +428,9 @@ def rating_probability(curriculum: bool, exposure: bool, epoch: int, epochs: int
 # The data of stages 1 and 2
 
 
+NO_FACE = -1  # in place of an index into `FACES`
+
+
 @dataclass(frozen=True)
 class TurnSet:
     """All agent turns of some trajectories, one trajectory after the other.
@@ -394,7 +439,8 @@ class TurnSet:
         trajectories: n trajectories.
         offsets: (n + 1,) turns of trajectory i are offsets[i]:offsets[i + 1].
         texts: (N,) pairs (context, response).
-        affects: (N,) indices into `FACES`. targets: (N,) float32 f_t of the LI loss.
+        affects: (N,) indices into `FACES`, `NO_FACE` in conversations without faces.
+        targets: (N,) float32 f_t of the LI loss, NaN where the signal needs faces and the conversation has none.
         labels: (N,) the class of the user's reaction that the targets come from.
         scores: (n,) R in points.
         shares: (N,) float32 T times a turn's share of the score, in points, so that their mean over a trajectory is R;
@@ -419,13 +465,20 @@ class TurnSet:
         trust_remote_code: bool = False,
     ):
         """The agent turns of `trajectories` with their texts and LI targets (without a `li_signal`, from faces)."""
-        reactions = LI_SIGNALS[signal.li_signal or "face"].reactions(trajectories, signal, trust_remote_code)
+        li_signal = LI_SIGNALS[signal.li_signal or "face"]
+        reactions = li_signal.reactions(trajectories, signal, trust_remote_code)
+        targets = li_targets(reactions, signal.reaction_type, signal.negative_affect)
+        affects = np.array([turn.affect for turn in _agent_turns(trajectories)], dtype=int)
+        faceless = np.array([bool(t.conversation.no_faces) for t in trajectories for _ in t.agent_turns], dtype=bool)
+        affects[faceless] = NO_FACE
+        if li_signal.needs_faces:
+            targets[faceless] = np.nan
         return cls(
             trajectories=trajectories,
             offsets=np.concatenate([[0], np.cumsum([len(t.agent_turns) for t in trajectories])]).astype(int),
             texts=[text for t in trajectories for text in turn_texts(t, context_turns)],
-            affects=np.array([turn.affect for turn in _agent_turns(trajectories)], dtype=int),
-            targets=li_targets(reactions, signal.reaction_type, signal.negative_affect),
+            affects=affects,
+            targets=targets,
             labels=reactions.labels,
             scores=np.array([t.score for t in trajectories]),
         )
@@ -483,8 +536,8 @@ def load_turns(
     signal: SignalOptions,
     *,
     cache: Path | None,
-    val_all: bool = False,
-    seen: frozenset[str] = frozenset(),
+    learns_li: bool = True,
+    val_all_except: frozenset[str] | None = None,
     validate: bool,
     trust_remote_code: bool = False,
     shares: Mapping[str, TrajectoryShares] | None = None,
@@ -493,15 +546,16 @@ def load_turns(
 
     Args:
         cache: folder of the cache; None for no cache.
-        val_all, seen: as `all_others` and `seen` of `split`.
+        learns_li: whether LI is learned, for which `face` needs faces. val_all_except: as `all_except` of `split`.
         validate: whether validation turns are needed.
         shares: a language model's; training trajectories without them are dropped.
 
     Raises:
         UserError: if there is nothing to train on, or nothing to validate on although it is needed.
     """
-    corpus = read_corpus(data.data_dir, data.reward_class, data.transcript, cache)
-    parts = split(corpus, data.train_size or len(corpus.conversations), val_all, seen)
+    needs_faces = learns_li and LI_SIGNALS[signal.li_signal or "face"].needs_faces
+    corpus = read_corpus(data.data_dir, data.reward_class, data.transcript, cache, needs_faces)
+    parts = split(corpus, data.train_size or len(corpus.conversations), val_all_except)
     if shares is not None:
         kept, dropped = split_by_shares(parts[0], shares)
         parts = kept, parts[1]

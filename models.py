@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from data_utils import LI_SIGNALS, SignalOptions, TurnSet
-from geli.data.candor import REWARD_CLASSES
+from geli.data.questions import QUESTIONS
 from geli.nets.options import MAX_NEW_TOKENS
 from geli.nets.prompts import Prompt
 from geli.rl.rollout import (
@@ -426,7 +426,7 @@ class RewardHeadConfig:
         allowed = {
             "head": HEADS,
             "stage": (1, 2),
-            "reward_class": (None, *REWARD_CLASSES),
+            "reward_class": (None, *QUESTIONS),
             "redist_type": (None, *DECOMPOSITIONS),
             "li_signal": LI_SIGNALS,
         }

@@ -160,8 +160,9 @@ def main(options: Options) -> None:
     lock = reward_run_to_resume(arguments, folder)
     trained_on = conversations_seen(saved_path, saved.config) if saved else frozenset()
     corpus, training, validation = load_turns(
-        options.data, options.signal, cache=options.run.cache_dir, val_all=training_options.val_all, seen=trained_on,
-        validate=training_options.val, trust_remote_code=options.run.trust_remote_code,
+        options.data, options.signal, cache=options.run.cache_dir, learns_li=bool(training_options.affect_path),
+        val_all_except=trained_on if training_options.val_all else None, validate=training_options.val,
+        trust_remote_code=options.run.trust_remote_code,
         shares=read_shares(training_options.llm_shares) if training_options.llm_shares else None,
     )  # fmt: skip
     warn_of_leaks(trained_on, validation.trajectories)
@@ -423,7 +424,7 @@ class GELITraining(Stage):
         loss, logged = self.batch_loss(epoch + 1)
         if loss.requires_grad:
             loss.backward()
-        if not np.isfinite(logged["train/loss"] + logged["train/shaped_loss"]):
+        if not np.isfinite(logged["train/loss"] + logged.get("train/shaped_loss", 0.0)):
             raise NotFinite("the loss or its gradient")
         logged["train/gradient_norm"] = apply_gradients(self.optimizer, self.accelerator, self.schedule)
         return logged
@@ -464,7 +465,9 @@ class GELITraining(Stage):
             contrast = contrastive_term(torch.cat(hidden_layers), labels) * len(seen) / len(drawn)
             loss = loss + contrast
         turns, ge, li, rewards = zip(*gather_shares(seen, self.accelerator), strict=True)
-        logged = {"train/loss": float(np.mean(ge)), "train/shaped_loss": float(np.mean(li))}
+        logged = {"train/loss": float(np.mean(ge))}
+        if known := [value for value in li if not np.isnan(value)]:  # GE alone may have no faces
+            logged["train/shaped_loss"] = float(np.mean(known))
         if contrastive:
             logged["train/contrastive_loss"] = contrast.item()
         affects = self.training.affects[np.concatenate(turns)]
@@ -482,9 +485,12 @@ class GELITraining(Stage):
         outputs, score = outputs.squeeze(1), self.training.scores[i]
         rewards = self.head.rewards(outputs, len(turns))
         li = li_loss(rewards, torch.from_numpy(self.training.targets[turns]))
-        weight = self.options.ge_weight if self.head.config.li else 1.0
         shares = [torch.from_numpy(self.training.shares[turns])] if decomposition.uses_shares else []
-        loss = geli_loss(decomposition.loss(outputs, score, length, *shares), li, weight, *self.scales)
+        loss = decomposition.loss(outputs, score, length, *shares)
+        if self.head.config.li:
+            loss = geli_loss(loss, li, self.options.ge_weight, *self.scales)
+        else:
+            loss = loss / self.scales[0]
         ge = (score - predicted_return(rewards.detach(), length).item()) ** 2
         return loss, hidden, (turns, ge, li.item(), rewards.detach().numpy())
 

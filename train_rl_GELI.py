@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_utils import DataOptions, load_prompts
-from geli.data.candor import REWARD_CLASSES
+from geli.data.questions import QUESTIONS
 from geli.heads import find_head, load_reward_head, saved_heads
 from geli.nets.options import SMOLLM2, PolicyOptions
 from geli.nets.prompts import Prompt
@@ -142,7 +142,7 @@ class PromptOptions(DataOptions):
     reward_class: str = option(
         "overall_affect",
         "only people who answered this survey question give prompts",
-        choices=REWARD_CLASSES,
+        choices=QUESTIONS,
         metavar="CLASS",
     )
 

@@ -39,7 +39,8 @@ def made_up(conversations: int) -> tuple[torch.Tensor, HeldOut]:
     of_trajectory = np.repeat(np.arange(conversations), 2)
     happy = rng.normal(size=len(truth)) + truth > 1
     scores = 50 + 200 * truth.reshape(2 * conversations, -1).mean(axis=1) + rng.normal(0, 10, 2 * conversations)
-    return features, HeldOut(conversations, np.repeat(of_trajectory, TURNS // 2), of_trajectory, happy, scores, truth)
+    of_turn = np.repeat(of_trajectory, TURNS // 2)
+    return features, HeldOut(conversations, of_turn, of_trajectory, happy, ~happy, scores, truth)
 
 
 def main() -> None:

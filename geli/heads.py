@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from geli.data.candor import REWARD_CLASSES
+from geli.data.questions import QUESTIONS
 from geli.nets.encoder import TurnEncoder, load_encoder
 from geli.nets.pretrained import named_by_file
 from geli.nets.published_heads import NotPublished, read_published_head
@@ -103,7 +103,7 @@ def _load_published_head(path: Path) -> RewardHead:
             max_length=1024,
             context_turns=20,
             stage=1 if "reward_function" in folder else 2,
-            reward_class=next((name for name in REWARD_CLASSES if f"_{name}_" in f"{folder}_"), None),
+            reward_class=next((name for name in QUESTIONS if f"_{name}_" in f"{folder}_"), None),
             redist_type=next((name for name in DECOMPOSITIONS if parts[-1].startswith(f"{name}_")), None),
             li=not folder.startswith("baselines_"),
         )

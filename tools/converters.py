@@ -23,13 +23,13 @@ class NewConversation(NamedTuple):
         id: name of its folder.
         turns: (user id, start, stop, utterance), in order, in seconds.
         faces: (user id, start, stop, face class of `FACES`): the user's face from start to stop; it is neutral at other
-            times.
-        answers: user id -> survey question of `REWARD_CLASSES` -> answer, of the users who rated.
+            times. None: the corpus says nothing of faces.
+        answers: user id -> survey question of `QUESTIONS` -> answer, of the users who rated.
     """
 
     id: str
     turns: list[tuple[str, float, float, str]]
-    faces: list[tuple[str, float, float, str]]
+    faces: list[tuple[str, float, float, str]] | None
     answers: dict[str, dict[str, float]]
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
 
-from geli.data.candor import REWARD_CLASSES, TRANSCRIPTS
+from geli.data.candor import TRANSCRIPTS
+from geli.data.questions import QUESTIONS
 from geli.run.errors import run
 from geli.run.options import file_name, new_parser, positive_int, seed
 
@@ -27,7 +28,7 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("--output_dir", default=".", help="folder of the runs; the tables are written there, too")
     parser.add_argument("--name", default="rewards", type=file_name, help="of the tables: NAME.csv, .json, .md, .tex")
     parser.add_argument(
-        "--reward_class", choices=REWARD_CLASSES, metavar="CLASS", help="the score (default: that of the heads)"
+        "--reward_class", choices=QUESTIONS, metavar="CLASS", help="the score (default: that of the heads)"
     )
     parser.add_argument("--transcript", default="cliffhanger", choices=TRANSCRIPTS, help="which transcript is read")
     parser.add_argument("--train_size", default=500, type=positive_int, help="training conversations, as in training")

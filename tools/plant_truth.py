@@ -32,8 +32,9 @@ OPTIONS = parse_options() if __name__ == "__main__" else None
 import numpy as np
 import pandas as pd
 
-from geli.data.candor import ANSWER_LIMITS, REWARD_CLASSES, Conversation
+from geli.data.candor import Conversation
 from geli.data.corpus import read_conversations
+from geli.data.questions import QUESTIONS
 from geli.data.writer import write_conversation
 from geli.run.console import progress_bar
 from geli.run.files import atomic_path, require_empty_folder
@@ -67,7 +68,7 @@ def plant(source: str | Path, out: Path, seed: int) -> dict[str, float]:
         answers = {}
         for user in conversation.speakers:
             z = (means[conversation.id, user] - center) / spread
-            answers[user] = {question: _answer(question, z, rng) for question in REWARD_CLASSES}
+            answers[user] = {question: _answer(question, z, rng) for question in QUESTIONS}
             pairs.append((z, answers[user]["overall_affect"]))
         turns = [(turn.speaker, turn.start, turn.stop, turn.utterance) for turn in conversation.turns]
         seconds = range(int(turns[-1][2]) + 1)
@@ -87,7 +88,7 @@ def _mean_of_the_other(conversation: Conversation, user: str) -> float:
 
 def _answer(question: str, z: float, rng: random.Random) -> int:
     """An answer whose middle is that of the question's range, and of which z counts a sixth of the range."""
-    low, high = ANSWER_LIMITS[REWARD_CLASSES[question]]
+    low, high = QUESTIONS[question].limits
     middle, unit = (low + high) / 2, (high - low) / 6
     return round(min(high, max(low, middle + unit * (z + rng.gauss(0, RATING_NOISE)))))
 

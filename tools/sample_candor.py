@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 import pandas as pd
 
-from geli.data.candor import REWARD_CLASSES
+from geli.data.questions import QUESTIONS
 from geli.data.writer import write_conversation
 from geli.run.console import progress_bar
 from geli.run.errors import UserError, run
@@ -177,10 +177,10 @@ def _reply(rng: random.Random, worth: float) -> str:
 def answers_of(rng: random.Random, mean_worth: float) -> dict[str, float]:
     """A rater's answers to every question: they follow the mean worth of the other's turns, with noise."""
     answers = {}
-    for question, points in REWARD_CLASSES.items():
-        value = 5.5 + 4.0 * mean_worth + rng.gauss(0, 1.5)
-        low, high, unit = (1, 9, 1) if points == 10 else (0, 100, 11)
-        answers[question] = min(high, max(low, round(value * unit)))
+    for name, question in QUESTIONS.items():
+        low, high = question.scale
+        value = 5.5 + 4.0 * mean_worth + rng.gauss(0, 1.5)  # on a scale from 1 to 9
+        answers[name] = min(high, max(low, round(value * (high // 9 or high / 9))))
     return answers
 
 

@@ -87,7 +87,7 @@ class Evaluation:
         corpus = read_corpus(data.data_dir, data.reward_class, data.transcript, cache)
         print(corpus.describe())
         seen = frozenset().union(*(conversations_seen(path, load_reward_head(path).config) for path in paths))
-        training, validation = split(corpus, data.train_size or len(corpus.conversations), val_all, seen)
+        training, validation = split(corpus, data.train_size or len(corpus.conversations), seen if val_all else None)
         if not validation:
             raise UserError(f"--data_dir {data.data_dir}: no validation conversation has an answer to the score")
         warn_of_leaks(seen, validation)

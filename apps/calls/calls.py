@@ -17,8 +17,9 @@ import numpy as np
 from apps.calls.speech import transcribe
 from apps.calls.transcripts import ENDINGS, Utterance, make_turns, read_transcript
 from apps.calls.video import Tile
-from geli.data.candor import ANSWER_LIMITS, MOST_BYTES, REWARD_CLASSES, Dropped, read_conversation
-from geli.data.writer import write_conversation, write_conversation_of_frames
+from geli.data.candor import MOST_BYTES, Dropped, read_conversation
+from geli.data.questions import QUESTIONS
+from geli.data.writer import write_conversation_of_frames
 from geli.run.files import atomic_folder
 
 RATINGS_FILE, TILES_FILE = "ratings.csv", "tiles.csv"
@@ -33,7 +34,7 @@ class Call:
 
     Attributes:
         folder: its name becomes the conversation's id.
-        answers: person -> question of `REWARD_CLASSES` -> answer, of both people.
+        answers: person -> question of `QUESTIONS` -> answer, of both people.
         names: name in the transcript -> person.
         transcript: its file, if there is one.
         videos: file -> person -> part of the picture (None: all of it).
@@ -94,17 +95,15 @@ def write_call(path: Path, call: Call, turns: Sequence[Utterance], faces: Mappin
     """Writes a call to the folder `path`, which appears whole or not at all.
 
     Args:
-        faces: person -> (seconds, 8) probabilities, NaN in seconds without a face; {} if no videos were read. Corpora
-            without faces have neutral ones in every second, since a conversation without any frame is not read.
+        faces: person -> (seconds, 8) probabilities, NaN in seconds without a face; {} if no videos were read, for which
+            no file of faces is written.
 
     Raises:
         Dropped: if no face was found, or the conversation could not be read again.
     """
     with atomic_folder(path) as temporary:
-        if faces:
-            write_conversation_of_frames(temporary, turns, _frames(call, turns, faces), call.answers)
-        else:
-            write_conversation(temporary, turns, [], call.answers)
+        frames = _frames(call, turns, faces) if faces else None
+        write_conversation_of_frames(temporary, turns, frames, call.answers)
         read_conversation(temporary)
 
 
@@ -171,7 +170,7 @@ def _person(name: str, path: Path) -> str:
 def _read_ratings(path: Path) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Person -> question -> answer; and name in the transcript -> person."""
     rows = _read_table(path)
-    if not (questions := [name for name in rows[0] if name in REWARD_CLASSES]):
+    if not (questions := [name for name in rows[0] if name in QUESTIONS]):
         raise Dropped(f"{path.name}: no question of CANDOR's survey in it (such as overall_affect)")
     answers = {}
     for row in rows:
@@ -183,12 +182,12 @@ def _read_ratings(path: Path) -> tuple[dict[str, dict[str, float]], dict[str, st
 
 
 def _answer(question: str, cell: str, path: Path) -> float:
-    low, high = ANSWER_LIMITS[REWARD_CLASSES[question]]
     try:
         answer = float(cell)
     except ValueError:
         answer = float("nan")
-    if not low <= answer <= high:
+    if not QUESTIONS[question].accepts(answer):
+        low, high = QUESTIONS[question].limits
         raise Dropped(f"{path.name}: {question} is {cell[:40]!r}, expected a number from {low} to {high}")
     return answer
 

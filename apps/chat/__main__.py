@@ -14,7 +14,7 @@ from pathlib import Path
 
 from apps.chat.survey import new_user_id, user_id
 from apps.faces import FACE_MODELS
-from geli.data.candor import REWARD_CLASSES
+from geli.data.questions import QUESTIONS
 from geli.run.errors import run
 from geli.run.options import add_head_options, new_parser, non_negative_int, positive_int, seed
 
@@ -45,8 +45,8 @@ def parse_options(argv: Sequence[str] | None = None):
         "(default: store nothing)",
     )  # fmt: skip
     parser.add_argument(
-        "--reward_class", choices=REWARD_CLASSES, metavar="CLASS", help="the survey question at the end, one of "
-        f"{', '.join(REWARD_CLASSES)} (default: the reward head's, else overall_affect)",
+        "--reward_class", choices=QUESTIONS, metavar="CLASS", help="the survey question at the end, one of "
+        f"{', '.join(QUESTIONS)} (default: the reward head's, else overall_affect)",
     )  # fmt: skip
     parser.add_argument("--user", type=user_id, help="id of the person who talks (default: a random one)")
     parser.add_argument(
@@ -75,7 +75,7 @@ def add_page_options(parser: argparse.ArgumentParser) -> None:
     web.add_argument("--port", type=non_negative_int, help="to listen on; 0: a free one (default: 7860)")
     web.add_argument("--people", type=positive_int, help="who can talk at once; others wait in a queue (default: 4)")
     web.add_argument(
-        "--questions", nargs="+", choices=REWARD_CLASSES, metavar="CLASS", help="further questions at the end, which "
+        "--questions", nargs="+", choices=QUESTIONS, metavar="CLASS", help="further questions at the end, which "
         "need not be answered (default: none)",
     )  # fmt: skip
     web.add_argument(

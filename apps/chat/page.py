@@ -7,9 +7,9 @@ from types import ModuleType
 
 from apps.chat import bubbles
 from apps.chat.sessions import COLUMNS, Phase, Session, Sessions
-from apps.chat.survey import answer_range
 from apps.sockets import is_loopback
 from geli.data.candor import MOST_CHARACTERS
+from geli.data.questions import QUESTIONS
 from geli.run.errors import UserError
 
 STYLE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
@@ -93,7 +93,7 @@ class Page:
 
     def _field(self, question: str, column: str):
         """The field for the answer to a question of the survey."""
-        low, high = answer_range(question)
+        low, high = QUESTIONS[question].scale
         label = f"{column}: {low} to {high}" if self.sessions.compare else f"{low} to {high}"
         if high <= 10:
             return self.gr.Radio([*range(low, high + 1)], label=label, min_width=300, elem_classes="answer")

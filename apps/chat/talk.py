@@ -70,7 +70,7 @@ class Talk:
         base: talk to the policy without its adapter.
         user, agent: speaker ids. id: of the conversation. agreed: whether the person agreed that it may be stored.
         seed: of the replies' sampling. clock: gives seconds.
-        turns: what was said. answers: question of `REWARD_CLASSES` -> answer.
+        turns: what was said. answers: question of `QUESTIONS` -> answer.
         frames: second -> probabilities of `FACES`, or None without a face, of the person, from a camera.
         notes: more about it, for `metadata.json`.
     """

@@ -233,7 +233,7 @@ def react(face: str) -> Callable[[Terminal, str], None]:
 def rate(terminal: Terminal, arguments: str) -> None:
     """Answers a question of the survey: `[QUESTION] [ANSWER]`."""
     words = arguments.split()
-    question = words.pop(0) if words and not words[0][0].isdigit() else terminal.reward_class
+    question = words.pop(0) if words and not words[0].lstrip("-")[:1].isdigit() else terminal.reward_class
     answer = " ".join(words) or terminal.ask(question_text(question))
     terminal.talk.rate(question, answer)
     print(f"Noted: {question} {terminal.talk.answers[question]:g}. More, if you like: /rate QUESTION ANSWER")

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from geli.data.candor import REWARD_CLASSES, TRANSCRIPTS
+from geli.data.candor import TRANSCRIPTS
+from geli.data.questions import QUESTIONS
 from geli.run.errors import run
 from geli.run.options import (
     new_parser,
@@ -32,7 +33,7 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("--model", help="the model's name on the server")
     parser.add_argument("--folder", help="or: folder or hub id of a model that runs here; its decoding is constrained")
     parser.add_argument(
-        "--reward_class", default="overall_affect", choices=REWARD_CLASSES, metavar="CLASS", help="the score"
+        "--reward_class", default="overall_affect", choices=QUESTIONS, metavar="CLASS", help="the score"
     )
     parser.add_argument("--transcript", default="cliffhanger", choices=TRANSCRIPTS, help="which transcript is read")
     parser.add_argument("--train_size", type=positive_int, default=500, help="training conversations, as in stage 2")
@@ -85,7 +86,7 @@ from geli.run.console import format_table
 
 def main(options) -> None:
     """Asks about the training conversations, and prints what came of it."""
-    corpus = read_corpus(options.data_dir, options.reward_class, options.transcript)
+    corpus = read_corpus(options.data_dir, options.reward_class, options.transcript, needs_faces=options.li_text)
     print(corpus.describe())
     training, _ = split(corpus, options.train_size)
     backend = BACKENDS["url" if options.url else "folder"].make(

@@ -19,29 +19,10 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv as arrow_csv
 
-READER_VERSION = 1  # part of the cache's key: raise it when the same files are read differently
+from geli.data.questions import QUESTIONS
 
-# Survey question that can be the score of a conversation -> points per unit of its answer. Most answers run from 1 to 9
-# or 1 to 7; ten points per unit put them on the scale of the two that are given from 0 to 100.
-REWARD_CLASSES = {
-    "you_are_funny": 10,
-    "you_are_intelligent": 10,
-    "our_thoughts_synced_up_sr1": 10,
-    "you_are_humble": 10,
-    "end_affect": 10,
-    "overall_affect": 10,
-    "overall_memory_rating": 10,
-    "how_enjoyable": 10,
-    "i_like_you": 10,
-    "in_common": 10,
-    "conversationalist": 1,
-    "good_for_advice": 1,
-    "you_are_quickwitted": 10,
-    "you_are_competent": 10,
-    "you_are_kind": 10,
-    "you_are_friendly": 10,
-    "you_are_warm": 10,
-}
+READER_VERSION = 2  # part of the cache's key: raise it when the same files are read differently
+
 TRANSCRIPTS = ("cliffhanger", "audiophile", "backbiter")
 
 FACES = ("anger", "contempt", "disgust", "fear", "happiness", "neutral", "sadness", "surprise")  # alphabetical
@@ -53,13 +34,16 @@ MIN_WORDS = 6  # a turn of fewer words is too short to read a face from, and cou
 MOST_WORDS = 1_000_000  # of a turn; larger counts are invalid
 MOST_CHARACTERS = 100_000  # of an utterance; a whole call of half an hour has fewer
 MOST_BYTES = 2**26  # of a file; CANDOR's have a few million
-ANSWER_LIMITS = {10: (0, 10), 1: (0, 100)}  # points per unit of the answer -> accepted range of the answer
 FEATURES_FILE = "audio_video_features.csv"
 SURVEY_FILE = "survey.csv"
 
 
 class Dropped(Exception):
     """A conversation that cannot be used; the message is the reason."""
+
+
+class Missing(Dropped):
+    """A file that is not there, or that has nothing in it."""
 
 
 class Turn(NamedTuple):
@@ -71,7 +55,7 @@ class Turn(NamedTuple):
         start, stop: seconds from the beginning of the call, start <= stop.
         utterance: what was said, stripped, never empty.
         n_words: the transcript's word count.
-        affect: index into `FACES` of the *listener's* face during the turn.
+        affect: index into `FACES` of the *listener's* face during the turn; neutral without frames or words enough.
         happy_share: share of the listener's frames that are happy, in [0, 1]; 0 without frames or words enough.
     """
 
@@ -94,8 +78,10 @@ class Conversation:
         speakers: user ids, first the one who speaks first.
         turns: in the order of their ids.
         answers: user id -> question -> answer; missing answers are left out.
-        questions: the columns of the survey that are in `REWARD_CLASSES`.
+        questions: the columns of the survey that are in `QUESTIONS`.
         skipped_turns: reason -> number of transcript rows that are not turns.
+        off_scale: question -> answers of the speakers that are outside its limits, which are left out of `answers`.
+        no_faces: why neither speaker's face is known in any second; empty if one is.
     """
 
     id: str
@@ -104,6 +90,8 @@ class Conversation:
     answers: dict[str, dict[str, float]]
     questions: frozenset[str]
     skipped_turns: Counter = field(default_factory=Counter)
+    off_scale: dict[str, list[float]] = field(default_factory=dict)
+    no_faces: str = ""
 
 
 def affect_of_turns(start, stop, n_words, seconds, probabilities) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +129,7 @@ def _window_sums(values: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.n
 
 
 def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversation:
-    """Reads one conversation's folder.
+    """Reads one conversation's folder. Faces may be missing (see `Conversation.no_faces`).
 
     Args:
         transcript: one of `TRANSCRIPTS`.
@@ -150,10 +138,8 @@ def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversa
         Dropped: if something is missing, unreadable or contradictory.
     """
     turns, speakers, skipped = read_turns(folder, transcript)
-    faces = _read_faces(folder / FEATURES_FILE, speakers)
-    if not any(len(seconds) for seconds, _ in faces.values()):
-        raise Dropped(f"{FEATURES_FILE}: no frame with a face of either speaker")
-    answers, questions = _read_survey(folder / SURVEY_FILE, speakers)
+    faces, no_faces = _read_faces(folder / FEATURES_FILE, speakers)
+    answers, off_scale, questions = _read_survey(folder / SURVEY_FILE, speakers)
 
     who = np.array([speakers.index(turn.speaker) for turn in turns])
     start, stop, n_words = (np.array([getattr(turn, name) for turn in turns]) for name in ("start", "stop", "n_words"))
@@ -168,9 +154,11 @@ def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversa
             turn._replace(affect=face, happy_share=happy)
             for turn, face, happy in zip(turns, affect.tolist(), share.tolist(), strict=True)
         ),
-        answers={user: answers[user] for user in speakers if user in answers},
+        answers=answers,
         questions=questions,
         skipped_turns=skipped,
+        off_scale=off_scale,
+        no_faces=no_faces,
     )
 
 
@@ -202,7 +190,8 @@ def _read_bytes(path: Path) -> bytes:
     """The content of a file of UTF-8 text, without its byte order mark.
 
     Raises:
-        Dropped: if it is not a regular file of at most `MOST_BYTES`, or not UTF-8 text without NUL bytes.
+        Dropped: if it is not a regular file of at most `MOST_BYTES`, or not UTF-8 text without NUL bytes (`Missing` if
+            there is none).
     """
     try:
         status = path.stat()
@@ -213,7 +202,7 @@ def _read_bytes(path: Path) -> bytes:
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES).removeprefix(b"\xef\xbb\xbf")
     except FileNotFoundError:
-        raise Dropped(f"{path.name}: no such file") from None
+        raise Missing(f"{path.name}: no such file") from None
     except OSError as error:
         raise Dropped(f"{path.name}: cannot be read ({(error.strerror or 'input/output error').lower()})") from None
     try:
@@ -229,7 +218,8 @@ def _read_rows(path: Path) -> list[list[str]]:
     """The rows of a CSV file, header first.
 
     Raises:
-        Dropped: if quotes stand elsewhere than around whole cells, or rows differ in length.
+        Dropped: if quotes stand elsewhere than around whole cells, or rows differ in length (`Missing` if there is no
+            row).
     """
     csv.field_size_limit(MOST_BYTES)  # a column that is not used may have cells of any length
     reader = csv.reader(io.StringIO(_read_bytes(path).decode(), newline=""), strict=True)
@@ -243,7 +233,7 @@ def _read_rows(path: Path) -> list[list[str]]:
     except csv.Error as error:
         raise Dropped(f"{path.name}: not a readable CSV file (line {reader.line_num}: {error})") from None
     if not rows:
-        raise Dropped(f"{path.name}: not a readable CSV file (nothing in it)")
+        raise Missing(f"{path.name}: not a readable CSV file (nothing in it)")
     return rows
 
 
@@ -321,9 +311,19 @@ def _read_transcript(path: Path) -> tuple[list[Turn], Counter]:
     return turns, skipped
 
 
-def _read_faces(path: Path, speakers: tuple[str, str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Speaker -> (m,) ascending seconds and (m, 8) face probabilities of the frames without an invalid value."""
-    users, times, probabilities = _fast_faces(path) or _careful_faces(path, speakers)
+_Frames = tuple[np.ndarray, np.ndarray]  # (m,) ascending seconds, (m, 8) face probabilities
+
+
+def _read_faces(path: Path, speakers: tuple[str, str]) -> tuple[dict[str, _Frames], str]:
+    """Speaker -> the frames without an invalid value; and why there is none of either speaker, empty if there is one.
+
+    Raises:
+        Dropped: if there is something in the file that cannot be read.
+    """
+    try:
+        users, times, probabilities = _fast_faces(path) or _careful_faces(path, speakers)
+    except Missing as reason:
+        return dict.fromkeys(speakers, (np.zeros(0), np.zeros((0, len(FACES))))), str(reason)
     users = _map_distinct(users, lambda text: {name: i for i, name in enumerate(speakers)}.get(text.strip(), -1))
     seconds = _map_distinct(times, _seconds)
     valid = (probabilities >= 0) & (probabilities <= 1 + 1e-6)  # False for NaN; a little more than 1 is rounding
@@ -333,7 +333,8 @@ def _read_faces(path: Path, speakers: tuple[str, str]) -> dict[str, tuple[np.nda
         rows = np.flatnonzero(valid & (users == i))
         rows = rows[np.argsort(seconds[rows], kind="stable")]
         faces[speaker] = (seconds[rows], probabilities[rows])
-    return faces
+    found = any(len(seconds) for seconds, _ in faces.values())
+    return faces, "" if found else f"{FEATURES_FILE}: no frame with a face of either speaker"
 
 
 _PROBABILITIES = tuple(f"prob_face_{face}" for face in FACES)
@@ -394,16 +395,23 @@ def _seconds(cell: str) -> float:
     return (whole * 10**9 + int(fraction.ljust(9, "0"))) / 10**9  # of integers, so it is rounded once
 
 
-def _read_survey(path: Path, speakers: tuple[str, str]) -> tuple[dict[str, dict[str, float]], frozenset[str]]:
-    """User id -> question -> answer, without answers that are not in the accepted range; and the survey's questions."""
-    columns = _read_csv(path, ("user_id",), REWARD_CLASSES, ids=speakers)
+def _read_survey(
+    path: Path, speakers: tuple[str, str]
+) -> tuple[dict[str, dict[str, float]], dict[str, list[float]], frozenset[str]]:
+    """Speaker -> question -> answer, of the speakers who have a row; question -> the speakers' answers that are outside
+    its limits; and the survey's questions."""
+    columns = _read_csv(path, ("user_id",), QUESTIONS, ids=speakers)
     users = [user.strip() for user in columns.pop("user_id")]
     if any(n > 1 for user, n in Counter(users).items() if user):
         raise Dropped(f"{path.name}: more than one row of a user")
-    answers: dict[str, dict[str, float]] = {user: {} for user in users}
+    rows = {user: users.index(user) for user in speakers if user in users}
+    answers: dict[str, dict[str, float]] = {user: {} for user in rows}
+    off_scale: dict[str, list[float]] = {}
     for question, cells in sorted(columns.items()):
-        low, high = ANSWER_LIMITS[REWARD_CLASSES[question]]
-        for user, value in zip(users, map(_number, cells), strict=True):
-            if low <= value <= high:
+        for user, row in rows.items():
+            value = _number(cells[row])
+            if QUESTIONS[question].accepts(value):
                 answers[user][question] = value
-    return answers, frozenset(columns)
+            elif not math.isnan(value):
+                off_scale.setdefault(question, []).append(value)
+    return answers, off_scale, frozenset(columns)

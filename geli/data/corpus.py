@@ -144,6 +144,6 @@ def _nothing_usable(data_dir: Path, dropped: dict[str, str], transcript: str) ->
         examples = "; ".join(f"{reason} ({n})" for reason, n in list(by_count(dropped.values()).items())[:3])
         found = f"found {len(dropped)} folders, none usable: {examples}"
     return (
-        f"--data_dir {data_dir}: expected <conversation>/transcription/transcript_{transcript}.csv, {FEATURES_FILE} "
-        f"and {SURVEY_FILE}, {found}; {_HOW_TO_GET_DATA}"
+        f"--data_dir {data_dir}: expected <conversation>/transcription/transcript_{transcript}.csv, {SURVEY_FILE} and, "
+        f"for faces, {FEATURES_FILE}; {found}; {_HOW_TO_GET_DATA}"
     )

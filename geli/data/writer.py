@@ -5,7 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from geli.data.candor import ANSWER_LIMITS, FACES, FEATURES_FILE, REWARD_CLASSES, SURVEY_FILE, TRANSCRIPTS
+from geli.data.candor import FACES, FEATURES_FILE, SURVEY_FILE, TRANSCRIPTS
+from geli.data.questions import QUESTIONS
 
 TRANSCRIPT_COLUMNS = (
     "turn_id speaker start stop utterance interval delta questions end_question overlap n_words".split()
@@ -17,7 +18,7 @@ FACE_SHARE = 0.72  # probability that a frame gives its class; the rest is sprea
 def write_conversation(
     folder: Path,
     turns: list[tuple[str, float, float, str]],
-    faces: list[tuple[str, float, float, str]],
+    faces: list[tuple[str, float, float, str]] | None,
     answers: dict[str, dict[str, float]],
     lost: set[tuple[str, int]] = frozenset(),
 ) -> None:
@@ -27,15 +28,19 @@ def write_conversation(
         folder: the conversation's folder; its name is the conversation's id.
         turns: (user id, start, stop, utterance), in order, seconds.
         faces: (user id, start, stop, face class of `FACES`): that face from start to stop; neutral at all other times.
-        answers: user id -> question of `REWARD_CLASSES` -> answer; questions left out are empty cells.
+            None: nothing is known of faces, and their file is not written.
+        answers: user id -> question of `QUESTIONS` -> answer; questions left out are empty cells.
         lost: (user id, second) of frames whose face was lost: empty cells.
 
     Raises:
         ValueError: for a face class or a question that CANDOR does not have, or an answer out of the question's range.
     """
-    for *_, face in faces:
+    for *_, face in faces or ():
         if face not in FACES:
             raise ValueError(f"face class {face!r}, expected one of {', '.join(FACES)}")
+    if faces is None:
+        write_conversation_of_frames(folder, turns, None, answers)
+        return
     seconds = range(int(turns[-1][2]) + 1 if turns else 0)
     frames = {}
     for user in dict.fromkeys([*answers, *(turn[0] for turn in turns)]):
@@ -50,20 +55,20 @@ def write_conversation(
 def write_conversation_of_frames(
     folder: Path,
     turns: Sequence[tuple[str, float, float, str]],
-    frames: Mapping[str, Sequence[Sequence[float] | None]],
+    frames: Mapping[str, Sequence[Sequence[float] | None]] | None,
     answers: Mapping[str, Mapping[str, float]],
 ) -> None:
     """As `write_conversation`, with the face probabilities of each second.
 
     Args:
         frames: user id -> for second 0, 1, … the eight probabilities in the order of `FACES`; None where the face was
-            lost (empty cells).
+            lost (empty cells). None: their file is not written.
 
     Raises:
         ValueError: for anything but eight probabilities, a question that CANDOR does not have, or an answer out of the
             question's range.
     """
-    _check(frames, answers)
+    _check(frames or {}, answers)
     (folder / "transcription").mkdir(parents=True, exist_ok=True)
     rows = list(_transcript_rows(turns))
     for name in TRANSCRIPTS:  # the three differ in how they cut speech into turns, which is given here
@@ -71,16 +76,17 @@ def write_conversation_of_frames(
         padded = [row + [""] * len(more) for row in rows]
         _write(folder / "transcription" / f"transcript_{name}.csv", TRANSCRIPT_COLUMNS + more, padded)
 
-    columns = ["user_id", "timedelta", *(f"prob_face_{face}" for face in FACES)]
-    rows = [
-        [user, _timedelta(second), *([""] * len(FACES) if frame is None else frame)]
-        for user, shown in frames.items()
-        for second, frame in enumerate(shown)
-    ]
-    _write(folder / FEATURES_FILE, columns, rows)
+    if frames is not None:
+        columns = ["user_id", "timedelta", *(f"prob_face_{face}" for face in FACES)]
+        rows = [
+            [user, _timedelta(second), *([""] * len(FACES) if frame is None else frame)]
+            for user, shown in frames.items()
+            for second, frame in enumerate(shown)
+        ]
+        _write(folder / FEATURES_FILE, columns, rows)
 
-    survey = [[user, *(given.get(question, "") for question in REWARD_CLASSES)] for user, given in answers.items()]
-    _write(folder / SURVEY_FILE, ["user_id", *REWARD_CLASSES], survey)
+    survey = [[user, *(given.get(question, "") for question in QUESTIONS)] for user, given in answers.items()]
+    _write(folder / SURVEY_FILE, ["user_id", *QUESTIONS], survey)
 
 
 def _check(frames: Mapping[str, Sequence[Sequence[float] | None]], answers: Mapping[str, Mapping[str, float]]) -> None:
@@ -88,10 +94,10 @@ def _check(frames: Mapping[str, Sequence[Sequence[float] | None]], answers: Mapp
         if len(frame) != len(FACES) or not all(0 <= probability <= 1 for probability in frame):
             raise ValueError(f"face probabilities {list(frame)}, expected {len(FACES)} numbers from 0 to 1")
     for question, answer in (item for given in answers.values() for item in given.items()):
-        if question not in REWARD_CLASSES:
-            raise ValueError(f"survey question {question!r}, expected one of {', '.join(REWARD_CLASSES)}")
-        low, high = ANSWER_LIMITS[REWARD_CLASSES[question]]
-        if not low <= answer <= high:
+        if question not in QUESTIONS:
+            raise ValueError(f"survey question {question!r}, expected one of {', '.join(QUESTIONS)}")
+        if not QUESTIONS[question].accepts(answer):
+            low, high = QUESTIONS[question].limits
             raise ValueError(f"{question}: answer {answer!r}, expected {low} to {high}")
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_utils import TurnSet
+from data_utils import NO_FACE, TurnSet
 from geli.data.candor import HAPPINESS
 from geli.run.distributed import available_cores
 from geli.statistics import Estimate, interval, resample
@@ -26,7 +26,8 @@ class HeldOut:
 
     Attributes:
         conversations: C. of_turn: (N,) the conversation of each turn. of_trajectory: (n,) that of each trajectory.
-        happy: (N,) bool, whether the listener was happy. scores: (n,) R in points.
+        happy, others: (N,) bool, whether the listener was happy, and whether not; both are False without faces.
+        scores: (n,) R in points.
         truth: (N,) hidden rewards; None where they are not known.
     """
 
@@ -34,6 +35,7 @@ class HeldOut:
     of_turn: np.ndarray
     of_trajectory: np.ndarray
     happy: np.ndarray
+    others: np.ndarray
     scores: np.ndarray
     truth: np.ndarray | None = None
 
@@ -43,7 +45,9 @@ class HeldOut:
         places: dict[str, int] = {}
         of_trajectory = np.array([places.setdefault(t.conversation.id, len(places)) for t in turns.trajectories])
         of_turn = np.repeat(of_trajectory, np.diff(turns.offsets))
-        return cls(len(places), of_turn, of_trajectory, turns.affects == HAPPINESS, turns.scores, truth)
+        happy = turns.affects == HAPPINESS
+        others = ~happy & (turns.affects != NO_FACE)
+        return cls(len(places), of_turn, of_trajectory, happy, others, turns.scores, truth)
 
 
 def metrics(data: HeldOut, rewards: np.ndarray, returns: np.ndarray, baseline: float) -> dict[str, Metric]:
@@ -61,13 +65,15 @@ def metrics(data: HeldOut, rewards: np.ndarray, returns: np.ndarray, baseline: f
     """
     rewards, returns = np.asarray(rewards, dtype=np.float64), np.asarray(returns, dtype=np.float64)
     errors, constant = (_Sums(data, (data.scores - value) ** 2, data.of_trajectory) for value in (returns, baseline))
-    happy, others = (_Sums(data, rewards, data.of_turn, chosen) for chosen in (data.happy, ~data.happy))
+    happy, others = (_Sums(data, rewards, data.of_turn, chosen) for chosen in (data.happy, data.others))
+    seen = data.happy | data.others
+    judged = data.happy[seen], rewards[seen], data.of_turn[seen]
     found = {
         "ge_loss": errors.mean,
         "ge_share": lambda weights: _divide(errors.mean(weights), constant.mean(weights)),
         "delta_li": lambda weights: happy.mean(weights) - others.mean(weights),
-        "roc_auc": roc_auc(data.happy, rewards, data.of_turn),
-        "average_precision": average_precision(data.happy, rewards, data.of_turn),
+        "roc_auc": roc_auc(*judged),
+        "average_precision": average_precision(*judged),
         "return_correlation": spearman(returns, data.scores, data.of_trajectory),
     }
     if data.truth is not None:
@@ -153,7 +159,7 @@ class _Ranked:
         self.order = np.argsort(values, kind="stable")
         self.of = of[self.order]
         ascending = values[self.order]
-        new = np.concatenate([[True], ascending[1:] != ascending[:-1]])
+        new = np.concatenate([[True], ascending[1:] != ascending[:-1]])[: len(values)]  # there may be no values
         self.starts = np.flatnonzero(new)
         self.group = np.empty(len(values), dtype=int)  # of each value, in the original order
         self.group[self.order] = new.cumsum() - 1

@@ -48,7 +48,8 @@ def turn_rewards(table, path: Path, conversations: int = 2) -> list[Path]:
     the paths of a PNG and a PDF.
 
     Args:
-        table: as in `val_turn_rewards_{run}.csv`, with conversation_id, start and stop (seconds), reward and affect.
+        table: as in `val_turn_rewards_{run}.csv`, with conversation_id, start and stop (seconds), reward and affect,
+            which is empty where no face is known.
     """
     from matplotlib.patches import Patch
 
@@ -60,7 +61,7 @@ def turn_rewards(table, path: Path, conversations: int = 2) -> list[Path]:
         rows = table[table["conversation_id"] == conversation].sort_values("start", kind="stable")
         middle = (rows["start"] + rows["stop"]) / 2
         width = np.maximum(rows["stop"] - rows["start"], 0.5)
-        colors = rows["affect"].map(AFFECT_COLORS)
+        colors = rows["affect"].map(AFFECT_COLORS).fillna("none")
         affect.bar(middle, 1, width, color=colors)
         reward.sharex(affect)
         affect.set_title(f"conversation {i + 1}: the listener's affect", fontsize=9, loc="left")
@@ -73,7 +74,8 @@ def turn_rewards(table, path: Path, conversations: int = 2) -> list[Path]:
         seen |= set(rows["affect"])
     axes[-1, 0].set_xlabel("seconds; one bar for each agent turn (each speaker is the agent once)")
     patches = [Patch(color=AFFECT_COLORS[name], label=name) for name in AFFECT_COLORS if name in seen]
-    figure.legend(handles=patches, loc="outside upper right", ncols=len(patches), fontsize=8, frameon=False)
+    if patches:
+        figure.legend(handles=patches, loc="outside upper right", ncols=len(patches), fontsize=8, frameon=False)
     return _save_both(figure, path)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data_utils import Corpus, TurnSet
+from data_utils import NO_FACE, Corpus, TurnSet
 from geli.data.candor import AFFECT_GROUPS, FACES, HAPPINESS
 from geli.data.corpus import by_count
 from geli.report import plots
@@ -43,6 +43,7 @@ def evaluate(turns: TurnSet, rewards: np.ndarray, returns: np.ndarray, chosen: n
         ge_loss (points squared) and li_loss: means over trajectories. roc_auc_happy: how well the reward separates
         turns with a happy listener from the others. delta_li: their difference in mean reward. return_correlation:
         Spearman's, of predicted returns and scores. Mean rewards by affect. None where undefined, as with one class.
+        What needs faces is measured on the conversations that have them.
 
     Raises:
         UserError: if a reward is not finite.
@@ -55,12 +56,13 @@ def evaluate(turns: TurnSet, rewards: np.ndarray, returns: np.ndarray, chosen: n
         raise UserError("predicted rewards are not finite: training has diverged; try a lower --learning_rate")
     errors = (rewards - turns.targets) ** 2
     parts = [turns.turns_of(i) for i in range(len(turns.trajectories))]
-    li = [errors[part][chosen[part]].mean() for part in parts]
+    li = [errors[part][chosen[part]].mean() for part in parts if not np.isnan(errors[part]).any()]
+    chosen = chosen & (turns.affects != NO_FACE)
     happy, rewards = turns.affects[chosen] == HAPPINESS, rewards[chosen]
     both_classes = happy.any() and not happy.all()
     return {
         "ge_loss": float(np.mean((turns.scores - returns) ** 2)),
-        "li_loss": float(np.mean(li)),
+        "li_loss": float(np.mean(li)) if li else None,
         "roc_auc_happy": float(roc_auc_score(happy, rewards)) if both_classes else None,
         "delta_li": float(rewards[happy].mean() - rewards[~happy].mean()) if both_classes else None,
         "return_correlation": spearman(turns.scores, returns),
@@ -88,7 +90,9 @@ def choose_turns(turns: TurnSet, k: int, seed: int) -> np.ndarray:
 
 def wandb_validation(metrics: dict) -> dict:
     """Validation metrics under the published wandb keys, in which `loss` is GE and `shaped_loss` is LI."""
-    logged = {"val/epoch_loss": metrics["ge_loss"], "val/epoch_shaped_loss": metrics["li_loss"]}
+    logged = {"val/epoch_loss": metrics["ge_loss"]}
+    if metrics["li_loss"] is not None:
+        logged["val/epoch_shaped_loss"] = metrics["li_loss"]
     for name in AFFECT_GROUPS:
         if f"reward_{name}_mean" in metrics:
             logged[f"val_shape_epoch/epoch_running_{name}_mean"] = metrics[f"reward_{name}_mean"]
@@ -103,15 +107,17 @@ def wandb_validation(metrics: dict) -> dict:
 
 
 def turn_table(turns: TurnSet, rewards: np.ndarray) -> pd.DataFrame:
-    """One row for each agent turn, without text: the table in `val_turn_rewards_{run}.csv`."""
+    """One row for each agent turn, without text: the table in `val_turn_rewards_{run}.csv`. The affect is empty in
+    conversations without faces."""
     rows = []
     for trajectory in turns.trajectories:
         ids = (trajectory.conversation.id, trajectory.flip, trajectory.user, trajectory.agent)
         for i in trajectory.agent_turns:
             turn = trajectory.conversation.turns[i]
-            rows.append((*ids, turn.turn_id, turn.start, turn.stop, FACES[turn.affect]))
-    columns = ["conversation_id", "flip", "user_id", "agent_id", "turn_id", "start", "stop", "affect"]
-    return pd.DataFrame(rows, columns=columns).assign(target=turns.targets, reward=rewards)
+            rows.append((*ids, turn.turn_id, turn.start, turn.stop))
+    columns = ["conversation_id", "flip", "user_id", "agent_id", "turn_id", "start", "stop"]
+    affects = ["" if affect == NO_FACE else FACES[affect] for affect in turns.affects]
+    return pd.DataFrame(rows, columns=columns).assign(affect=affects, target=turns.targets, reward=rewards)
 
 
 @dataclass
@@ -187,7 +193,8 @@ def write_pictures(run: RewardRun, tracker: Tracker, folder: Path) -> dict[str, 
             table.to_csv(temporary, index=False, float_format="%.6f", lineterminator="\n")
         written += [path, *plots.turn_rewards(table, png["val_turn_rewards"])]
         written += plots.returns(run.validation.scores, run.returns, png["val_returns"])
-        written += plots.affects(table, png["val_affects"])
+        if (table["affect"] != "").any():
+            written += plots.affects(table, png["val_affects"])
     run.paths += written
     return {name: (path, captions[name]) for name, path in png.items() if path in written}
 
@@ -267,6 +274,6 @@ def extreme_turns(run: RewardRun) -> list[dict]:
     ordered = table.sort_values("reward", ascending=False, kind="stable")
     chosen = pd.concat([ordered.head(3), ordered.tail(3)])
     return [
-        {"reward": float(row.reward), "listener": row.affect, "turn": row.text.removeprefix("AI: ")}
+        {"reward": float(row.reward), "listener": row.affect or "-", "turn": row.text.removeprefix("AI: ")}
         for row in chosen.itertuples()
     ]

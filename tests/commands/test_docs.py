@@ -98,12 +98,14 @@ def test_pages_use_options_that_exist():
 # The examples of docs/extending.md, pasted into a copy of the repository
 
 DRIVER = """
-import importlib, json, sys
+import importlib, io, json, sys
 from pathlib import Path
 sys.path[:0] = ["", "tools", "tests/support"]
 from accelerate.state import AcceleratorState
 from tools.converters import convert
+from tools.sample_candor import write_corpus
 convert("chats", Path("."), Path("converted"))
+write_corpus(Path("corpus"), conversations=8, n_turns=12, seed=0)
 from options_table import options_page
 Path("options.md").write_text(options_page())
 from experiments import compare
@@ -111,14 +113,18 @@ Path("compare.json").write_text(json.dumps([row for row, *_ in compare.commands(
 for script, *arguments in json.loads(sys.argv[1]):
     AcceleratorState._reset_state(reset_partial_state=True)
     module = importlib.import_module(script)
+    sys.stdin = io.StringIO("yes\\nHello there!\\n/rate\\n4\\n/quit\\n")  # for the chat
     module.main(module.parse_options(arguments))
+from data_utils import read_corpus
+(talk,) = read_corpus("talks", "partner_listened").trajectories.values()
+print("The talk's score:", *(trajectory.score for trajectory in talk))
 for code in json.loads(sys.argv[2]):
     exec(code, {})
 """
 # what stands in the README's examples -> what the commands of this test write
 TRAINED = {
     "visual_feedback_baselines_convo_overall_affect_baseline_RRD_K_160/reward1_RUN": (
-        "out/visual_feedback_baselines_bart_overall_affect_baseline_HUBER_K_160/reward1_geli"
+        "out/visual_feedback_baselines_bart_partner_listened_baseline_HUBER_K_160/reward1_geli"
     ),
     "rlmf_weights/GELI_llama_200": "out/rlmf_weights/GELI_pythia_2",
     "huggyllama/llama-7b": "EleutherAI/pythia-160m",
@@ -149,10 +155,10 @@ def hub_copy(folder, hub_id: str, model) -> None:
 
 
 @pytest.fixture(scope="module")
-def extended(tmp_path_factory, sample, tiny):
+def extended(tmp_path_factory, tiny):
     """A copy of the repository with every example pasted into it, after the commands that use them."""
     folder = tmp_path_factory.mktemp("extended") / "geli"
-    for name in ("geli", "tools", "tests/support"):
+    for name in ("geli", "apps", "experiments", "tools", "tests/support"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ROOT.glob("*.py"):
         shutil.copy(file, folder)
@@ -162,13 +168,15 @@ def extended(tmp_path_factory, sample, tiny):
     hub_copy(folder / "hf", "EleutherAI/pythia-160m", tiny / "llama")
     chat = {"messages": [["a", "Hello there, how are you today?"], ["b", "Fine."]], "ratings": {"a": 7, "b": 3}}
     (folder / "chats.jsonl").write_text(f"{json.dumps(chat)}\n{json.dumps(chat)}\n")
-    common = f"--data_dir {sample} --output_dir out --context_turns 2 --no_cache --device cpu".split()
+    common = "--output_dir out --context_turns 2 --device cpu".split()
+    data = "--data_dir corpus --reward_class partner_listened --no_cache".split()
     reward = "--model bart --wide --epochs 1 --batch_size 16 --val --train".split()
     commands = [
-        ["train_reward_LI_only", *reward, *"--train_size 4 --li_signal reply --run_name li".split()],
-        ["train_reward_GELI", *reward, *"--redist_type HUBER --affect_path li --run_name geli".split()],
-        ["train_rl_GELI", *"--train --val --model_name pythia --algo reinforce --rf_model HUBER".split(),
+        ["train_reward_LI_only", *data, *reward, *"--train_size 4 --li_signal reply --run_name li".split()],
+        ["train_reward_GELI", *data, *reward, *"--redist_type HUBER --affect_path li --run_name geli".split()],
+        ["train_rl_GELI", *data, *"--train --val --model_name pythia --algo reinforce --rf_model HUBER".split(),
          *"--steps 2 --batch_size 2 --val_prompts 2".split()],
+        ["apps.chat.__main__", *"--weights out/rlmf_weights/GELI_pythia_2 --collect talks".split()],
     ]  # fmt: skip
     examples = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(examples) == 2
@@ -188,7 +196,7 @@ def extended(tmp_path_factory, sample, tiny):
 def test_every_code_block_is_an_example_of_a_table():
     page = (ROOT / "docs/extending.md").read_text()
     tables = [(block[1], block[2]) for block in BLOCK.finditer(page)]
-    assert len(tables) == page.count("```python") == len(set(tables)) == 8
+    assert len(tables) == page.count("```python") == len(set(tables)) == 9
     assert max(block[0].count("\n") for block in BLOCK.finditer(page)) < 25
 
 
@@ -196,13 +204,19 @@ def test_examples_train_through_the_three_commands(extended):
     folder, printed = extended
     li = next(folder.glob("out/SINGLE_INDEX_reward_function_bart_*/reward1_li.json"))
     assert json.loads(li.read_text())["arguments"]["li_signal"] == "reply"
-    geli = folder / "out/visual_feedback_baselines_bart_overall_affect_baseline_HUBER_K_160"
+    geli = folder / "out/visual_feedback_baselines_bart_partner_listened_baseline_HUBER_K_160"
     record = json.loads((geli / "reward1_geli.json").read_text())
     assert record["arguments"]["li_signal"] == "reply"  # follows stage 1's head
     assert "Stage 2 (GELI, HUBER)" in printed
     assert "HUBER, LI from the reply" in printed
     assert (folder / "out/rlmf_weights/GELI_pythia_2/adapter_model.safetensors").is_file()
     assert "Stage 3 (REINFORCE)" in printed
+
+
+def test_the_chat_asks_the_question_of_the_example(extended):
+    _, printed = extended
+    assert "How well did your partner listen? (1: not at all … 5: very well)" in printed
+    assert "Noted: partner_listened 4." in printed and "The talk's score: 80.0\n" in printed
 
 
 def test_examples_pass_the_linter(extended):
@@ -224,6 +238,7 @@ def test_parsers_help_and_compare_read_the_examples(extended):
         "LLAMA2, bart",
         "smollm2, pythia",
         "REINFORCE, a",
+        "you_are_warm, partner_listened;",
     ):
         assert said in page
     rows = json.loads((folder / "compare.json").read_text())

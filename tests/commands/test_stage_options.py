@@ -21,7 +21,8 @@ from turn_sets import trajectory, turn_set
 
 import train_rl_GELI
 from data_utils import make_trajectory, read_corpus, split, turn_text
-from geli.data.candor import REWARD_CLASSES, read_conversation
+from geli.data.candor import read_conversation
+from geli.data.questions import QUESTIONS
 from geli.data.shares import TrajectoryShares
 from geli.data.writer import write_conversation
 from geli.heads import encoder_of_head, load_reward_head, save_reward_head
@@ -433,16 +434,42 @@ def test_other_encoders_train_and_freeze(stages, sample, tmp_path, kind):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Corpora without faces
+
+
+def test_stages_that_need_no_faces_run_without_them(stages, sample, tmp_path):
+    shutil.copytree(sample, tmp_path / "candor")
+    for path in (tmp_path / "candor").glob("*/audio_video_features.csv"):
+        path.unlink()
+    data = ("--data_dir", tmp_path / "candor")
+    for name, more in (("raw", ()), ("scaled", ("--loss_scale", "normalized"))):
+        stages.ge(*data, "--train", "--val", "--bar_chart", "--run_name", f"faceless-{name}", *more)
+        measured = stages.record(f"faceless-{name}")["metrics"]["validation"]
+        assert measured["ge_loss"] > 0 and [measured[x] for x in ("li_loss", "roc_auc_happy", "delta_li")] == [None] * 3
+        assert stages.table(f"faceless-{name}")[["affect", "target"]].isna().all(axis=None)
+    stages.li(*data, "--val", "--li_signal", "sentiment", "--run_name", "faceless-words")
+    stages.ge(*data, "--train", "--val", "--affect_path", "faceless-words", "--run_name", "faceless-geli", encoder=())
+    for run in ("faceless-words", "faceless-geli"):
+        assert stages.record(run)["metrics"]["validation"]["li_loss"] >= 0
+        assert stages.record(run)["data"]["conversations_without_faces"] == 40
+    stages.ge(*data, "--val", "--reward_path", "geli", "--run_name", "faceless-again", encoder=())
+    again, before = (stages.record(run)["metrics"]["validation"] for run in ("faceless-again", "geli"))
+    assert again["ge_loss"] == before["ge_loss"] and again["li_loss"] is None
+    for message in (stages.li(*data, check=2).stderr, stages.geli(*data, "--train", check=2).stderr):
+        assert "no faces to learn from (audio_video_features.csv: no such file) (80)" in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Reward classes
 
 
 def test_every_reward_class_has_its_scale(tmp_path):
     """Answers of 1 to 10 are scaled to points, and two questions are answered in points."""
-    answers = {name: 60 + i if scale == 1 else 1 + i % 7 for i, (name, scale) in enumerate(REWARD_CLASSES.items())}
+    answers = {name: 60 + i if row.points == 1 else 1 + i % 7 for i, (name, row) in enumerate(QUESTIONS.items())}
     turns = [("u", 0, 3, "hello there my good old friend"), ("v", 3, 6, "hi")]
     write_conversation(tmp_path / "c", turns, [], {"u": answers, "v": answers})
     conversation = read_conversation(tmp_path / "c")
-    assert len(REWARD_CLASSES) == 17
+    assert len(QUESTIONS) == 17
     for name, answer in answers.items():
         expected = answer if name in ("conversationalist", "good_for_advice") else 10 * answer
         assert make_trajectory(conversation, False, name).score == expected

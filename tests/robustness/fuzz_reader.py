@@ -38,15 +38,8 @@ from second_reader import FILES, PROBABILITIES, READ, TRANSCRIPT, Refused, refer
 
 import data_utils
 from geli.data import candor
-from geli.data.candor import (
-    FACES,
-    FEATURES_FILE,
-    MOST_WORDS,
-    REWARD_CLASSES,
-    SURVEY_FILE,
-    Conversation,
-    Dropped,
-)
+from geli.data.candor import FACES, FEATURES_FILE, MOST_WORDS, SURVEY_FILE, Conversation, Dropped
+from geli.data.questions import QUESTIONS
 from geli.run.errors import UserError
 from tools import sample_candor
 
@@ -279,7 +272,7 @@ CONTENTS = {  # name: (files, change); those of bytes are done one to three time
         edit(lambda rng, t: [t[0], *rng.choices(t[1:], k=rng.randrange(4))]),
         edit(lambda rng, t: [*t, [f" {cell} " for cell in rng.choice(t[1:])]]),
         cells(["user_id"], OWN, ["", "nobody", " "])))(rng, x, y)),
-    "survey: answers that are none": (RATED, cells(REWARD_CLASSES, [
+    "survey: answers that are none": (RATED, cells(QUESTIONS, [
         "", "often", "700", "-1", "1e1", "nan", "inf", "1_0", "\uff17", "0x7", "True", "7,5", "7.5", " 7 ", "١"])),
 
     "quotes: that belong to what was said": (TALK, cells(["utterance"],
@@ -400,7 +393,7 @@ def through_the_cache(data: Path, cache: Path, found: dict[str, object]) -> str:
             if got.get(name) != found.get(name):
                 return f"{name!a}: {str(found.get(name))[:200]} became {str(got.get(name))[:200]} in the corpus"
         printed = corpus.describe().encode()  # can be printed
-        if len(printed.splitlines()) > 20 + len(corpus.dropped):
+        if len(printed.splitlines()) > 20 + len(corpus.dropped) + len(corpus.off_scale()):
             return "a line of the summary is broken"
     return ""
 

@@ -3,21 +3,14 @@
 
 import itertools
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
 
 from geli.data import candor
-from geli.data.candor import (
-    ANSWER_LIMITS,
-    FACES,
-    FEATURES_FILE,
-    MIN_WORDS,
-    MOST_WORDS,
-    REWARD_CLASSES,
-    SURVEY_FILE,
-    Conversation,
-)
+from geli.data.candor import FACES, FEATURES_FILE, MIN_WORDS, MOST_WORDS, SURVEY_FILE, Conversation
+from geli.data.questions import QUESTIONS
 
 TRANSCRIPT = "transcription/transcript_cliffhanger.csv"
 FILES = (TRANSCRIPT, FEATURES_FILE, SURVEY_FILE)
@@ -25,16 +18,20 @@ PROBABILITIES = [f"prob_face_{face}" for face in FACES]
 READ = {
     TRANSCRIPT: ["turn_id", "speaker", "start", "stop", "utterance", "n_words"],
     FEATURES_FILE: ["user_id", "timedelta", *PROBABILITIES],
-    SURVEY_FILE: ["user_id", *REWARD_CLASSES],
+    SURVEY_FILE: ["user_id", *QUESTIONS],
 }  # fmt: skip
 CELL = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"|([^",\r\n][^,\r\n]*)?)(,|\r\n|\r|\n|\Z)')
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 TIME = re.compile(r"(?:(\d{1,5}) days?,? )?(\d{1,2}):([0-5]\d):([0-5]\d(?:\.\d{1,9})?)", re.ASCII)
-OPTIONAL = {"n_words", *REWARD_CLASSES}
+OPTIONAL = {"n_words", *QUESTIONS}
 
 
 class Refused(Exception):
     """The second reader drops it too."""
+
+
+class Nothing(Refused):
+    """There is nothing in the file."""
 
 
 def need(holds: object, what: str) -> None:
@@ -58,7 +55,8 @@ def reference_table(folder: Path, file: str, ids: set[str] = frozenset()) -> tup
         if end != ",":
             rows += [row] if row != [""] or quoted is not None else []
             row = []
-    need(rows, "a header")
+    if not rows:
+        raise Nothing
     header = rows.pop(0)
     need(all(header.count(name) == 1 for name in names if name not in OPTIONAL or name in header), "columns")
     need(all(len(row) == len(header) for row in rows), "as many cells")
@@ -113,24 +111,43 @@ def reference(folder: Path) -> Conversation:
     speakers = tuple(dict.fromkeys(turn[1] for turn in turns))
     need(len(speakers) == 2, "two speakers")
 
-    frames = {speaker: [] for speaker in speakers}
-    for row in reference_table(folder, FEATURES_FILE, set(speakers))[1]:
+    frames, (rows, no_faces) = {speaker: [] for speaker in speakers}, reference_faces(folder, set(speakers))
+    for row in rows:
         user, second = row["user_id"].strip(), reference_seconds(row["timedelta"])
         shown = [reference_number(row[name]) for name in PROBABILITIES]
         if user in frames and not math.isnan(second) and all(0 <= p <= 1 + 1e-6 for p in shown):
             frames[user].append((second, shown))
-    need(any(frames.values()), "faces")
+    no_faces = "" if any(frames.values()) else f"{FEATURES_FILE}: {no_faces}"
     turns = tuple(reference_turn(turn, frames[speakers[turn[1] == speakers[0]]]) for turn in turns)
 
     (_, *questions), rows = reference_table(folder, SURVEY_FILE, set(speakers))
     users = [row["user_id"].strip() for row in rows]
     need(all(users.count(user) == 1 for user in users if user), "one row a user")
-    answers = {}
-    for user, row in zip(users, rows, strict=True):
-        if user in speakers:
-            given = {q: (reference_number(row[q]), *ANSWER_LIMITS[REWARD_CLASSES[q]]) for q in questions}
-            answers[user] = {q: value for q, (value, low, high) in given.items() if low <= value <= high}
-    return Conversation(folder.name, speakers, turns, answers, frozenset(questions), skipped)
+    answers, off_scale = {}, {}
+    for speaker, row in ((speaker, rows[users.index(speaker)]) for speaker in speakers if speaker in users):
+        given = {q: reference_number(row[q]) for q in questions if not math.isnan(reference_number(row[q]))}
+        answers[speaker] = {q: value for q, value in given.items() if 0 <= value <= highest_answer(q)}
+        for q in given.keys() - answers[speaker].keys():
+            off_scale[q] = [*off_scale.get(q, []), given[q]]
+    return Conversation(folder.name, speakers, turns, answers, frozenset(questions), skipped, off_scale, no_faces)
+
+
+def highest_answer(question: str) -> int:
+    """By the published rule: two questions are answered from 0 to 100, the others to 10 at most."""
+    return 100 if question in ("conversationalist", "good_for_advice") else 10
+
+
+def reference_faces(folder: Path, ids: set[str]) -> tuple[list[dict], str]:
+    """The rows of faces, and why there is no frame if none of them is one."""
+    try:
+        os.stat(folder / FEATURES_FILE)
+        return reference_table(folder, FEATURES_FILE, ids)[1], "no frame with a face of either speaker"
+    except FileNotFoundError:
+        return [], "no such file"
+    except Nothing:
+        return [], "not a readable CSV file (nothing in it)"
+    except OSError as error:
+        raise Refused(str(error)) from None
 
 
 def reference_turn(turn: tuple, frames: list) -> candor.Turn:

@@ -52,6 +52,9 @@ def test_what_is_no_file_is_dropped_and_nobody_waits_for_it(folder, kind, file):
     (folder / file).unlink()
     NO_FILES[kind](folder / file)
     outcome, reason = fuzz_reader.read(folder)
+    if file == FEATURES_FILE and kind in ("no files: nothing", "links: to nothing"):  # only who learns from faces minds
+        assert outcome == "loaded" and reason.no_faces == f"{FEATURES_FILE}: no such file"
+        return
     assert outcome == "dropped"
     assert any(words in reason for words in ("not a file", "no such file", "symbolic links", "larger than 64 MiB"))
 

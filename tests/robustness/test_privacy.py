@@ -18,7 +18,7 @@ import pytest
 import wandb
 from conftest import ROOT, call_script, environment_of_its_own, run_script
 
-from geli.data.candor import REWARD_CLASSES
+from geli.data.questions import QUESTIONS
 from geli.data.writer import write_conversation
 from tools import tiny_models
 
@@ -37,7 +37,7 @@ def write_marked(folder: Path, conversations: int) -> None:
             turns.append((users[i % 2], 4.0 * i, 4.0 * i + 3, f"{TEXT} I like the {word} {TEXT} very much"))
             if rng.random() < 0.5:
                 faces.append((users[(i + 1) % 2], 4.0 * i, 4.0 * i + 3, "happiness"))
-        answers = {user: dict.fromkeys(REWARD_CLASSES, rng.randint(1, 9)) for user in users}
+        answers = {user: dict.fromkeys(QUESTIONS, rng.randint(1, 9)) for user in users}
         if n % 5 == 4:  # a trajectory that is dropped
             answers[users[0]] = {}
         write_conversation(folder / f"{CONVERSATION}-{n}", turns, faces, answers)

@@ -32,6 +32,20 @@ def write(folder, turns=None, faces=(), answers=None):
     return folder
 
 
+FACELESS = {  # what becomes of the file of faces -> why there are no faces
+    "missing": (lambda path: path.unlink(), "no such file"),
+    "zero bytes": (lambda path: path.write_bytes(b""), "nothing in it"),
+    "header only": (lambda path: path.write_text(path.read_text().splitlines()[0] + "\n"), "no frame with a face"),
+    "all lost": (lambda path: path.write_text(path.read_text().replace("0.", "-0.")), "no frame with a face"),
+}
+
+
+def lose_faces(folder, kind="missing"):
+    """Leaves a conversation without faces."""
+    FACELESS[kind][0](folder / "audio_video_features.csv")
+    return folder
+
+
 def edit(folder, change, name="transcription/transcript_cliffhanger.csv"):
     path = folder / name
     change(pd.read_csv(path, dtype=str)).to_csv(path, index=False)

@@ -137,7 +137,7 @@ def test_without_videos_the_next_utterance_gives_the_reaction(calls, tmp_path, m
     call_script(TOOL, tmp_path / "calls", tmp_path / "out", "--no_video")
     corpus = read_corpus(tmp_path / "out", "overall_affect")
     assert corpus.counts()["trajectories"] == 4 and not corpus.dropped
-    assert all(FACES[turn.affect] == "neutral" for c in corpus.conversations for turn in c.turns)
+    assert corpus.counts()["conversations_without_faces"] == 2
     trajectories = [t for part in corpus.trajectories.values() for t in part]
     assert LI_SIGNALS["sentiment"].reactions(trajectories, SignalOptions()).strength.max() > 0  # "really nice"
 

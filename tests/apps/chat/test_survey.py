@@ -7,29 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apps.chat.survey import (
-    QUESTIONS,
-    answer_range,
-    new_user_id,
-    partner_id,
-    question_text,
-    read_answer,
-    user_id,
-)
-from geli.data.candor import ANSWER_LIMITS, REWARD_CLASSES
+from apps.chat.survey import new_user_id, partner_id, question_text, read_answer, user_id
+from geli.data.questions import QUESTIONS, Question
 from geli.run.errors import UserError
 
 
 def test_every_question_has_words_and_a_range_that_readers_accept():
-    assert list(QUESTIONS) == list(REWARD_CLASSES)
-    for question, points in REWARD_CLASSES.items():
-        (low, high), limits = answer_range(question), ANSWER_LIMITS[points]
-        assert limits[0] <= low < high <= limits[1]
-        assert f"({low}: " in question_text(question) and f"… {high}: " in question_text(question)
+    for name, question in QUESTIONS.items():
+        low, high = question.scale
+        assert low < high and question.accepts(low) and question.accepts(high)
+        assert f"({low}: " in question_text(name) and f"… {high}: " in question_text(name)
 
 
 def test_ranges_by_hand():
-    assert answer_range("overall_affect") == (1, 9) and answer_range("conversationalist") == (0, 100)
+    assert QUESTIONS["overall_affect"].scale == (1, 9) and QUESTIONS["conversationalist"].scale == (0, 100)
     assert question_text("i_like_you") == "How much did you like your partner? (1: not at all … 9: very much)"
 
 
@@ -38,6 +29,13 @@ def test_ranges_by_hand():
 ])  # fmt: skip
 def test_answers_are_read(question, text, answer):
     assert read_answer(question, text) == answer
+
+
+def test_a_scale_may_begin_below_zero(monkeypatch):
+    monkeypatch.setitem(QUESTIONS, "mood", Question((-3, 3), 10, "How was it?", "bad", "good"))
+    assert read_answer("mood", "-2.5") == -2.5 and question_text("mood") == "How was it? (-3: bad … 3: good)"
+    with pytest.raises(UserError, match="a number from -3 to 3"):
+        read_answer("mood", "-3.1")
 
 
 @pytest.mark.parametrize("text", ["0", "10", "-1", "nan", "inf", "1e0", "", "good", "٣", "1 2", "9.0001"])

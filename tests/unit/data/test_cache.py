@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conversations import edit, lose_faces, write
 
 from data_utils import read_corpus
 from geli.data import cache as cache_module
@@ -72,6 +73,22 @@ def test_a_changed_file_is_read_again_and_nothing_else_is(data, tmp_path, reads)
     reads.clear()
     read(data, tmp_path)
     assert reads == ["broken"]
+
+
+def test_what_is_known_of_faces_and_of_odd_answers_comes_back(data, tmp_path, reads):
+    first, second = sorted(path for path in data.iterdir() if path.name != "broken")[:2]
+    lose_faces(first)
+    edit(second, lambda table: table.assign(overall_memory_rating=["60", "7"]), "survey.csv")
+    right = read(data, tmp_path)
+    reads.clear()
+    again = read(data, tmp_path)
+    assert again == right and reads == ["broken"]
+    found = {c.id: c for c in again.conversations}
+    assert "no such file" in found[first.name].no_faces and found[second.name].no_faces == ""
+    assert found[second.name].off_scale == {"overall_memory_rating": [60]}
+    write(first)  # the file appears
+    reads.clear()
+    assert not any(c.no_faces for c in read(data, tmp_path).conversations) and set(reads) == {first.name, "broken"}
 
 
 def test_another_transcript_or_data_folder_has_a_cache_of_its_own(data, tmp_path, reads):

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pandas as pd
 import pytest
-from conversations import ANGRY, HAPPY, NEUTRAL, frames, write
+from conversations import ANGRY, FACELESS, HAPPY, NEUTRAL, edit, frames, lose_faces, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -107,6 +107,24 @@ def test_seconds_are_read_in_both_notations_and_lost_faces_dropped(tmp_path):
     table.loc[table["user_id"] == "u", "prob_face_anger"] = np.nan
     table.to_csv(path, index=False)
     assert read_conversation(folder).turns[1].affect == NEUTRAL
+
+
+@pytest.mark.parametrize("kind", FACELESS)
+def test_a_conversation_without_faces_is_read(tmp_path, kind):
+    whole = read_conversation(write(tmp_path / "c", faces=[("u", 3, 6, "happiness")]))
+    found = read_conversation(lose_faces(tmp_path / "c", kind))
+    assert whole.no_faces == "" and FACELESS[kind][1] in found.no_faces
+    assert [(turn.affect, turn.happy_share) for turn in found.turns] == [(NEUTRAL, 0)] * 4
+    assert [turn[:6] for turn in found.turns] == [turn[:6] for turn in whole.turns]
+
+
+def test_answers_outside_a_questions_limits_are_left_out_and_kept_apart(tmp_path):
+    folder = write(tmp_path / "c")
+    answers = {"overall_memory_rating": ["60", "7"], "overall_affect": ["-1", "10.5"], "good_for_advice": ["", "often"]}
+    edit(folder, lambda table: table.assign(**answers), "survey.csv")
+    conversation = read_conversation(folder)
+    assert conversation.answers == {"u": {"conversationalist": 80}, "v": {"overall_memory_rating": 7}}
+    assert conversation.off_scale == {"overall_memory_rating": [60], "overall_affect": [-1, 10.5]}
 
 
 CELLS = st.sampled_from(["0.5", "0.25", "1e-3", "", "nan", "inf", "x", " 0.1", "-1"])

@@ -15,7 +15,10 @@ from geli.run.errors import UserError
 
 BREAKS = {
     "no transcript": (lambda f: (f / "transcription" / "transcript_cliffhanger.csv").unlink(), "no such file"),
-    "no faces": (lambda f: (f / "audio_video_features.csv").unlink(), "audio_video_features.csv: no such file"),
+    "no face column": (
+        lambda f: edit(f, lambda t: t.drop(columns="prob_face_fear"), "audio_video_features.csv"),
+        "audio_video_features.csv: no column prob_face_fear",
+    ),
     "no survey": (lambda f: (f / "survey.csv").unlink(), "survey.csv: no such file"),
     "one speaker": (lambda f: edit(f, lambda t: t.assign(speaker="u")), "2 speakers are expected, 1 found"),
     "three speakers": (lambda f: edit(f, lambda t: t.assign(speaker=list("uvwu"))), "2 speakers are expected, 3 found"),
@@ -27,13 +30,8 @@ BREAKS = {
     "no words": (lambda f: edit(f, lambda t: t.assign(utterance="")), "no usable turn"),
     "an empty file": (lambda f: (f / "survey.csv").write_text(""), "survey.csv: not a readable CSV file"),
     "not UTF-8": (lambda f: (f / "survey.csv").write_bytes(b"user_id\n\xff\xfe\x00"), "not a readable CSV file"),
-    "no face at all": (lambda f: lose_faces(f), "no frame with a face"),
     "a user twice": (lambda f: twice(f), "more than one row of a user"),
 }
-
-
-def lose_faces(folder):
-    edit(folder, lambda t: t.assign(prob_face_fear=""), "audio_video_features.csv")
 
 
 def twice(folder):

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from conversations import ANGRY, HAPPY, NEUTRAL, SAD, WORDS, edit, write
+from conversations import ANGRY, HAPPY, NEUTRAL, SAD, WORDS, edit, lose_faces, write
 
 import data_utils
 from data_utils import (
+    NO_FACE,
     Corpus,
     DataOptions,
     SignalOptions,
@@ -26,6 +27,7 @@ from data_utils import (
 )
 from geli.data import corpus as corpus_module
 from geli.data.candor import FACES, Conversation, Dropped, read_conversation
+from geli.data.questions import QUESTIONS, Question
 from geli.run.errors import UserError
 
 
@@ -96,10 +98,11 @@ def test_five_hundred_conversations_hold_out_fifty():
 def test_all_others_can_be_validated_on(sample):
     corpus = read_corpus(sample, "overall_affect")
     training, validation = split(corpus, 10)
-    same, others = split(corpus, 10, all_others=True)
+    same, others = split(corpus, 10, frozenset())
     ids = [list(dict.fromkeys(t.conversation.id for t in part)) for part in (training, same, validation, others)]
     assert ids[0] == ids[1] and len(ids[2]) == 4 and len(ids[3]) == 30
     assert ids[3][-4:] == ids[2] and not set(ids[0]) & set(ids[3])
+    assert split(corpus, 10, frozenset(ids[3][:28]))[1] == [t for i in ids[3][28:] for t in corpus.trajectories[i]]
 
 
 def test_splits_do_not_depend_on_the_folders_order_nor_overlap(tmp_path, monkeypatch):
@@ -126,6 +129,39 @@ def test_trajectories_without_an_answer_are_dropped_and_counted(tmp_path):
         "absurd/0": "no usable answer to overall_affect",
         "absurd/1": "no usable answer to overall_affect",
     }
+
+
+def test_answers_outside_their_limits_are_counted_with_an_example_and_what_to_do(tmp_path):
+    for name, answers in (("a", ["60", "60"]), ("b", ["7", "60"]), ("c", ["", "8"])):
+        edit(write(tmp_path / name), lambda t, a=answers: t.assign(overall_memory_rating=a), "survey.csv")
+    corpus = read_corpus(tmp_path, "overall_affect")
+    counts = corpus.counts()
+    assert counts["answers_off_scale"] == corpus.numbers()["answers_off_scale"] == 3
+    assert counts["answers_off_scale_by_question"] == {
+        "overall_memory_rating": {"answers": 3, "example": 60, "limits": [0, 10]}
+    }
+    assert set(map(type, corpus.numbers().values())) == {int}  # for wandb: neither answers nor reasons
+    assert corpus.describe().splitlines()[-1] == (
+        "Left out 3 answers to overall_memory_rating that are not from 0 to 10, such as 60: if they are right, correct "
+        "the question's row in geli/data/questions.py (docs/extending.md)."
+    )
+
+
+def test_a_question_whose_answers_are_all_outside_its_limits_is_an_error_that_says_so(tmp_path):
+    edit(write(tmp_path / "c"), lambda t: t.assign(overall_memory_rating=["60", "70"]), "survey.csv")
+    with pytest.raises(UserError, match=r"no usable answer to overall_memory_rating \(2\)\. Left out 2 .* as 60: if"):
+        read_corpus(tmp_path, "overall_memory_rating")
+
+
+def test_a_new_question_on_another_scale_is_a_row(tmp_path, monkeypatch):
+    question = Question((1, 5), 20, "How closely did your partner listen?", "not at all", "very closely")
+    monkeypatch.setitem(QUESTIONS, "listened", question)
+    write(tmp_path / "c", answers={"u": {"listened": 4}, "v": {"listened": 1}})
+    edit(tmp_path / "c", lambda t: t.assign(listened=["4", "6"]), "survey.csv")
+    corpus = read_corpus(tmp_path, "listened")
+    (trajectory,) = corpus.trajectories["c"]
+    assert (trajectory.score, trajectory.answer) == (80, 4)
+    assert "1 answers to listened that are not from 1 to 5, such as 6" in corpus.describe()
 
 
 def test_a_class_that_the_survey_lacks_names_those_present(tmp_path):
@@ -214,6 +250,60 @@ def test_nothing_to_train_or_validate_on_is_one_clear_error(tmp_path):
     needs = dict(needs_training=True, needs_held_out=True)
     with pytest.raises(UserError, match="no training prompt in 1 conversations"):
         load_prompts(data, cache=None, seed=0, val_prompts=9, **needs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without faces
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Twenty conversations, of which every second one has no faces."""
+    for i in range(20):
+        write(tmp_path / "candor" / f"conversation-{i}", faces=[("u", 3, 6, "happiness")])
+        if i % 2:
+            lose_faces(tmp_path / "candor" / f"conversation-{i}")
+    return tmp_path / "candor"
+
+
+def test_conversations_without_faces_are_left_out_only_where_faces_are_learned(mixed):
+    data, counted = DataOptions(str(mixed)), []
+    for learns_li, signal in ((True, "face"), (True, "sentiment"), (False, "face")):
+        corpus, training, validation = load_turns(
+            data, SignalOptions(signal), cache=None, learns_li=learns_li, validate=False
+        )
+        counts = corpus.counts()
+        assert (counts["conversations"], counts["conversations_without_faces"]) == (20, 10)
+        assert "10 of the conversations have no faces" in corpus.describe()
+        counted.append((counts["trajectories"], counts["dropped_trajectories_by_reason"]))
+        assert len(training) + len(validation) == 2 * counts["trajectories"]
+    reason = "no faces to learn from (audio_video_features.csv: no such file)"
+    assert counted == [(20, {reason: 20}), (40, {}), (40, {})]
+    needs = dict(needs_training=True, needs_held_out=True)
+    training, held_out, _ = load_prompts(data, cache=None, seed=0, val_prompts=99, **needs)
+    assert len(training) + len(held_out) == 80  # every turn of every conversation
+
+
+def test_splits_are_the_same_whether_faces_are_needed_or_not(mixed):
+    needed, anyway = (split(read_corpus(mixed, "overall_affect", needs_faces=x), 99) for x in (True, False))
+    for some, every in zip(needed, anyway, strict=True):
+        assert [t for t in every if not t.conversation.no_faces] == some
+
+
+def test_turns_without_faces_have_no_affect_and_no_target_from_faces(mixed):
+    trajectories = [t for part in read_corpus(mixed, "overall_affect").trajectories.values() for t in part]
+    faces, words = (TurnSet.from_trajectories(trajectories, 1, SignalOptions(name)) for name in ("face", "sentiment"))
+    faceless = np.repeat([bool(t.conversation.no_faces) for t in trajectories], 2)
+    assert faceless.sum() == 40
+    for turns in (faces, words):
+        assert (turns.affects[faceless] == NO_FACE).all() and (turns.affects[~faceless] >= 0).all()
+    assert np.array_equal(np.isnan(faces.targets), faceless) and not np.isnan(words.targets).any()
+
+
+def test_only_conversations_without_faces_are_one_clear_error_for_face(tmp_path):
+    lose_faces(write(tmp_path / "c"))
+    with pytest.raises(UserError, match=r"can be used: no faces to learn from \(.*: no such file\) \(2\)"):
+        read_corpus(tmp_path, "overall_affect", needs_faces=True)
 
 
 def test_prompts_are_the_states_of_agent_turns(sample):

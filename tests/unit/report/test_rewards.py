@@ -15,7 +15,9 @@ from geli.report.rewards import (
     affect_means,
     choose_turns,
     evaluate,
+    extreme_turns,
     finish_run,
+    measured_rows,
     spearman,
     turn_table,
     wandb_validation,
@@ -66,6 +68,17 @@ def test_metrics_that_are_undefined_are_none():
         "val/epoch_loss": 100, "val/epoch_shaped_loss": pytest.approx(0.025),
         "val_shape_epoch/epoch_running_neut_mean": pytest.approx(0.15),
     }  # fmt: skip
+
+
+def test_what_needs_faces_is_measured_where_there_are_faces():
+    faceless = trajectory("c", 20.0, ["neutral"] * 2, no_faces="no such file")
+    mixed, returns = turn_set(*TURNS.trajectories, faceless), np.array([70.0, 60.0, 10.0])
+    before, found = evaluate(TURNS, REWARDS, returns[:2]), evaluate(mixed, np.append(REWARDS, [0.9, 0.9]), returns)
+    of_the_score = {"ge_loss": pytest.approx(200), "return_correlation": pytest.approx(0.5)}
+    assert found == before | of_the_score | {"return_correlation": spearman(mixed.scores, returns)}
+    alone = evaluate(turn_set(faceless, faceless), np.full(4, 0.9), np.array([70.0, 60.0]))
+    assert alone == {"ge_loss": 2050} | dict.fromkeys(["li_loss", "roc_auc_happy", "delta_li", "return_correlation"])
+    assert wandb_validation(alone) == {"val/epoch_loss": 2050}
 
 
 def test_rewards_that_are_not_finite_are_refused():
@@ -175,6 +188,17 @@ def test_validation_is_written_as_a_table_and_pictures(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.pdf")) == [f"{name}.pdf" for name in names]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tracker.pictures.values())
     assert len(tracker.pictures) == 4
+
+
+def test_a_corpus_without_faces_has_a_report_without_them(tmp_path):
+    turns = turn_set(*(trajectory(name, 80.0, ["neutral"] * 2, no_faces="no such file") for name in "ab"))
+    run = replace(reward_run(log_text=True), training=turns, validation=turns, rewards=REWARDS[:4])
+    finish_run(run, Logged(), tmp_path)
+    assert b"3.000000,,,0.500000" in (tmp_path / "val_turn_rewards_x.csv").read_bytes()  # neither affect nor target
+    assert sorted(path.name for path in tmp_path.glob("val_*.png")) == ["val_returns_x.png", "val_turn_rewards_x.png"]
+    rows = {row["metric"].split(":")[0]: row["this head"] for row in measured_rows(run)}
+    assert rows["Δr_LI"] == rows["area under the ROC curve"] == rows["average precision"] == "-"
+    assert {row["listener"] for row in extreme_turns(run)} == {"-"}
 
 
 def test_the_page_tells_the_run_without_text(tmp_path):
