@@ -246,6 +246,8 @@ def complaints(options: Options, given: set[str]) -> Iterator[str]:
         yield "nothing to do: give --train, --val or --generate"
     if base and not (options.evaluates or rl.sft_steps):
         yield "--rf_model base is the reference policy, which is not trained: give --val or --generate"
+    if rl.sft_steps and rl.ppo_off:
+        yield "--ppo_off updates nothing, and --sft_steps does: give one of them"
     for name in sorted(given):
         algorithms = [algo for algo, row in ALGORITHMS.items() if name in row.takes]
         if algorithms and rl.algo not in algorithms:
@@ -255,8 +257,6 @@ def complaints(options: Options, given: set[str]) -> Iterator[str]:
                 yield f"--{name} has no effect {effect.otherwise}"
     if conflict := options.reward.conflict(given):
         yield conflict
-    if rl.sft_steps and rl.ppo_off:
-        yield "--ppo_off updates nothing, and --sft_steps does: give one of them"
     if ppo.min_new_tokens > ppo.max_new_tokens:
         yield (
             f"--min_new_tokens {ppo.min_new_tokens}: expected at most --max_new_tokens, found {ppo.max_new_tokens}: "
