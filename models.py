@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, make_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import ClassVar, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from geli.rl.rollout import (
 from geli.run.distributed import gather_shares, local_share
 from geli.run.errors import UserError
 from geli.run.gradients import NotFinite, apply_gradients
-from geli.run.options import episode_length, option, positive_float, positive_int
+from geli.run.options import episode_length, fraction, non_negative_float, option, positive_float, positive_int
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses of reward training
@@ -639,49 +639,53 @@ class RunningMoments:
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """PPO's settings; the defaults are the published ones.
+    """Settings of PPO, by the names that they have in TRL's PPOConfig; the defaults are the published ones.
 
-    Attributes:
-        preset: the name of these settings in `PPO_PRESETS`.
-        learning_rate, batch_size: as the options say.
-        mini_batch_size: most responses in a forward and backward pass.
-        accumulation_steps: minibatches in an optimizer step. ppo_epochs: passes over a batch.
-        gamma, lam: of GAE. clip: of the probability ratio. value_clip: of the value.
-        value_coefficient: weight of the value loss.
-        beta: initial weight of the KL penalty. target_kl_response: what beta is adapted to, in nats a response.
-        horizon: responses over which beta is adapted.
-        target_kl: the update stops when its approximate KL, in nats a token, exceeds 1.5 times this.
-        min_new_tokens, max_new_tokens: range from which each batch's response length limit is drawn.
+    TRL's trainers, which are other choices of `--algo`, take the preset, the learning rate, the batch size, and the
+    length of responses from here.
     """
+
+    title: ClassVar[str] = "PPO (the names are those of TRL's PPOConfig)"
 
     preset: str | None = option(
         None,
-        "settings of PPO, also the defaults of --learning_rate and --batch_size: small: for policies of about 100M "
-        "parameters (default: as published, for 7B)",
+        "the defaults of this group: small: for policies of about 100M parameters (default: as published, for 7B)",
         choices=("small",),
     )
     learning_rate: float = option(1.4e-5, "peak learning rate", type=positive_float)
     batch_size: int = option(24, "prompts a step; of rloo and grpo responses", type=positive_int)
-    mini_batch_size: int = 4
-    accumulation_steps: int = 2
-    ppo_epochs: int = 1
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip: float = 0.2
-    value_clip: float = 0.2
-    value_coefficient: float = 0.1
-    beta: float = 0.15
-    target_kl_response: float = 6.0
-    horizon: float = 10_000
-    target_kl: float = 1.0
-    min_new_tokens: int = 32
-    max_new_tokens: int = MAX_NEW_TOKENS
+    mini_batch_size: int = option(4, "most responses in a forward and backward pass", type=positive_int)
+    gradient_accumulation_steps: int = option(2, "ppo: minibatches in an optimizer step", type=positive_int)
+    ppo_epochs: int = option(1, "ppo: passes over a batch", type=positive_int)
+    init_kl_coef: float = option(0.15, "ppo: initial weight of the KL penalty", type=non_negative_float)
+    target: float = option(
+        6.0, "ppo: the KL that this weight is adapted to, in nats a response", type=positive_float, metavar="NATS"
+    )
+    horizon: float = option(
+        10_000.0, "ppo: responses over which it is adapted; more adapt it more slowly", type=positive_float
+    )
+    gamma: float = option(1.0, "ppo: discount of later tokens' rewards", type=fraction)
+    lam: float = option(0.95, "ppo: lambda of GAE, generalized advantage estimation", type=fraction)
+    cliprange: float = option(0.2, "ppo: how far the probability ratio may move from 1", type=positive_float)
+    cliprange_value: float = option(0.2, "ppo: how far a value may move from the rollout's", type=positive_float)
+    vf_coef: float = option(0.1, "ppo: weight of the value loss", type=non_negative_float)
+    target_kl: float = option(
+        1.0,
+        "ppo: a batch's update ends early when the KL to the policy before it exceeds 1.5 times this, in nats a token",
+        type=positive_float,
+        metavar="NATS",
+    )
+    no_early_stopping: bool = option(False, "ppo: never end an update early")
+    min_new_tokens: int = option(
+        32, "a batch's limit of response tokens is drawn from this up to --max_new_tokens", type=positive_int
+    )
+    max_new_tokens: int = option(MAX_NEW_TOKENS, "most tokens of a response", type=positive_int)
 
 
 PPO_PRESETS = {
     None: PPOConfig(),  # as published
     "small": PPOConfig(
-        preset="small", learning_rate=2e-3, beta=0.05, target_kl_response=4.0, min_new_tokens=32, max_new_tokens=32,
+        preset="small", learning_rate=2e-3, init_kl_coef=0.05, target=4.0, min_new_tokens=32, max_new_tokens=32,
     ),
 }  # fmt: skip
 
@@ -717,7 +721,7 @@ class PPO:
             )
         self.policy, self.score, self.config, self.accelerator = policy, score, config, accelerator
         self.optimizer = adafactor(policy.trainable(), config.learning_rate)
-        self.kl = AdaptiveKL(config.beta, config.target_kl_response, config.horizon)
+        self.kl = AdaptiveKL(config.init_kl_coef, config.target, config.horizon)
         self.moments = RunningMoments()
         self.rng, self.sampling = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
         self._seconds: dict[str, float] = {}
@@ -790,7 +794,7 @@ class PPO:
         return all_scores, local_share(self.moments.normalize(all_scores), self.accelerator), human
 
     def _update(self, batch: Rollout, old: dict, advantages, returns, n: int) -> dict[str, float]:
-        """PPO epochs over the batch. Stops early when the policy has moved too far.
+        """PPO epochs over the batch. Stops early when the policy has moved too far, unless told not to.
 
         Args:
             batch, old, advantages, returns: this process' share. n: responses of all processes.
@@ -800,7 +804,8 @@ class PPO:
             sums = self._optimizer_step(batch, old, advantages, returns, group, n)
             totals.update(sums)
             totals["optimizer_steps"] += 1
-            totals["stopped_early"] = float(sums["approx_kl"] / sums["tokens"] > 1.5 * config.target_kl)
+            too_far = sums["approx_kl"] / sums["tokens"] > 1.5 * config.target_kl
+            totals["stopped_early"] = float(too_far and not config.no_early_stopping)
             if totals["stopped_early"]:
                 break
         tokens, steps = totals["tokens"], totals["optimizer_steps"]
@@ -818,7 +823,7 @@ class PPO:
 
     def _groups(self, n: int) -> Iterator[np.ndarray]:
         """Random groups of the n responses, one for each optimizer step, the same in every process."""
-        size = self.config.mini_batch_size * self.config.accumulation_steps
+        size = self.config.mini_batch_size * self.config.gradient_accumulation_steps
         for _ in range(self.config.ppo_epochs):
             order = self.rng.permutation(n)
             yield from (order[first : first + size] for first in range(0, n, size))
@@ -837,9 +842,9 @@ class PPO:
             logprobs, values, _ = self.policy(*batch.rows(part))
             policy_loss, value_loss, found = ppo_loss(
                 logprobs, values, old["logprobs"][part], old["values"][part], advantages[part], returns[part],
-                batch.mask[part], config.clip, config.value_clip, tokens,
+                batch.mask[part], config.cliprange, config.cliprange_value, tokens,
             )  # fmt: skip
-            self.accelerator.backward(policy_loss + config.value_coefficient * value_loss)
+            self.accelerator.backward(policy_loss + config.vf_coef * value_loss)
             for name, value in {**found, "policy_loss": policy_loss, "value_loss": value_loss}.items():
                 sums[name] = sums[name] + value.detach()
         sums = {**self._sum(sums), "tokens": tokens}

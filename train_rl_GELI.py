@@ -10,17 +10,18 @@ and value head.
 import argparse
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from data_utils import DataOptions, load_prompts
 from geli.data.questions import QUESTIONS
-from geli.heads import find_head, load_reward_head, saved_heads
+from geli.heads import find_head, is_finished, load_reward_head, saved_heads
 from geli.nets.options import SMOLLM2, PolicyOptions
 from geli.nets.prompts import Prompt
+from geli.rl.reward_options import BASE, RF_MODELS, RewardOptions
 from geli.rl.rollout import RandomScorer
 from geli.run.errors import UserError, run
 from geli.run.options import (
@@ -28,6 +29,7 @@ from geli.run.options import (
     build_parser,
     file_name,
     flat,
+    given_options,
     non_negative_int,
     option,
     parse,
@@ -72,66 +74,30 @@ class Algorithm(NamedTuple):
     Attributes:
         train: (policy, score, prompts, recorder, accelerator, options, inputs), trains the policy in place.
         help: one line for `--help`.
-        by_trl: takes `--trl` and `--num_generations`, options of TRL's trainers.
-        resumes: writes checkpoints that `--resume` starts from. shards: can train a sharded policy.
-        skips_updates: can generate and score without updating (`--ppo_off`).
+        takes: names of the options that it takes and not every other algorithm does. Among them are `resume`: it writes
+            checkpoints; and `ppo_off`: it can generate and score without updating.
+        shards: can train a sharded policy.
     """
 
     train: Callable
     help: str
-    by_trl: bool = False
-    resumes: bool = False
+    takes: Sequence[str] = ()
     shards: bool = False
-    skips_updates: bool = False
 
 
+# of PPO's updates
+_UPDATE = (
+    "stop_kl init_kl_coef target horizon gamma lam cliprange cliprange_value vf_coef ppo_epochs "
+    "gradient_accumulation_steps target_kl no_early_stopping"
+).split()
 ALGORITHMS = {
-    "ppo": Algorithm(train_ppo, "this project's own loop", resumes=True, shards=True, skips_updates=True),
-    "rloo": Algorithm(partial(train_by_trl, algo="rloo"), "TRL's RLOO trainer", by_trl=True),
-    "grpo": Algorithm(partial(train_by_trl, algo="grpo"), "TRL's GRPO trainer", by_trl=True),
+    "ppo": Algorithm(train_ppo, "this project's own loop", (*_UPDATE, "resume", "ppo_off"), shards=True),
+    "rloo": Algorithm(partial(train_by_trl, algo="rloo"), "TRL's RLOO trainer", ("trl", "num_generations")),
+    "grpo": Algorithm(partial(train_by_trl, algo="grpo"), "TRL's GRPO trainer", ("trl", "num_generations")),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options
-
-
-class RewardChoice(NamedTuple):
-    """A choice of `--rf_model`, which takes the newest of some reward heads.
-
-    Attributes:
-        folders: patterns of the folders that they are in. command: how to train one.
-        li_signal: the LI signal that they must have learned from; None: any.
-    """
-
-    folders: tuple[str, ...]
-    command: str
-    li_signal: str | None = None
-
-
-_STAGE_2 = "train_reward_GELI.py --train --affect_path RUN"
-_SHORT_CLASSES = {
-    "funny": "you_are_funny",
-    "intelligent": "you_are_intelligent",
-    "humble": "you_are_humble",
-    "sync": "our_thoughts_synced_up_sr1",
-}
-RF_MODELS = {
-    "GELI": RewardChoice(("visual_feedback_baselines_*",), _STAGE_2),
-    "GE": RewardChoice(("baselines_*",), "train_reward_GELI.py --train"),
-    "LI": RewardChoice(("*reward_function_*",), "train_reward_LI_only.py"),
-    "sentiment": RewardChoice(
-        ("*reward_function_*", "visual_feedback_baselines_*"),
-        "train_reward_LI_only.py --li_signal sentiment",
-        li_signal="sentiment",
-    ),
-    **{
-        f"VFRRD_{short}": RewardChoice(
-            (f"visual_feedback_baselines_*_{name}_baseline_*",), f"{_STAGE_2} --reward_class {name}"
-        )
-        for short, name in _SHORT_CLASSES.items()
-    },
-}
-BASE = "base"  # the choice without RL: the reference policy, measured with GELI's reward
 
 
 @dataclass(frozen=True)
@@ -145,40 +111,6 @@ class PromptOptions(DataOptions):
         choices=QUESTIONS,
         metavar="CLASS",
     )
-
-
-@dataclass(frozen=True)
-class RewardOptions:
-    """What responses are scored by."""
-
-    reward: str = option(
-        "redistributed_reward",
-        "the turn reward of --rf_model, or a random number (a control: nothing should be learned)",
-        choices=("redistributed_reward", "random"),
-    )
-    rf_model: str = option(
-        "GELI",
-        "which newest reward head under --output_dir is used; base: no training, the reference policy",
-        choices=(*RF_MODELS, BASE),
-    )
-    reward_path: str | None = option(
-        None, "one reward head instead: a run name or the path of a reward1_ file", metavar="HEAD"
-    )
-    reward_function: str | None = option(
-        None,
-        "a Python function instead of a head: (prompts, responses) -> a number for each",
-        metavar="MODULE:FUNCTION",
-    )
-    gold_function: str | None = option(
-        None,
-        "such a function that is never trained on, but measured on held-out prompts and (ppo) at every step, to see "
-        "over-optimization of the reward",
-        metavar="MODULE:FUNCTION",
-    )
-    lang_model_path: str | None = option(
-        None, "encoder of a published head, which records none; other heads use their own"
-    )
-    max_length: int = option(1024, "encoder tokens; less if the encoder's limit is lower", type=positive_int)
 
 
 @dataclass(frozen=True)
@@ -225,6 +157,77 @@ class Options:
     data: PromptOptions = PromptOptions(context_turns=10)
     run: RunOptions = RunOptions(save_steps=10)
 
+    @property
+    def trains(self) -> bool:
+        """Whether the policy is trained by RL."""
+        return self.rl.train and self.reward.rf_model != BASE
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether policies answer held-out prompts."""
+        return self.rl.val or self.rl.generate
+
+    @property
+    def scores(self) -> bool:
+        """Whether a reward is needed."""
+        return self.trains or self.rl.val
+
+    @property
+    def has_tuned_policy(self) -> bool:
+        """Whether there is a policy beside the reference."""
+        return self.reward.rf_model != BASE and not self.rl.ppo_off
+
+    @property
+    def trains_by_ppo(self) -> bool:
+        """Whether it is trained by this project's PPO."""
+        return self.trains and self.rl.algo == "ppo"
+
+
+class Effect(NamedTuple):
+    """When some options have an effect. Given without it, they are refused.
+
+    Attributes:
+        options: their names. present: whether they have it. otherwise: when they have none, for the error.
+    """
+
+    options: Sequence[str]
+    present: Callable[[Options], object]
+    otherwise: str
+
+
+EFFECTS = (
+    Effect(["sft_steps"], lambda o: o.rl.train, "without --train"),
+    Effect(["sft_learning_rate"], lambda o: o.rl.sft_steps, "without --sft_steps"),
+    Effect(["resume"], lambda o: o.trains or o.rl.sft_steps, "without --train"),
+    Effect(
+        ["steps", "save_steps", "learning_rate", "ppo_off", "trl", "num_generations", *_UPDATE],
+        lambda o: o.trains,
+        "without RL, which takes --train and another --rf_model than base",
+    ),
+    Effect(["learning_rate", *_UPDATE], lambda o: not o.rl.ppo_off, "with --ppo_off, which updates nothing"),
+    Effect(["target_kl"], lambda o: not o.ppo.no_early_stopping, "with --no_early_stopping"),
+    Effect(["val_prompts"], lambda o: o.evaluates, "without --val or --generate"),
+    Effect(["min_new_tokens"], lambda o: o.trains_by_ppo or o.evaluates, "without PPO, --val or --generate"),
+    Effect(
+        ["mini_batch_size"],
+        lambda o: o.trains_by_ppo or o.evaluates or o.rl.sft_steps,
+        "without PPO, --val, --generate or --sft_steps",
+    ),
+    Effect(["gold_function"], lambda o: o.trains_by_ppo or o.evaluates, "without PPO, --val or --generate"),
+    Effect(["reward", "reward_path", "reward_function"], lambda o: o.scores, "where nothing is scored: add --val"),
+    Effect(["rf_model"], lambda o: o.scores or o.reward.rf_model == BASE, "where nothing is scored: add --val"),
+    Effect(
+        ["lang_model_path", "max_length"],
+        lambda o: o.scores and o.reward.chosen.is_head,
+        "where no reward head is used",
+    ),
+)
+# arguments of TRL's configuration that are options here
+_TRL_NAMES = {
+    "max_steps": "steps", "per_device_train_batch_size": "batch_size", "max_completion_length": "max_new_tokens",
+    "learning_rate": "learning_rate", "num_generations": "num_generations", "seed": "seed",
+}  # fmt: skip
+
 
 def chosen_preset(argv: Sequence[str] | None) -> str | None:
     """The value of `--preset`, which sets the defaults of other options; errors are left to the parser of them all."""
@@ -236,38 +239,49 @@ def chosen_preset(argv: Sequence[str] | None) -> str | None:
         return None
 
 
+def complaints(options: Options, given: set[str]) -> Iterator[str]:
+    """What is wrong with the options. Args: given: names of those on the command line, whatever their values."""
+    rl, ppo, base = options.rl, options.ppo, options.reward.rf_model == BASE
+    if not (rl.train or options.evaluates):
+        yield "nothing to do: give --train, --val or --generate"
+    if base and not (options.evaluates or rl.sft_steps):
+        yield "--rf_model base is the reference policy, which is not trained: give --val or --generate"
+    if rl.sft_steps and rl.ppo_off:
+        yield "--ppo_off updates nothing, and --sft_steps does: give one of them"
+    for name in sorted(given):
+        algorithms = [algo for algo, row in ALGORITHMS.items() if name in row.takes]
+        if algorithms and rl.algo not in algorithms:
+            yield f"--{name} is for --algo {' or '.join(algorithms)}"
+        for effect in EFFECTS:
+            if name in effect.options and not effect.present(options):
+                yield f"--{name} has no effect {effect.otherwise}"
+    if conflict := options.reward.conflict(given):
+        yield conflict
+    if ppo.min_new_tokens > ppo.max_new_tokens:
+        yield (
+            f"--min_new_tokens {ppo.min_new_tokens}: expected at most --max_new_tokens, found {ppo.max_new_tokens}: "
+            "give both"
+        )
+    if 5 * ppo.horizon <= ppo.batch_size:
+        yield (
+            f"--horizon {ppo.horizon:g}: expected more than a fifth of --batch_size {ppo.batch_size}, or a step could "
+            "make the weight of the KL penalty negative"
+        )
+    for word in rl.trl or ():
+        name = word.partition("=")[0]
+        if name in _TRL_NAMES:
+            yield f"--trl {word}: give it as --{_TRL_NAMES[name]}"
+        if not options.run.log_text and name.startswith(("report_to", "log_completions", "push_to_hub", "hub_")):
+            yield f"--trl {word}: it can send conversations elsewhere: give --log_text if they may"
+
+
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """The options on the command line."""
     defaults = Options(ppo=PPO_PRESETS[chosen_preset(argv)])
     parser = build_parser("Stage 3: align a language model with a reward head by PPO.", defaults)
     options = parse(parser, defaults, argv)
-    rl, run_options = options.rl, options.run
-    if not (rl.train or rl.val or rl.generate):
-        parser.error("nothing to do: give --train, --val or --generate")
-    algorithm = ALGORITHMS[rl.algo]
-    if rl.trl and not algorithm.by_trl:
-        parser.error("--trl are options of TRL's trainers: give --algo rloo or --algo grpo")
-    if not run_options.log_text:
-        for word in rl.trl or ():  # options by which TRL sends prompts and responses elsewhere
-            if word.partition("=")[0].startswith(("report_to", "log_completions", "push_to_hub", "hub_")):
-                parser.error(f"--trl {word}: it can send conversations elsewhere: give --log_text if they may")
-    if rl.stop_kl and rl.algo != "ppo":
-        parser.error("--stop_kl is for --algo ppo")
-    if rl.ppo_off and not algorithm.skips_updates:
-        parser.error("--ppo_off is for --algo ppo")
-    for name, given in {"ppo_off": rl.ppo_off, "resume": run_options.resume, "sft_steps": rl.sft_steps}.items():
-        if given and not rl.train:
-            parser.error(f"--{name} changes training: give --train")
-    if run_options.resume and not algorithm.resumes:
-        parser.error(f"--resume is for --algo ppo: {rl.algo} writes no checkpoints here")
-    if rl.sft_steps and rl.ppo_off:
-        parser.error("--ppo_off updates nothing, and --sft_steps does: give one of them")
-    if options.reward.rf_model == BASE:
-        if not (rl.val or rl.generate or rl.sft_steps):
-            parser.error("--rf_model base is the reference policy, which is not trained: give --val or --generate")
-        if rl.train:
-            print(f"--rf_model base is the reference policy: {'no RL' if rl.sft_steps else 'nothing is trained'}")
-        options = replace(options, rl=replace(rl, train=False))
+    for complaint in complaints(options, given_options(parser, argv)):
+        parser.error(complaint)
     return options
 
 
@@ -280,14 +294,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from geli.nets.policy import Policy, load_policy, saved_prompt_format
+from geli.nets.policy import Policy, load_policy, trained_as
 from geli.nets.smollm2 import PACKAGE, make_smollm2
 from geli.report.lineage import lineage_config
 from geli.report.policies import PolicyRun, finish_policy_run
 from geli.reward import GELIReward
 from geli.rl import trl_algorithms
-from geli.rl.evaluation import evaluate_policy, reward_with_interval, score_together
-from geli.rl.outputs import Recorder, base_of, lock_outputs, newest_checkpoint, outputs_of
+from geli.rl.evaluation import Comparison, Evaluation, evaluate_policy
+from geli.rl.outputs import OutputNames, Recorder, base_of, lock_outputs, newest_checkpoint, outputs_of
 from geli.rl.reward_functions import FunctionScorer
 from geli.run.checkpoint import Checkpointer
 from geli.run.console import is_main_process
@@ -306,65 +320,60 @@ def main(options: Options) -> None:
     accelerator = make_accelerator(options.run.device, options.run.dtype, cpu_dtype="float32")
     make_local_model(options)
     check_processes(options, accelerator)
-    names = OutputNames.of(options)
+    if rl.train and not options.trains:
+        print(f"--rf_model base is the reference policy: {'no RL' if rl.sft_steps else 'nothing is trained'}")
+    names = OutputNames.of(options.run.output_dir, rl.exp_name, options.policy.model_name, rl.ppo_off)
     lock = lock_names(arguments, names) if options.run.resume else None
     started = broadcast_object_list([lock.description if lock else {}])[0]  # of a run that is resumed; else empty
-    needs_score = rl.train or rl.val
-    head_path = find_reward(options, started.get("arguments", {}).get("reward_head")) if needs_score else None
+    head_path = find_reward(options, started.get("arguments", {}).get("reward_head")) if options.scores else None
     prompts, held_out, counts = load_prompts(
         options.data, cache=options.run.cache_dir, seed=options.run.seed, val_prompts=rl.val_prompts,
-        needs_training=bool(rl.train or rl.sft_steps), needs_held_out=rl.val or rl.generate,
+        needs_training=bool(options.trains or rl.sft_steps), needs_held_out=options.evaluates,
     )  # fmt: skip
-    score = load_score(options, accelerator, head_path) if needs_score else None
-    gold = options.reward.gold_function and FunctionScorer(options.reward.gold_function, "--gold_function")
+    score = load_score(options, accelerator, head_path) if options.scores else None
+    gold = FunctionScorer(options.reward.gold_function, "--gold_function") if options.reward.gold_function else None
     policy, checkpoint, warmed = start_policy(options, accelerator, names, resumed=bool(started))
-    if not started and (rl.train or rl.sft_steps) and is_main_process():
+    if not started and (options.trains or rl.sft_steps) and is_main_process():
         lock = lock_outputs(names.folder, names.stem, lock)
-    stem = names.report_stem(options, checkpoint)
+    stem = names.report_stem(checkpoint, base=options.reward.rf_model == BASE)
     described = {**arguments, "data": counts, "reward_head": head_path and str(head_path)}
     described["lineage"] = lineage_config(head_path)
     tracker = Tracker("rlmf", names.folder, described, options.run, accelerator, lock)
-    paths, metrics, texts, steps = [], {}, {}, []
+    measured = Comparison(partial(evaluate, options, score, gold, held_out, accelerator), held_out)
+    paths, steps = [], []
     if rl.sft_steps:
         if not warmed:
             policy = warm_start(options, accelerator, policy, prompts, tracker, names.sft_model)
         tracker.offset = rl.sft_steps  # PPO's step 1 is logged after SFT's last
         paths.append(names.sft_model)
-
-    evaluate = evaluator(options, policy, score, held_out, accelerator, gold or None)
     clock.lap("loading")
-    if rl.val or rl.generate:
-        with policy.reference():
-            metrics["before"], texts["base"], rewards_before = evaluate()
+    if options.evaluates:
+        measured.reference(policy)
     if rl.val:
-        human = score_together(score, held_out, [prompt.human for prompt in held_out], accelerator)
-        metrics["human"] = reward_with_interval(human.tolist(), held_out)
-        if gold:
-            metrics["human"]["gold"] = gold(held_out, [prompt.human for prompt in held_out]).mean().item()
+        measured.human(score, gold, accelerator)
     clock.lap("evaluation before")
-    if rl.train:
+    if options.trains:
         recorder = new_recorder(options, policy, tracker, names.folder, stem)
         inputs = hash_inputs(prompts, head_path)
         ALGORITHMS[rl.algo].train(policy, score, prompts, recorder, accelerator, options, inputs)
         paths, steps = paths + recorder.finish(), recorder.rows
         clock.lap("training")
-    if (rl.val or rl.generate) and has_tuned_policy(options):
-        metrics["after"], texts["tuned"], rewards_after = evaluate()
-        if rl.val:
-            metrics["gain"] = reward_with_interval(np.subtract(rewards_after, rewards_before), held_out)
+    if options.evaluates and options.has_tuned_policy:
+        measured.tuned(policy)
     clock.lap("evaluation after")
     report = PolicyRun(
         stem=names.folder / stem, algo=rl.algo, arguments=arguments, defaults=flat(Options()), counts=counts,
-        reward=reward_name(options, head_path) if needs_score else "not measured", head=head_path, held_out=held_out,
-        metrics=metrics, texts=texts, steps=steps, paths=paths, seconds=clock.seconds,
+        reward=reward_name(options, head_path) if options.scores else "not measured", head=head_path,
+        held_out=held_out, metrics=measured.metrics, texts=measured.texts, steps=steps, paths=paths,
+        seconds=clock.seconds,
     )  # fmt: skip
     finish_policy_run(report, tracker)
 
 
-def evaluator(options: Options, policy: Policy, score, held_out: list[Prompt], accelerator, gold) -> Callable:
-    """() -> `evaluation.Evaluation` of the policy as it then is."""
-    return partial(
-        evaluate_policy, policy, score, held_out, accelerator, seed=options.run.seed,
+def evaluate(options: Options, score, gold, held_out: list[Prompt], accelerator, policy: Policy) -> Evaluation:
+    """The policy's responses to the held-out prompts, measured."""
+    return evaluate_policy(
+        policy, score, held_out, accelerator, seed=options.run.seed,
         batch_size=options.ppo.batch_size, mini_batch_size=options.ppo.mini_batch_size,
         min_new_tokens=options.ppo.min_new_tokens, max_new_tokens=options.ppo.max_new_tokens, gold=gold,
     )  # fmt: skip
@@ -374,19 +383,14 @@ def new_recorder(options: Options, policy: Policy, tracker: Tracker, folder: Pat
     """What records the training run."""
     return Recorder(
         policy, tracker, folder, stem, steps=options.rl.steps, algo=options.rl.algo,
-        save_every=options.run.save_steps, target_kl_response=options.ppo.target_kl_response,
+        save_every=options.run.save_steps, target_kl_response=options.ppo.target,
         saves=not options.rl.ppo_off,
     )  # fmt: skip
 
 
 def reward_name(options: Options, head_path: Path | None) -> str:
     """What the reward is, for reports."""
-    return head_path.name if head_path else options.reward.reward_function or options.reward.reward
-
-
-def has_tuned_policy(options: Options) -> bool:
-    """Whether there is a policy beside the reference."""
-    return options.reward.rf_model != BASE and not options.rl.ppo_off
+    return head_path.name if head_path else options.reward.chosen.name
 
 
 def check_processes(options: Options, accelerator) -> None:
@@ -398,27 +402,6 @@ def check_processes(options: Options, accelerator) -> None:
         trl_algorithms.check_sft(
             options.policy.source(options.run.cache_dir), options.ppo.batch_size, accelerator.num_processes, trust
         )
-
-
-class OutputNames(NamedTuple):
-    """Where the run writes: in `folder`, under names that begin with `stem`; the SFT warm start to `sft_model`."""
-
-    folder: Path
-    stem: str
-    sft_model: Path
-
-    @classmethod
-    def of(cls, options: Options) -> "OutputNames":
-        """The names that the options ask for."""
-        folder = Path(options.run.output_dir) / "rlmf_weights"
-        stem = f"{options.rl.exp_name}_{Path(options.policy.model_name).name}"
-        return cls(folder, stem + "_ppo_off" * options.rl.ppo_off, folder / f"{stem}_sft")
-
-    def report_stem(self, options: Options, checkpoint: Path | None) -> str:
-        """How the names of the report begin: those of a mere evaluation leave those of training alone."""
-        if checkpoint:
-            return f"{checkpoint.name}_val"
-        return f"{self.stem}_base" if options.reward.rf_model == BASE else self.stem
 
 
 def lock_names(arguments: dict, names: OutputNames) -> RunLock | None:
@@ -434,24 +417,13 @@ def lock_names(arguments: dict, names: OutputNames) -> RunLock | None:
 def find_reward(options: Options, resumed_head: str | None) -> Path | None:
     """The reward head's file: of a resumed run the one that it started with, else `--reward_path`, else the newest of
     `--rf_model`'s kind. Prints which it is. None where the reward is not a head's."""
-    if options.reward.reward != "redistributed_reward" or options.reward.reward_function:
+    reward, output_dir = options.reward.chosen, options.run.output_dir
+    if not reward.is_head:
         return None
-    output_dir, choice_name = options.run.output_dir, options.reward.rf_model
     if resumed_head:
         path = Path(resumed_head)
-    elif options.reward.reward_path:
-        path = find_head(options.reward.reward_path, output_dir)
     else:
-        choice = RF_MODELS["GELI" if choice_name == BASE else choice_name]
-        found = [path for pattern in choice.folders for path in saved_heads(output_dir, pattern)]
-        if choice.li_signal:
-            found = [path for path in found if load_reward_head(path).config.li_signal == choice.li_signal]
-        if not found:
-            raise UserError(
-                f"--rf_model {choice_name}: expected a reward head {' or '.join(choice.folders)}/reward1_RUN under "
-                f"{output_dir}, found none; train one with {choice.command}, or name one with --reward_path"
-            )
-        path = max(found, key=lambda p: (p.stat().st_mtime_ns, p.name))
+        path = find_head(reward.name, output_dir) if reward.kind == "head" else newest_head(reward.name, output_dir)
     config = load_reward_head(path).config
     learned = f"LI from the {config.li_signal}" if config.li else "no LI"
     print(
@@ -461,10 +433,34 @@ def find_reward(options: Options, resumed_head: str | None) -> Path | None:
     return path
 
 
+def newest_head(name: str, output_dir: str) -> Path:
+    """The newest head of the kind `RF_MODELS[name]` whose run has finished. Prints which newer ones are passed over."""
+    kind = RF_MODELS[name]
+    found = [path for pattern in kind.folders for path in saved_heads(output_dir, pattern)]
+    if kind.li_signal:
+        found = [path for path in found if load_reward_head(path).config.li_signal == kind.li_signal]
+    unfinished = []
+    for path in sorted(found, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True):
+        if is_finished(path):
+            for newer in unfinished:
+                print(f"--rf_model {name}: passed over {newer}, whose run has not finished (--reward_path takes it)")
+            return path
+        unfinished.append(path)
+    if unfinished:
+        raise UserError(
+            f"--rf_model {name}: expected a reward head of a finished run, found {unfinished[0]}, whose run has not "
+            "finished: finish it with its command and --resume, or use it all the same with --reward_path"
+        )
+    raise UserError(
+        f"--rf_model {name}: expected a reward head {' or '.join(kind.folders)}/reward1_RUN under {output_dir}, found "
+        f"none; train one with {kind.command}, or name one with --reward_path"
+    )
+
+
 def load_score(options: Options, accelerator, head_path: Path | None) -> Callable:
     """(prompts, responses) -> rewards (n,): by the head at `head_path`, by `--reward_function`, or random numbers."""
-    if options.reward.reward_function:
-        return FunctionScorer(options.reward.reward_function, "--reward_function")
+    if options.reward.chosen.kind == "function":
+        return FunctionScorer(options.reward.chosen.name, "--reward_function")
     if head_path is None:
         return RandomScorer(options.run.seed + accelerator.process_index)
     return GELIReward.load(
@@ -478,7 +474,7 @@ def start_policy(options: Options, accelerator, names: OutputNames, resumed: boo
     and whether it is the SFT model that a resumed run has made already."""
     source, checkpoint = options.policy.source(options.run.cache_dir), None
     prompt_format = options.policy.prompt_format or "raw"
-    if has_tuned_policy(options) and not options.rl.train:
+    if options.has_tuned_policy and not options.trains:
         checkpoint = newest_checkpoint(names.folder, names.stem)
         source = base_of(checkpoint, names.sft_model) or source
         prompt_format = check_prompt_format(options.policy.prompt_format, checkpoint)
@@ -494,7 +490,7 @@ def start_policy(options: Options, accelerator, names: OutputNames, resumed: boo
 
 def check_prompt_format(given: str | None, checkpoint: Path) -> str:
     """The prompt format of a checkpoint, which must be the `given` one unless that is None."""
-    recorded = saved_prompt_format(checkpoint)
+    recorded = trained_as(checkpoint).prompt_format
     if given not in (None, recorded):
         raise UserError(f"--prompt_format {given}: {checkpoint} was trained with {recorded}: give that, or neither")
     return recorded
@@ -515,6 +511,7 @@ def build_policy(options: Options, accelerator, source: str, prompt_format: str)
     computes in."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     policy = load_policy(source, *options.policy.lora, dtype, options.run.trust_remote_code, prompt_format)
+    policy.limit_responses(options.ppo.max_new_tokens)
     policy = shard(policy, accelerator)
     if policy.max_over_ranks and (not ALGORITHMS[options.rl.algo].shards or options.rl.sft_steps):
         option_name = "--sft_steps" if options.rl.sft_steps else f"--algo {options.rl.algo}"

@@ -64,7 +64,7 @@ def work(shape: Shape) -> None:
             return scorer(**inputs).logits[:, 0]
 
     config = PPOConfig(
-        batch_size=BATCH, mini_batch_size=MINI_BATCH, accumulation_steps=1, min_new_tokens=shape.new_tokens,
+        batch_size=BATCH, mini_batch_size=MINI_BATCH, gradient_accumulation_steps=1, min_new_tokens=shape.new_tokens,
         max_new_tokens=shape.new_tokens,
     )  # fmt: skip
     ppo = PPO(policy, score, config, make_accelerator("cpu", "float32"), seed=0)

@@ -48,8 +48,8 @@ SEARCH_SEEDS = (100, 101)  # of the search for the learning rate
 BETA = 0.005  # standard deviations of the reward a nat
 BETAS = {"grpo": BETA, "rloo": BETA * 0.5 / RESPONSE**0.5}  # of a share of words that are good or not by chance
 PPO_OPTIONS = dict(
-    learning_rate=3e-3, batch_size=64, mini_batch_size=32, accumulation_steps=1, beta=BETA, target_kl_response=12.0,
-    min_new_tokens=RESPONSE, max_new_tokens=RESPONSE,
+    learning_rate=3e-3, batch_size=64, mini_batch_size=32, gradient_accumulation_steps=1, init_kl_coef=BETA,
+    target=12.0, min_new_tokens=RESPONSE, max_new_tokens=RESPONSE,
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from geli.nets.pretrained import named_by_file
 from geli.nets.published_heads import NotPublished, read_published_head
 from geli.run.errors import UserError, first_line
 from geli.run.files import atomic_path
+from geli.run.run_names import record_path
 from models import DECOMPOSITIONS, RewardHead, RewardHeadConfig
 
 _HEAD_FORMAT = "geli-reward-head-1"
@@ -120,6 +121,12 @@ STAGE_1_FOLDERS = "*reward_function_*"  # under --output_dir
 def saved_heads(output_dir: str | Path, folders: str = "*") -> list[Path]:
     """The reward heads in the folders of `output_dir` that match the pattern `folders`."""
     return [path for path in Path(output_dir).glob(f"{folders}/reward1_*") if not path.name.endswith(".json")]
+
+
+def is_finished(path: Path) -> bool:
+    """Whether the run that made a head has finished, so that its record is beside it. Published heads have none, and
+    are finished."""
+    return record_path(path.parent, path.name.removeprefix("reward1_")).is_file() or _is_zip(path)
 
 
 def find_head(name: str, output_dir: str | Path, folders: str = "*") -> Path:

@@ -57,6 +57,14 @@ def module_of(command: str) -> str:
     return command.removesuffix(".py").replace("/", ".")
 
 
+def with_sizes(words, **sizes) -> list:
+    """Options of stage 3 with small numbers for those of `sizes` that have an effect beside `words`: its command
+    refuses others. Words that are given twice count as they stand last."""
+    rl, evaluates = "--train" in words and "base" not in words, bool({"--val", "--generate"} & set(words))
+    without = {"steps": rl, "learning_rate": rl, "val_prompts": evaluates}
+    return [*(word for name, size in sizes.items() if without.get(name, True) for word in (f"--{name}", size)), *words]
+
+
 def call_script(script: str, *arguments, check: int = 0):
     """As `run_script`, in this process, which saves the seconds of starting one; returns what it printed."""
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate allows one setting a process

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
-from geli.nets.options import MAX_NEW_TOKENS, SMOLLM2, PolicyOptions
-from geli.nets.policy import Policy, load_policy, saved_prompt_format
+from geli.nets.options import SMOLLM2, PolicyOptions
+from geli.nets.policy import Policy, load_policy, trained_as
 from geli.nets.pretrained import check_adapter, named_by_file, recorded_base
 from geli.nets.prompts import Prompt
 from geli.nets.smollm2 import make_smollm2
@@ -43,19 +43,11 @@ class Partner:
     Args:
         policy: with its adapter. name: of the checkpoint or model.
         tuned: whether the adapter was trained; an untrained one is left off.
-        context_turns: turns of history that it reads. max_new_tokens: of a reply.
+        context_turns: turns of history that it reads.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        name: str,
-        tuned: bool,
-        context_turns: int = CONTEXT_TURNS,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-    ):
-        self.policy, self.name, self.tuned = policy, name, tuned
-        self.context_turns, self.max_new_tokens = context_turns, max_new_tokens
+    def __init__(self, policy: Policy, name: str, tuned: bool, context_turns: int = CONTEXT_TURNS):
+        self.policy, self.name, self.tuned, self.context_turns = policy, name, tuned, context_turns
         self._lock = threading.Lock()
         self._reference = ExitStack()  # holds `policy.reference()` while the adapter is off
         self._adapter_on = True
@@ -118,12 +110,11 @@ class Training(NamedTuple):
     """What stage 3 recorded of the training of a checkpoint; None for what it did not.
 
     Attributes:
-        context_turns: turns of history in its prompts. max_new_tokens: of its responses, at most.
+        context_turns: turns of history in its prompts.
         reward_head: the recorded path of the head that it was trained with, or where that is now; it may be missing.
     """
 
     context_turns: int | None = None
-    max_new_tokens: int | None = None
     reward_head: Path | None = None
 
 
@@ -133,18 +124,12 @@ def training_of(weights: str | Path) -> Training:
     stem = re.fullmatch(r"(.+)_\d+", folder.resolve().name, re.ASCII)
     record = read_json_or_empty(folder.resolve().parent / f"{stem[1]}.json") if stem else {}
     arguments, head = record.get("arguments"), record.get("reward_head")
-    arguments = arguments if isinstance(arguments, dict) else {}
-
-    def number(name: str, most: int) -> int | None:
-        value = arguments.get(name)
-        return value if type(value) is int and 1 <= value <= most else None
-
+    turns = arguments.get("context_turns") if isinstance(arguments, dict) else None
     if isinstance(head, str) and not Path(head).is_file():  # the runs' folder was moved, or this is another one
         moved = folder.resolve().parent.parent / Path(head).parent.name / Path(head).name
         head = moved if moved.is_file() else head
     return Training(
-        number("context_turns", MOST_TURNS),
-        number("max_new_tokens", MAX_NEW_TOKENS),
+        turns if type(turns) is int and 1 <= turns <= MOST_TURNS else None,
         Path(head) if isinstance(head, (str, Path)) else None,
     )
 
@@ -180,7 +165,8 @@ def load_partner(
     tuned, trained = is_checkpoint(weights), training_of(weights)
     if tuned:
         base, scale = base_model or base_of_checkpoint(weights), lora_of(weights)
-        prompt_format = prompt_format or saved_prompt_format(weights)
+        recorded = trained_as(weights)
+        prompt_format = prompt_format or recorded.prompt_format
     else:
         if base_model:
             raise UserError(f"--base_model is for a checkpoint with an adapter: {weights} has no adapter_config.json")
@@ -191,9 +177,10 @@ def load_partner(
     policy = load_policy(base, *scale, dtype, trust_remote_code, prompt_format or "raw", option="--weights")
     if tuned:
         policy.load(weights)
+        policy.limit_responses(recorded.max_new_tokens)
     return Partner(
         policy.to(accelerator.device), Path(weights).resolve().name if tuned else Path(weights).name, tuned,
-        context_turns or trained.context_turns or CONTEXT_TURNS, trained.max_new_tokens or MAX_NEW_TOKENS,
+        context_turns or trained.context_turns or CONTEXT_TURNS,
     )  # fmt: skip
 
 

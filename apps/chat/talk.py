@@ -146,7 +146,7 @@ class Talk:
 
     def _generate(self) -> Iterator[str]:
         prompt = self.prompt(len(self.turns))
-        uniforms = draw_uniforms(1, self.partner.max_new_tokens, self._random)
+        uniforms = draw_uniforms(1, self.partner.policy.max_new_tokens, self._random)
         start, text = None, ""
         for text in self.partner.stream(prompt, uniforms, self.base):
             start = max(self.turns[-1].stop + GAP, self.now()) if start is None else start

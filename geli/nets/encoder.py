@@ -1,6 +1,5 @@
 """The text encoder: (context, response) pairs to one vector a turn."""
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path

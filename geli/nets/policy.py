@@ -1,7 +1,9 @@
 """The policy of stage 3: a language model with a LoRA adapter and a value head."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -23,6 +25,13 @@ LOGITS_PER_CHUNK = 1 << 25  # 128 MiB of float32
 VALUE_HEAD = "value_head.safetensors"  # in the folder of a saved policy
 
 
+class TrainedAs(NamedTuple):
+    """What a saved policy records: the form of its prompts, and the most tokens of its responses."""
+
+    prompt_format: str = "raw"
+    max_new_tokens: int = MAX_NEW_TOKENS
+
+
 class Policy(nn.Module):
     """A LoRA-adapted language model with a value head. The reference policy is the same network with the adapter off.
 
@@ -33,6 +42,7 @@ class Policy(nn.Module):
         prompt_format: how it reads prompts, a key of `PROMPT_FORMATS`.
 
     Attributes:
+        max_new_tokens: most tokens of a response, see `limit_responses`.
         max_over_ranks: set by `shard` when the model is sharded. Every forward pass then needs all processes; this
             returns the largest of the numbers that they call it with.
 
@@ -45,6 +55,7 @@ class Policy(nn.Module):
         self.model, self.tokenizer, self.prompt_format = model, tokenizer, prompt_format
         self.format = PROMPT_FORMATS[prompt_format](tokenizer)
         self.has_encoder = bool(model.config.is_encoder_decoder)
+        self.max_new_tokens = MAX_NEW_TOKENS
         self.max_over_ranks: Callable[[int], int] | None = None
         self.value_head = nn.Linear(model.config.hidden_size, 1)  # starts at 0
         nn.init.zeros_(self.value_head.weight)
@@ -58,10 +69,32 @@ class Policy(nn.Module):
         return self.value_head.weight.device
 
     @property
+    def positions(self) -> int:
+        """Tokens that the position table has room for."""
+        return getattr(self.model.config, "max_position_embeddings", None) or 1 << 20
+
+    @property
     def max_prompt_tokens(self) -> int:
-        """Tokens of a prompt that the position table has room for; in a causal model, besides the longest response."""
-        positions = getattr(self.model.config, "max_position_embeddings", None) or 1 << 20
-        return positions if self.has_encoder else positions - MAX_NEW_TOKENS
+        """Tokens of a prompt that there is room for; in a causal model, besides the longest response."""
+        return self.positions if self.has_encoder else self.positions - self.max_answer_tokens
+
+    @property
+    def max_answer_tokens(self) -> int:
+        """Tokens of a response, or of a human answer in SFT, that room is kept for behind a prompt."""
+        return max(self.max_new_tokens, MAX_NEW_TOKENS)
+
+    def limit_responses(self, max_new_tokens: int) -> None:
+        """Sets the most tokens of a response, for which room is kept behind each prompt and which `save` records.
+
+        Raises:
+            UserError: if the position table has no room for them and a prompt.
+        """
+        self.max_new_tokens = max_new_tokens
+        if not (1 <= max_new_tokens <= self.positions and self.max_prompt_tokens > 0):
+            raise UserError(
+                f"--max_new_tokens {max_new_tokens}: expected 1 or more, and room for a prompt besides; this model has "
+                f"{self.positions:,} positions"
+            )
 
     def trainable(self) -> list[nn.Parameter]:
         """The adapter's and the value head's parameters."""
@@ -230,17 +263,18 @@ class Policy(nn.Module):
             )
 
     def save(self, folder: str | Path) -> None:
-        """Writes a PEFT adapter with its tokenizer and `value_head.safetensors`, which records the prompt format,
-        atomically. Only the main process writes."""
+        """Writes a PEFT adapter with its tokenizer and `value_head.safetensors`, which records the prompt format and
+        the most tokens of a response, atomically. Only the main process writes."""
         if not is_main_process():
             return
+        recorded = TrainedAs(self.prompt_format, self.max_new_tokens)._asdict()
         with atomic_folder(folder) as temporary:
             self.model.save_pretrained(temporary, save_embedding_layers=False)
             self.tokenizer.save_pretrained(temporary)
             save_file(
                 {k: v.detach().cpu().contiguous() for k, v in self.value_head.state_dict().items()},
                 temporary / VALUE_HEAD,
-                metadata={"prompt_format": self.prompt_format},
+                metadata={"policy": json.dumps(recorded)},  # one entry: the order of several is not fixed
             )
 
     def save_merged(self, folder: str | Path) -> None:
@@ -287,20 +321,28 @@ def _token_logprobs(logits_of: Callable, vocabulary: int, states: torch.Tensor, 
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def saved_prompt_format(folder: str | Path) -> str:
-    """The prompt format of a saved policy.
+def trained_as(folder: str | Path) -> TrainedAs:
+    """What a saved policy records of its training.
 
     Raises:
-        UserError: if it records one that this program does not know, or cannot be read.
+        UserError: if it cannot be read, or records what this program does not know.
     """
     path = Path(folder) / VALUE_HEAD
     try:
         with safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("prompt_format")
+            recorded = (file.metadata() or {}).get("policy", "{}")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: expected a value head (a safetensors file): {first_line(error)}") from None
-    if found not in PROMPT_FORMATS:
-        raise UserError(f"{path}: expected a prompt format of {', '.join(PROMPT_FORMATS)}, found {found!r}"[:300])
+    try:
+        found = TrainedAs(**json.loads(recorded))
+        known = found.prompt_format in PROMPT_FORMATS and type(found.max_new_tokens) is int
+    except (ValueError, TypeError, RecursionError):
+        known = False
+    if not known:
+        raise UserError(
+            f"{path}: expected a prompt format of {', '.join(PROMPT_FORMATS)} and a number of tokens, found "
+            f"{recorded!r}"[:300]
+        )
     return found
 
 

@@ -30,6 +30,42 @@ class Evaluation(NamedTuple):
     rewards: list[float] | None
 
 
+class Comparison:
+    """What is measured of the reference, the tuned policy and people on the same held-out prompts.
+
+    Args:
+        evaluate: policy -> `Evaluation`. prompts: the held-out prompts.
+
+    Attributes:
+        metrics: of the reference `before`, of the tuned policy `after`, their difference in reward `gain`, and of the
+            `human` answers, where measured. texts: responses of `base` and `tuned`.
+    """
+
+    def __init__(self, evaluate: Callable, prompts: Sequence[Prompt]):
+        self.evaluate, self.prompts = evaluate, prompts
+        self.metrics: dict[str, dict] = {}
+        self.texts: dict[str, list[str]] = {}
+
+    def reference(self, policy: Policy) -> None:
+        """Measures the reference policy."""
+        with policy.reference():
+            self.metrics["before"], self.texts["base"], self._rewards = self.evaluate(policy)
+
+    def human(self, score: Callable, gold: Callable | None, accelerator: Accelerator) -> None:
+        """Measures the human answers."""
+        answers = [prompt.human for prompt in self.prompts]
+        rewards = score_together(score, self.prompts, answers, accelerator).tolist()
+        self.metrics["human"] = reward_with_interval(rewards, self.prompts)
+        if gold:
+            self.metrics["human"]["gold"] = gold(self.prompts, answers).mean().item()
+
+    def tuned(self, policy: Policy) -> None:
+        """Measures the tuned policy, after the reference."""
+        self.metrics["after"], self.texts["tuned"], rewards = self.evaluate(policy)
+        if rewards:
+            self.metrics["gain"] = reward_with_interval(np.subtract(rewards, self._rewards), self.prompts)
+
+
 @torch.no_grad()
 def evaluate_policy(
     policy: Policy, score: Callable | None, prompts: Sequence[Prompt], accelerator: Accelerator, *, seed: int,

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,27 @@ from geli.run.tracking import Tracker
 
 _PICTURES = r"_report\.html|(_ppo|_before_after)\.(png|pdf)"
 _OUTPUTS = rf"(_sft|_\d+|(_\d+_val|_base)?(\.json|_responses\.csv|{_PICTURES})|_steps\.csv)"
+
+
+class OutputNames(NamedTuple):
+    """Where stage 3 writes: in `folder`, under names that begin with `stem`; the SFT warm start to `sft_model`."""
+
+    folder: Path
+    stem: str
+    sft_model: Path
+
+    @classmethod
+    def of(cls, output_dir: str, exp_name: str, model_name: str, ppo_off: bool) -> "OutputNames":
+        """The names that these options ask for."""
+        folder, stem = Path(output_dir) / "rlmf_weights", f"{exp_name}_{Path(model_name).name}"
+        return cls(folder, stem + "_ppo_off" * ppo_off, folder / f"{stem}_sft")
+
+    def report_stem(self, checkpoint: Path | None, base: bool) -> str:
+        """How the names of the report begin: those of a mere evaluation, of a checkpoint or of the reference policy
+        (`base`), leave those of training alone."""
+        if checkpoint:
+            return f"{checkpoint.name}_val"
+        return f"{self.stem}_base" if base else self.stem
 
 
 def outputs_of(stem: str) -> re.Pattern:

@@ -14,7 +14,6 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import AutoConfig, PrinterCallback, TrainerCallback
 
-from geli.nets.options import MAX_NEW_TOKENS
 from geli.nets.policy import Policy
 from geli.nets.pretrained import load_pretrained
 from geli.nets.prompts import Prompt
@@ -216,7 +215,7 @@ def sft_example(policy: Policy, prompt: Prompt) -> tuple[list[int], list[int]]:
     no end token.
     """
     query = policy.format.encode(prompt, policy.max_prompt_tokens)
-    answer = policy.format.answer(prompt, prompt.human)[:MAX_NEW_TOKENS]
+    answer = policy.format.answer(prompt, prompt.human)[: policy.max_answer_tokens]
     return query + answer, [-100] * len(query) + answer
 
 

@@ -317,6 +317,7 @@ def test_without_data_the_error_is_one_line(script, trained, tmp_path):
         ("train_rl_GELI.py", "", "nothing to do: give --train, --val or --generate"),
         ("train_rl_GELI.py", "--train --resume --algo grpo", "--resume is for --algo ppo"),
         ("train_rl_GELI.py", "--train --ppo_off --algo grpo", "--ppo_off is for --algo ppo"),
+        ("train_rl_GELI.py", "--train --trl beta=1", "--trl is for --algo rloo or grpo"),
         ("train_rl_GELI.py", "--train --algo grpo --trl report_to=wandb", "it can send conversations elsewhere"),
         (
             "train_rl_GELI.py",

@@ -1,18 +1,20 @@
 """Options of stage 3 for other policies and rewards: chat form, reward and gold functions, presets."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pandas as pd
 import pytest
-from conftest import call_script
+from conftest import call_script, with_sizes
 from no_pictures import without_pictures
 from safetensors import safe_open
 from small_models import chat_model
 
 import train_rl_GELI
-from geli.nets.policy import saved_prompt_format
-from models import PPO_PRESETS
+from geli.nets.policy import TrainedAs, trained_as
+from geli.run.lock import _difference
+from geli.run.options import flat
+from models import PPO_PRESETS, PPOConfig
 
 FUNCTIONS = """
 def words(prompts, responses):
@@ -58,8 +60,8 @@ def stage_3(sample, tmp_path, monkeypatch):
 
     def stage_3(model, *more, check=0):
         options = ("--data_dir", sample, "--output_dir", tmp_path, "--model_name", model, "--context_turns", 3)
-        sizes = ("--steps", 2, "--batch_size", 4, "--val_prompts", 4)
-        return call_script("train_rl_GELI.py", *options, *sizes, *more, check=check)
+        sized = with_sizes(more, steps=2, batch_size=4, val_prompts=4)
+        return call_script("train_rl_GELI.py", *options, *sized, check=check)
 
     return stage_3
 
@@ -68,7 +70,7 @@ def test_chat_form_is_recorded_and_followed_by_a_later_evaluation(stage_3, chat_
     stage_3(chat_llama, "--train", "--val", "--reward", "random", "--prompt_format", "chat")
     weights = tmp_path / "rlmf_weights"
     with safe_open(weights / "GELI_llama_2" / "value_head.safetensors", "pt") as file:
-        assert file.metadata() == {"prompt_format": "chat"}
+        assert json.loads(file.metadata()["policy"]) == {"prompt_format": "chat", "max_new_tokens": 8}
     trained = json.loads((weights / "GELI_llama.json").read_text())["metrics"]
     stage_3(chat_llama, "--val", "--reward", "random")  # without the option
     again = json.loads((weights / "GELI_llama_2_val.json").read_text())["metrics"]
@@ -79,14 +81,14 @@ def test_chat_form_is_recorded_and_followed_by_a_later_evaluation(stage_3, chat_
 
 def test_the_prompt_format_is_raw_by_default(stage_3, chat_llama, tiny, tmp_path):
     stage_3(tiny / "llama", "--train", "--reward", "random")
-    assert saved_prompt_format(tmp_path / "rlmf_weights" / "GELI_llama_2") == "raw"
+    assert trained_as(tmp_path / "rlmf_weights" / "GELI_llama_2") == TrainedAs("raw", 8)
     refused = stage_3(tiny / "llama", "--train", "--reward", "random", "--prompt_format", "chat", check=2)
     assert "has no chat template; use raw" in refused.stderr
 
 
 @pytest.mark.parametrize("algo", ["rloo", "grpo"])
 def test_trls_trainers_and_sft_use_the_chat_form(algo, stage_3, chat_llama, tmp_path):
-    more = ("--num_generations", 2, "--trl", "max_completion_length=8", "--sft_steps", 1)
+    more = ("--num_generations", 2, "--sft_steps", 1)
     stage_3(
         chat_llama, "--train", "--algo", algo, "--reward_function", "functions:words", *more, "--prompt_format", "chat"
     )
@@ -126,9 +128,117 @@ def test_a_preset_sets_the_defaults_of_other_options(monkeypatch):
     published, small = (train_rl_GELI.parse_options(["--train", *more]) for more in ([], ["--preset", "small"]))
     assert published.ppo == PPO_PRESETS[None] and small.ppo == PPO_PRESETS["small"] != published.ppo
     given = train_rl_GELI.parse_options(["--train", "--preset", "small", "--learning_rate", "1.4e-5"])
-    assert given.ppo.learning_rate == 1.4e-5 and given.ppo.beta == PPO_PRESETS["small"].beta
+    assert given.ppo.learning_rate == 1.4e-5 and given.ppo.target == PPO_PRESETS["small"].target
     with pytest.raises(SystemExit):
         train_rl_GELI.parse_options(["--train", "--preset", "huge"])
+
+
+PPO_SETTINGS = {  # another value for each
+    "--mini_batch_size": 2,
+    "--gradient_accumulation_steps": 1,
+    "--ppo_epochs": 2,
+    "--init_kl_coef": 0.3,
+    "--target": 3,
+    "--horizon": 500,
+    "--gamma": 0.9,
+    "--lam": 0.5,
+    "--cliprange": 0.1,
+    "--cliprange_value": 0.3,
+    "--vf_coef": 0.2,
+    "--target_kl": 0.5,
+    "--min_new_tokens": 5,
+    "--max_new_tokens": 200,
+}
+
+
+def test_every_setting_of_ppo_is_an_option_that_is_recorded_and_seen_by_resume(monkeypatch):
+    monkeypatch.undo()
+    plain = flat(train_rl_GELI.parse_options(["--train"]))
+    assert {field.name for field in fields(PPOConfig)} <= set(plain)
+    for name, value in {**PPO_SETTINGS, "--no_early_stopping": None}.items():
+        words = [name] if value is None else [name, str(value)]
+        options = train_rl_GELI.parse_options(["--train", *words])
+        changed = {option: value for option, value in flat(options).items() if value != plain[option]}
+        assert changed == {name[2:]: True if value is None else value} and getattr(options.ppo, name[2:]) != plain
+        assert _difference(plain, flat(options)) == f"{name} {plain[name[2:]]}, not {changed[name[2:]]}"
+
+
+def test_ppo_trains_by_its_options_and_a_checkpoint_records_how_long_replies_are(stage_3, tiny, tmp_path, monkeypatch):
+    monkeypatch.undo()  # no short responses but those of the options
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    without_pictures(monkeypatch)
+    options = ("--min_new_tokens", 3, "--max_new_tokens", 3, "--ppo_epochs", 3, "--gradient_accumulation_steps", 1)
+    options += ("--mini_batch_size", 2, "--init_kl_coef", 0.3, "--target", 2, "--horizon", 10)
+    stage_3(tiny / "llama", "--train", "--reward", "random", *options)
+    weights = tmp_path / "rlmf_weights"
+    steps = pd.read_csv(weights / "GELI_llama_steps.csv")
+    assert steps["optimizer_steps"].tolist() == [6, 6] and steps["response_length_mean"].max() <= 3
+    # the KL is 0 at first, the error is cut to -0.2, and 4 of 10 responses have passed
+    assert steps["beta"].tolist() == pytest.approx([0.3, 0.3 * (1 - 0.2 * 4 / 10)])
+    assert json.loads((weights / "GELI_llama.json").read_text())["arguments"]["init_kl_coef"] == 0.3
+    assert trained_as(weights / "GELI_llama_2").max_new_tokens == 3
+    too_many = ("--train", "--reward", "random", "--max_new_tokens", 1 << 16)
+    assert "room for a prompt besides" in stage_3(tiny / "llama", *too_many, check=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--train --gamma 1.5", "--gamma: a number from 0 to 1 is expected, not '1.5'"),
+        ("--train --cliprange 0", "--cliprange: a number above 0 is expected, not '0'"),
+        ("--train --ppo_epochs 0", "--ppo_epochs: a whole number of at least 1 is expected"),
+        ("--train --min_new_tokens 9 --max_new_tokens 8", "--min_new_tokens 9: expected at most --max_new_tokens"),
+        ("--train --horizon 4 --batch_size 20", "--horizon 4: expected more than a fifth of --batch_size 20"),
+        ("--train --target_kl 2 --no_early_stopping", "--target_kl has no effect with --no_early_stopping"),
+        ("--train --algo grpo --init_kl_coef 0.1", "--init_kl_coef is for --algo ppo"),
+        ("--train --algo rloo --vf_coef 0.1", "--vf_coef is for --algo ppo"),  # though that is its default
+        ("--train --algo rloo --no_early_stopping", "--no_early_stopping is for --algo ppo"),
+        ("--train --algo grpo --mini_batch_size 2", "--mini_batch_size has no effect without PPO"),
+        ("--train --algo grpo --trl max_completion_length=9", "give it as --max_new_tokens"),
+        ("--train --num_generations 4", "--num_generations is for --algo rloo or grpo"),
+        ("--train --ppo_off --lam 0.9", "--lam has no effect with --ppo_off"),
+        ("--train --ppo_off --learning_rate 1e-4", "--learning_rate has no effect with --ppo_off"),
+        ("--val --ppo_off", "--ppo_off has no effect without RL, which takes --train"),
+        ("--val --steps 3", "--steps has no effect without RL"),
+        ("--train --val --rf_model base --save_steps 3", "--save_steps has no effect without RL"),
+        ("--val --resume", "--resume has no effect without --train"),
+        ("--train --sft_learning_rate 1e-3", "--sft_learning_rate has no effect without --sft_steps"),
+        ("--train --val_prompts 9", "--val_prompts has no effect without --val or --generate"),
+        ("--train --algo grpo --gold_function a:b", "--gold_function has no effect without PPO, --val or --generate"),
+        ("--generate --reward_path x", "--reward_path has no effect where nothing is scored"),
+        ("--generate --rf_model GE", "--rf_model has no effect where nothing is scored"),
+        ("--train --reward random --lang_model_path x", "--lang_model_path has no effect where no reward head is used"),
+        ("--train --reward_function a:b --max_length 9", "--max_length has no effect where no reward head is used"),
+        ("--train --reward random --reward_path x", "--reward random and --reward_path ask for different rewards"),
+        ("--train --reward random --rf_model GELI", "--reward random and --rf_model GELI ask for different rewards"),
+        ("--train --rf_model GE --reward_path x", "--rf_model GE and --reward_path ask for different rewards"),
+        ("--train --reward_function a:b --reward_path x", "--reward_path and --reward_function ask for"),
+        ("--train --reward_function a:b --reward redistributed_reward", "--reward redistributed_reward and --rew"),
+    ],
+)
+def test_an_option_is_used_or_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_rl_GELI.parse_options(arguments.split())
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "chosen"),
+    [
+        ("--train", ("newest", "GELI")),
+        ("--train --reward redistributed_reward --rf_model GELI", ("newest", "GELI")),
+        ("--train --rf_model VFRRD_sync", ("newest", "VFRRD_sync")),
+        ("--val --rf_model base", ("newest", "GELI")),
+        ("--val --rf_model base --reward_path x", ("head", "x")),
+        ("--train --reward redistributed_reward --reward_path x", ("head", "x")),
+        ("--train --reward random", ("random", "random")),
+        ("--train --reward_function a:b", ("function", "a:b")),
+    ],
+)
+def test_the_options_of_the_reward_come_to_one(arguments, chosen):
+    assert train_rl_GELI.parse_options(arguments.split()).reward.chosen == chosen
 
 
 def test_training_ends_at_a_kl(stage_3, tiny, tmp_path):

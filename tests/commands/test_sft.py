@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import wandb
-from conftest import call_script, run_script, small_model
+from conftest import call_script, run_script, small_model, with_sizes
 from no_pictures import without_pictures
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
@@ -51,8 +51,8 @@ def stage_3(sample, tiny, tmp_path):
 
     def stage_3(*more, out=tmp_path, check=0):
         options = ("--data_dir", sample, "--output_dir", out, "--model_name", tiny / "llama", "--reward", "random")
-        sizes = ("--steps", 2, "--batch_size", 4, "--val_prompts", 4, "--context_turns", 2, "--learning_rate", 1e-2)
-        return call_script("train_rl_GELI.py", *options, *sizes, *more, check=check)
+        sized = with_sizes(more, steps=2, batch_size=4, val_prompts=4, context_turns=2, learning_rate=1e-2)
+        return call_script("train_rl_GELI.py", *options, *sized, check=check)
 
     return stage_3
 
@@ -96,7 +96,7 @@ def test_sft_alone_makes_held_out_human_answers_likelier(stage_3, held_out, tiny
 
 @pytest.mark.parametrize("algo", ["ppo", "rloo", "grpo"])
 def test_the_reference_is_the_saved_model_and_the_adapter_loads_by_plain_peft(algo, stage_3, held_out, tmp_path):
-    short = () if algo == "ppo" else ("--num_generations", 2, "--trl", "max_completion_length=8")
+    short = () if algo == "ppo" else ("--num_generations", 2)
     stage_3("--val", *WARM, "--algo", algo, *short)
     weights = tmp_path / "rlmf_weights"
     warm, checkpoint = weights / "GELI_llama_sft", weights / "GELI_llama_2"
@@ -140,8 +140,8 @@ def test_an_earlier_runs_adapters_keep_the_model_that_they_belong_to(stage_3, tm
     weights = tmp_path / "rlmf_weights"
     stage_3(*WARM)
     model = (weights / "GELI_llama_sft" / "model.safetensors").read_bytes()
-    for number, steps in ((1, 2), (2, 0)):  # a run with another warm start, then one without
-        stage_3(*WARM, "--sft_steps", steps)
+    for number, more in ((1, (*WARM, "--sft_steps", 2)), (2, ["--train"])):  # another warm start, then none
+        stage_3(*more)
         aside = weights / f"GELI_llama.earlier-{number}"
         recorded = json.loads((aside / "GELI_llama_2" / "adapter_config.json").read_text())["base_model_name_or_path"]
         assert recorded == str((aside / "GELI_llama_sft").resolve())
@@ -188,7 +188,7 @@ def test_what_cannot_be_is_refused_before_any_work(stage_3, sample, tmp_path):
     encoder_decoder = small_model("t5", tmp_path / "t5", sample)
     refused = {
         ("--train", "--model_name", encoder_decoder): "TRL trains decoder-only models",
-        ("--val",): "--sft_steps changes training: give --train",
+        ("--val",): "--sft_steps has no effect without --train",
         ("--train", "--ppo_off"): "--ppo_off updates nothing",
     }
     for options, message in refused.items():

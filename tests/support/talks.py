@@ -35,8 +35,9 @@ def write_checkpoint(out: Path, base: Path, head: Path | None = None, prompt_for
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     folder = out / "rlmf_weights" / "GELI_llama_2"
+    policy.limit_responses(12)
     policy.save(folder)
-    arguments = {"context_turns": 3, "max_new_tokens": 12, "train": True}
+    arguments = {"context_turns": 3, "train": True}
     record = {"stage": 3, "arguments": arguments, "reward_head": head and str(head)}
     (out / "rlmf_weights" / "GELI_llama.json").write_text(json.dumps(record))
     return folder
@@ -49,7 +50,7 @@ class LetterPolicy:
         prompts: that it has read. adapter: whether it is on.
     """
 
-    device, end, prompt_format = torch.device("cpu"), ord("|"), "raw"
+    device, end, prompt_format, max_new_tokens = torch.device("cpu"), ord("|"), "raw", 128
 
     def __init__(self, *replies: str):
         self.replies, self.prompts, self.adapter = list(replies), [], True

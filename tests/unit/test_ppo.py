@@ -27,7 +27,7 @@ def fresh_accelerator():
 def make_ppo(model, score=share_of_good_words, seed=0, **changes) -> PPO:
     """PPO on a policy whose adapter and value head are not zero."""
     torch.manual_seed(0)
-    options = dict(batch_size=8, mini_batch_size=4, accumulation_steps=1, min_new_tokens=12, max_new_tokens=12)
+    options = dict(batch_size=8, mini_batch_size=4, gradient_accumulation_steps=1, min_new_tokens=12, max_new_tokens=12)
     policy = load_policy(str(model), 4, 8, torch.float32)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def parameters(ppo) -> torch.Tensor:
 def test_accumulated_gradients_are_those_of_one_large_batch(model):
     gradients = []
     for mini_batch, accumulation in ((8, 1), (2, 4), (3, 3)):
-        ppo = make_ppo(model, mini_batch_size=mini_batch, accumulation_steps=accumulation)
+        ppo = make_ppo(model, mini_batch_size=mini_batch, gradient_accumulation_steps=accumulation)
         batch = sampled(ppo)
         batch.mask[2, 3:] = 0  # responses of different lengths
         old = {name: value + 0.1 * batch.mask for name, value in logprobs_and_values(ppo.policy, batch, 4).items()}
@@ -106,6 +106,9 @@ def test_an_update_stops_when_the_policy_has_moved_too_far(model):
         ppo = make_ppo(model, target_kl=target, ppo_epochs=3, learning_rate=1e-2)
         logged, _ = ppo.step(some_prompts())
         assert (logged["optimizer_steps"], logged["stopped_early"]) == (steps, stopped)
+    ppo = make_ppo(model, target_kl=1e-9, no_early_stopping=True, ppo_epochs=3, learning_rate=1e-2)
+    logged, _ = ppo.step(some_prompts())
+    assert (logged["optimizer_steps"], logged["stopped_early"]) == (6, 0)
 
 
 def test_a_response_that_is_empty_after_cutting_has_its_score_on_its_first_token():
@@ -191,7 +194,7 @@ def test_it_reaches_90_percent_of_a_known_optimum_with_bounded_kl(model):
 
 
 def test_with_a_large_beta_it_stays_at_the_reference(model):
-    rows = run_ppo(model, seed=0, steps=12, beta=20.0, learning_rate=1e-2)
+    rows = run_ppo(model, seed=0, steps=12, init_kl_coef=20.0, learning_rate=1e-2)
     assert np.mean([row["kl"] for row in rows[-5:]]) < 1  # with the usual beta it is above 4 by then
     assert np.mean([row["score_mean"] for row in rows[-5:]]) < 0.6
 

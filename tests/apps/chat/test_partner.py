@@ -166,8 +166,8 @@ def write_record(folder, **content):
 def test_history_and_head_are_read_from_the_runs_record(tmp_path):
     head = tmp_path / "reward1_a"
     head.touch()
-    weights = write_record(tmp_path, arguments={"context_turns": 4, "max_new_tokens": 64}, reward_head=str(head))
-    assert training_of(weights) == Training(4, 64, head)
+    weights = write_record(tmp_path, arguments={"context_turns": 4}, reward_head=str(head))
+    assert training_of(weights) == Training(4, head)
 
 
 def test_a_head_is_found_where_the_runs_were_moved_to(tmp_path):
@@ -178,9 +178,7 @@ def test_a_head_is_found_where_the_runs_were_moved_to(tmp_path):
     assert training_of(weights).reward_head == tmp_path / "baselines_x" / "reward1_a"
 
 
-@pytest.mark.parametrize(
-    "content", [{}, {"arguments": 3, "reward_head": 4}, {"arguments": {"context_turns": True, "max_new_tokens": 0}}]
-)
+@pytest.mark.parametrize("content", [{}, {"arguments": 3, "reward_head": 4}, {"arguments": {"context_turns": True}}])
 def test_what_is_not_recorded_is_not_made_up(content, tmp_path):
     assert training_of(write_record(tmp_path, **content)) == Training()
 
@@ -207,7 +205,8 @@ def load(weights, **options) -> Partner:
 def test_a_checkpoint_is_loaded_as_it_was_saved(made):
     out, weights = made
     partner = load(weights)
-    assert (partner.name, partner.tuned, partner.context_turns, partner.max_new_tokens) == ("GELI_llama_2", True, 3, 12)
+    assert (partner.name, partner.tuned, partner.context_turns) == ("GELI_llama_2", True, 3)
+    assert partner.policy.max_new_tokens == 12
     settings = partner.policy.model.peft_config["default"]
     assert (settings.r, settings.lora_alpha, partner.policy.prompt_format) == (4, 8, "raw")
     bare = load_policy(str(out / "rlmf_weights" / "GELI_llama_sft"), 4, 8, torch.float32)
@@ -244,12 +243,8 @@ def test_the_base_model_may_have_moved_with_the_checkpoint(made, tmp_path):
 
 def test_any_model_can_be_talked_to(made):
     partner = load(made[0] / "rlmf_weights" / "GELI_llama_sft")
-    assert (partner.name, partner.tuned, partner.context_turns, partner.max_new_tokens) == (
-        "GELI_llama_sft",
-        False,
-        10,
-        128,
-    )
+    assert (partner.name, partner.tuned, partner.context_turns) == ("GELI_llama_sft", False, 10)
+    assert partner.policy.max_new_tokens == 128
     with pytest.raises(UserError, match="has no adapter_config"):
         load(made[0] / "rlmf_weights" / "GELI_llama_sft", base_model="x")
 
