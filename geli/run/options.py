@@ -167,20 +167,23 @@ def new_parser(description: str) -> argparse.ArgumentParser:
 def build_parser(description: str, options) -> argparse.ArgumentParser:
     """A parser of the options in all groups of `options`, whose values are the defaults.
 
-    A group's fields that were not made by `option` are not on the command line.
+    A group's fields that were not made by `option` are not on the command line. A group with an attribute `title`
+    stands under it in `--help`.
     """
     parser = new_parser(description)
-    exclusive: dict[str, Any] = {}
+    titled: dict[str, Any] = {}  # title -> what its options are added to
     for group, field in _declared(options):
         declared = dict(field.metadata)
-        title, flag = declared.pop("exclusive"), declared.pop("flag") or f"--{field.name}"
+        exclusive, flag = declared.pop("exclusive"), declared.pop("flag") or f"--{field.name}"
+        title = exclusive or getattr(group, "title", None)
         default = getattr(group, field.name)
         declared = {key: value for key, value in declared.items() if value is not None}
         if default is False:
             declared["action"] = "store_true"
-        if title and title not in exclusive:
-            exclusive[title] = parser.add_argument_group(title).add_mutually_exclusive_group()
-        (exclusive[title] if title else parser).add_argument(flag, dest=field.name, default=default, **declared)
+        if title and title not in titled:
+            under = parser.add_argument_group(title)
+            titled[title] = under.add_mutually_exclusive_group() if exclusive else under
+        titled.get(title, parser).add_argument(flag, dest=field.name, default=default, **declared)
     return parser
 
 
@@ -193,6 +196,24 @@ def parse(parser: argparse.ArgumentParser, options, argv: Sequence[str] | None =
         given = {f.name: values[f.name] for f in dataclasses.fields(group) if f.metadata}
         groups[field.name] = dataclasses.replace(group, **given)
     return dataclasses.replace(options, **groups)
+
+
+def given_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> set[str]:
+    """Names of the options that the command line (`argv`, by default that of the process) gives, with any value."""
+    missing = object()
+    unset = argparse.Namespace(**{action.dest: missing for action in parser._actions})
+    return {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not missing}
+
+
+def refuse(parser: argparse.ArgumentParser, given: set[str], names: str, reason: str) -> None:
+    """Ends the program with one line if any of these options were given, because they would do nothing.
+
+    Args:
+        given: what `given_options` returned. names: of options, separated by spaces. reason: why, and what to do.
+    """
+    flags = [a.option_strings[-1] for a in parser._actions if a.dest in given and a.dest in names.split()]
+    if flags:
+        parser.error(f"{', '.join(flags)}: {reason}")
 
 
 def flat(options) -> dict[str, Any]:
