@@ -19,9 +19,8 @@ touch "$out/.made-by-demo"
 
 step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 data=(--data_dir "$out/candor" --output_dir "$out")
-# a normalized loss: as published, the GE part is hundreds of points² and drowns the LI part
 stage2=(--redist_type RRD --reward_class overall_affect --model convo --batch_size 4 --K 160 --train_size 100
-    --train --val --small_model_shrink --epochs 16 --context_turns 3 --loss_scale normalized)
+    --train --val --small_model_shrink --epochs 16 --context_turns 3)
 
 step "Sample corpus, and small models trained on it"
 python tools/sample_candor.py "$out/candor" --tiny "$out/models"
@@ -34,8 +33,9 @@ python train_reward_LI_only.py --reward_class overall_affect --model convo --bat
 step "Stage 2: GE alone, from the scores"
 python train_reward_GELI.py "${stage2[@]}" --lang_model_path "$out/models/bart" --run_name demo-ge "${data[@]}"
 
+# a normalized loss: as published, the GE part is hundreds of points² and drowns the LI part
 step "Stage 2: GELI, from both"
-python train_reward_GELI.py "${stage2[@]}" --affect_path demo-li --run_name demo-geli "${data[@]}"
+python train_reward_GELI.py "${stage2[@]}" --affect_path demo-li --loss_scale normalized --run_name demo-geli "${data[@]}"
 
 step "Stage 3: PPO on the GELI reward"
 python train_rl_GELI.py --model_name "$out/models/llama" --exp_name GELI --reward redistributed_reward --rf_model GELI \

@@ -255,7 +255,6 @@ def loss_scales(loss_scale: str, redist_type: str, ep_len: int | str, training: 
 class RewardTrainingOptions:
     """Training and validation of stages 1 and 2."""
 
-    train: bool = option(False, "train (stage 1 trains whether or not it is given)")
     val: bool = option(False, "evaluate on the validation conversations")
     val_all: bool = option(
         False, "with --val: on every conversation behind the training ones, not only on the last 50 (or tenth)"
@@ -264,21 +263,27 @@ class RewardTrainingOptions:
     learning_rate: float = option(5e-6, "peak learning rate", type=positive_float)
     ep_len: int | str = option(160, "L of the return, in turns, or 'actual' for each one's own", type=episode_length)
     contrastive: bool = option(False, "every second epoch add a supervised contrastive loss by affect")
-    curriculum: bool = option(False, "in training, show the encoder the user's answer after the response")
+    curriculum: bool = option(
+        False, "in training, show the encoder the user's answer after the response (--curriculum_exposure includes it)"
+    )
     curriculum_exposure: bool = option(
         False, "show the answer with a probability that falls from 1 to 0 over the epochs"
     )
     bar_chart: bool = option(False, "log bar charts of predicted reward by turn to wandb (with --val)")
 
 
-def check_reward_options(error: Callable[[str], None], training: RewardTrainingOptions, signal: SignalOptions) -> None:
-    """Calls `error` for options of stages 1 and 2 that would do nothing."""
-    if training.val_all and not training.val:
-        error("--val_all says on what --val evaluates: give --val too")
-    if training.bar_chart and not training.val:
-        error("--bar_chart draws the validation turns: give --val too")
-    if signal.sentiment_model and signal.li_signal and not LI_SIGNALS[signal.li_signal].uses_model:
-        error("--sentiment_model is for --li_signal sentiment")
+def refuse_unused(refuse: Callable[[str, str], None], training: RewardTrainingOptions, signal: SignalOptions) -> None:
+    """Refuses options that would do nothing in stages 1 and 2.
+
+    Args:
+        refuse: (names of options, why) ends the program if one of them was given.
+    """
+    if not training.val:
+        refuse("val_all bar_chart log_text", "nothing is validated: give --val")
+    if training.epochs == 1:
+        refuse("contrastive", "changes every second epoch, and there is one: give --epochs 2 or more")
+    if signal.li_signal and not LI_SIGNALS[signal.li_signal].uses_model:
+        refuse("sentiment_model", f"is not used by --li_signal {signal.li_signal}: give --li_signal sentiment")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,10 +319,19 @@ def small_head(hidden: int) -> nn.Sequential:
 
 
 def shrink_head(hidden: int) -> nn.Sequential:
-    """h-128-1 with ReLU, dropout 0.2 after each linear layer, tanh at the end."""
-    return nn.Sequential(
-        nn.Linear(hidden, 128), nn.Dropout(0.2), nn.ReLU(), nn.Linear(128, 1), nn.Dropout(0.2), nn.Tanh()
-    )
+    """h-128-1 with dropout 0.2 and ReLU between the layers, tanh at the end.
+
+    Dropout behind the last layer, which the published heads have, would drop rewards, not features. Of a squared error
+    of single turns the rewards that remain fit the target; of that of a return their mean, with the zeros, fits. So no
+    one reward in evaluation would be what every loss has fitted (docs/method.md).
+    """
+    return nn.Sequential(nn.Linear(hidden, 128), nn.Dropout(0.2), nn.ReLU(), nn.Linear(128, 1), nn.Tanh())
+
+
+def published_head(hidden: int) -> nn.Sequential:
+    """The published heads' layers: `shrink_head` with dropout 0.2 before tanh; their weights have the same names."""
+    *layers, tanh = shrink_head(hidden)
+    return nn.Sequential(*layers, nn.Dropout(0.2), tanh)
 
 
 class RudderCells(nn.Module):
@@ -368,10 +382,11 @@ class Head(NamedTuple):
 
 HEADS = {
     "default": Head(default_head, "h-768-128-32-1, ReLU", selectable=False),
-    "small_model_shrink": Head(shrink_head, "h-128-1, dropout 0.2 after each linear layer, tanh at the end"),
+    "small_model_shrink": Head(shrink_head, "h-128-1, dropout 0.2 and ReLU, tanh at the end"),
     "small_model": Head(small_head, "h-128-32-1, ReLU"),
     "batch_norm": Head(batch_norm_head, "the default head with LayerNorm after each hidden layer"),
     "hard_shrink": Head(hard_shrink_head, "the default head with a GELU at the end"),
+    "published": Head(published_head, "small_model_shrink with dropout 0.2 of the output", selectable=False),
     "rudder": Head(rudder_head, "16 LSTM cells", selectable=False, rewards=rudder_rewards),
 }
 
@@ -443,6 +458,21 @@ class RewardHeadConfig:
             raise ValueError(f"encoder: expected a hub id or a folder, found {self.encoder!r}"[:200])
         if self.encoder_is_folder and (self.encoder is None or Path(self.encoder).is_absolute()):
             raise ValueError(f"encoder: expected a folder relative to the head's, found {self.encoder}"[:200])
+
+
+def head_config(options, encoder, /, **values) -> RewardHeadConfig:
+    """The configuration of a head that a stage with these `options` trains on the features of `encoder`; `values` are
+    those that only the stage knows."""
+    return RewardHeadConfig(
+        hidden=encoder.hidden_size,
+        max_length=encoder.max_length,
+        context_turns=options.data.context_turns,
+        reward_class=options.data.reward_class,
+        li_signal=options.signal.li_signal,
+        sentiment_model=options.signal.sentiment_model,
+        ep_len=options.training.ep_len,
+        **values,
+    )
 
 
 class RewardHead(nn.Module):

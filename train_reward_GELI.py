@@ -13,20 +13,34 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from data_utils import LI_SIGNALS, DataOptions, SignalOptions, TurnSet, fingerprint, load_turns, rating_probability
+from data_utils import (
+    LI_SIGNALS,
+    Corpus,
+    DataOptions,
+    SignalOptions,
+    TurnSet,
+    fingerprint,
+    load_turns,
+    rating_probability,
+)
 from geli.heads import STAGE_1_FOLDERS, find_head, load_reward_head
 from geli.nets.options import EncoderOptions
 from geli.run.errors import UserError, run
-from geli.run.options import RunOptions, build_parser, flat, fraction, option, parse, positive_float, positive_int
-from models import (
-    DECOMPOSITIONS,
-    HeadOptions,
-    RewardHead,
-    RewardHeadConfig,
-    RewardTrainingOptions,
-    check_reward_options,
+from geli.run.options import (
+    RunOptions,
+    build_parser,
+    flat,
+    fraction,
+    given_options,
+    option,
+    parse,
+    positive_float,
+    positive_int,
+    refuse,
 )
+from models import DECOMPOSITIONS, HEADS, HeadOptions, RewardHead, RewardTrainingOptions, refuse_unused
 
 _DECOMPOSITIONS = "; ".join(f"{name}: {row.help}" for name, row in DECOMPOSITIONS.items())
 _SUBSET_DECOMPOSITIONS = [name for name, row in DECOMPOSITIONS.items() if row.uses_subset]
@@ -36,6 +50,7 @@ _SUBSET_DECOMPOSITIONS = [name for name, row in DECOMPOSITIONS.items() if row.us
 class GELITrainingOptions(RewardTrainingOptions):
     """Options of training that only this stage has."""
 
+    train: bool = option(False, "train a head; without it --val evaluates the one of --reward_path")
     redist_type: str = option("RRD", f"how the score is decomposed. {_DECOMPOSITIONS}", choices=DECOMPOSITIONS)
     affect_path: str | None = option(
         None, "stage-1 run (name, or path of reward1_RUN) to start from; adds the LI loss", metavar="RUN"
@@ -58,7 +73,7 @@ class GELITrainingOptions(RewardTrainingOptions):
     K: int = option(
         160,
         f"turns drawn of a trajectory in a step (all when there are fewer), for {', '.join(_SUBSET_DECOMPOSITIONS)}; "
-        "the others use all turns",
+        "the others use all turns, and it only names the folder, as published",
         type=positive_int,
     )
     unfreeze: bool = option(False, "train the encoder too, and save it as lang_model_RUN")
@@ -77,31 +92,40 @@ class Options:
     run: RunOptions = RunOptions(save_steps=100)
 
 
+_HEAD_SWITCHES = " ".join(name for name, head in HEADS.items() if head.selectable)
+# options that only training reads
+_OF_TRAINING = (
+    "affect_path batch_size contrastive curriculum curriculum_exposure encoder_learning_rate epochs ge_weight K "
+    f"learning_rate llm_shares loss_scale redist_type resume save_steps unfreeze {_HEAD_SWITCHES}"
+)
+
+
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """The options on the command line."""
     description = "Stage 2: learn turn rewards from the score (GE), with stage 1's affect (GELI) or without."
     parser = build_parser(description, Options())
     options = parse(parser, Options(), argv)
-    training = options.training
-    check_reward_options(parser.error, training, options.signal)
+    training, decomposition = options.training, DECOMPOSITIONS[options.training.redist_type]
     if not training.train and not training.val:
         parser.error("nothing to do: give --train, --val or both")
-    if training.reward_path and training.train:
-        parser.error("--reward_path is a head to evaluate, with --val alone; to start training from one: --affect_path")
-    if training.affect_path and not training.train:
-        parser.error("--affect_path is where training starts; --val alone evaluates --reward_path")
-    if training.ge_weight is not None and not training.affect_path:
-        parser.error("--lambda weighs GE against LI, which --affect_path adds: give --affect_path")
-    if training.contrastive and not training.affect_path:
-        parser.error("--contrastive learns from the listener's affect: give --affect_path, as for all of LI")
-    needs_training = {name: getattr(training, name) for name in ("contrastive", "curriculum", "curriculum_exposure")}
-    for name, given in {**needs_training, "unfreeze": training.unfreeze, "resume": options.run.resume}.items():
-        if given and not training.train:
-            parser.error(f"--{name} changes training: give --train")
-    if training.train and DECOMPOSITIONS[training.redist_type].uses_shares and not training.llm_shares:
+    unused = partial(refuse, parser, given_options(parser, argv))
+    if not training.train:
+        unused(_OF_TRAINING, "nothing is trained: give --train")
+        unused("model context_turns max_length", "the head of --reward_path brings its own")
+    refuse_unused(unused, training, options.signal)
+    if training.train:
+        unused("reward_path", "is a head to evaluate, without --train; training starts from --affect_path")
+    if training.train and not training.affect_path:
+        of_li = "contrastive ge_weight loss_scale li_signal sentiment_model reaction_type negative_affect"
+        unused(of_li, "only LI uses it: give --affect_path")
+    if not training.unfreeze:
+        unused("encoder_learning_rate", "the encoder is not trained: give --unfreeze")
+    if decomposition.head:
+        unused(_HEAD_SWITCHES, f"{training.redist_type} has a network of its own")
+    if not decomposition.uses_shares:
+        unused("llm_shares", "is for --redist_type LLM")
+    elif not training.llm_shares:
         parser.error(f"--redist_type {training.redist_type} learns from a language model's shares: give --llm_shares")
-    if training.llm_shares and not (training.train and DECOMPOSITIONS[training.redist_type].uses_shares):
-        parser.error("--llm_shares is for --train --redist_type LLM")
     if training.ge_weight is None:
         options = replace(options, training=replace(training, ge_weight=0.5))
     return options
@@ -115,15 +139,15 @@ import torch
 
 from geli.data.shares import read_shares
 from geli.heads import encoder_reference, load_encoder_of_head, save_reward_head
-from geli.nets.encoder import TurnEncoder, load_encoder, place_encoder
+from geli.nets.encoder import TurnEncoder, open_encoder, place_encoder
 from geli.nets.features import TurnFeatures, encoder_fingerprint
 from geli.nets.pretrained import named_by_file
 from geli.report.checks import conversations_seen, warn_of_constant_targets, warn_of_leaks
 from geli.report.lineage import lineage_config
-from geli.report.rewards import RewardRun, affect_means, evaluate, finish_run, wandb_validation
+from geli.report.rewards import RewardRun, affect_means, finish_run, measure, wandb_validation
 from geli.run.checkpoint import Checkpointer
 from geli.run.distributed import frozen_dtype, gather_shares, local_share, make_accelerator, seed_everything
-from geli.run.gradients import NotFinite, apply_gradients
+from geli.run.gradients import apply_gradients, decaying_adamw
 from geli.run.lock import reward_run_to_resume
 from geli.run.timing import Clock
 from geli.run.tracking import Tracker
@@ -131,12 +155,11 @@ from geli.run.training import Stage, train_steps
 from models import (
     contrastive_term,
     geli_loss,
-    head_rewards,
+    head_config,
     length_of,
     li_loss,
     loss_scales,
     predicted_return,
-    predicted_returns,
     sample_turns,
 )
 
@@ -155,51 +178,38 @@ def main(options: Options) -> None:
     accelerator = make_accelerator(options.run.device, options.run.dtype)
     saved, saved_path = load_saved(options)
     options = follow_saved(options, saved, saved_path)
-    arguments, training_options = flat(options), options.training
-    folder = output_folder(options, saved_path)
+    arguments, folder = flat(options), output_folder(options, saved_path)
     lock = reward_run_to_resume(arguments, folder)
-    trained_on = conversations_seen(saved_path, saved.config) if saved else frozenset()
-    corpus, training, validation = load_turns(
-        options.data, options.signal, cache=options.run.cache_dir, learns_li=bool(training_options.affect_path),
-        val_all_except=trained_on if training_options.val_all else None, validate=training_options.val,
-        trust_remote_code=options.run.trust_remote_code,
-        shares=read_shares(training_options.llm_shares) if training_options.llm_shares else None,
-    )  # fmt: skip
-    warn_of_leaks(trained_on, validation.trajectories)
-    if training_options.affect_path:
-        warn_of_constant_targets(training, options.signal)
+    corpus, training, validation = load_data(options, saved, saved_path)
     clock.lap("reading conversations")
     encoder = find_encoder(options, accelerator, saved, saved_path)
-    source = encoder.name
     described = {**arguments, "data": corpus.numbers(), "lineage": lineage_config(saved_path)}
     tracker = Tracker(folder.name, folder, described, options.run, accelerator, lock)
-    features = TurnFeatures(encoder, accelerator, options.run.cache_dir, frozen=not training_options.unfreeze)
-
+    features = TurnFeatures(encoder, accelerator, options.run.cache_dir, frozen=not options.training.unfreeze)
     clock.lap("loading the encoder")
     head, metrics, paths = saved, {}, []
-    if training_options.train:
+    if options.training.train:
         head = new_head(options, folder, tracker.name, saved, encoder, training)
-        metrics |= train(options, head, features, training, validation, tracker, folder, accelerator)
+        kinds = ("reward1", "lang_model") if options.training.unfreeze else ("reward1",)
+        paths = [folder / f"{kind}_{tracker.name}" for kind in kinds]
+        metrics = train(options, head, features, training, validation, tracker, paths)
         accelerator.wait_for_everyone()
-        paths.append(folder / f"reward1_{tracker.name}")
         head = load_reward_head(paths[0])  # the best one, from its file
-        if training_options.unfreeze:
-            paths.append(folder / f"lang_model_{tracker.name}")
-            features.encoder = prepare_encoder(options, accelerator, load_trained(options, accelerator, paths[1]))
+        if options.training.unfreeze:
+            trust = options.run.trust_remote_code
+            features.encoder = open_encoder(options.encoder, accelerator, trust, name=str(paths[1]))
         clock.lap("encoding and training")
-    redist_type, rewards, returns = head.config.redist_type, None, None
-    if training_options.val:
-        rewards = head_rewards(head, features.held_out(validation.texts), validation)
-        returns = predicted_returns(validation, rewards, training_options.ep_len)
-        metrics["validation"] = evaluate(validation, rewards, returns)
+    rewards = returns = None
+    if options.training.val:
+        found = measure(head, features.held_out(validation.texts), validation, options.training.ep_len)
+        metrics["validation"], rewards, returns = found
         mean_score_errors = (validation.scores - training.scores.mean()) ** 2
         metrics["validation"]["ge_loss_of_training_mean"] = float(mean_score_errors.mean())
         clock.lap("validation")
-    method = f"{'GELI' if head.config.li else 'GE'}, {redist_type}" if head.config.stage == 2 else "LI"
     report = RewardRun(
-        title=f"Stage {head.config.stage} ({method})", stage=2, encoder=source, arguments=arguments,
-        defaults=flat(Options()), corpus=corpus, training=training, validation=validation, metrics=metrics,
-        rewards=rewards, returns=returns, paths=paths, started_from=saved_path, seconds=clock.seconds,
+        title=title_of(head), stage=2, encoder=encoder.name, arguments=arguments, defaults=flat(Options()),
+        corpus=corpus, training=training, validation=validation, metrics=metrics, rewards=rewards, returns=returns,
+        paths=paths, started_from=saved_path, seconds=clock.seconds,
     )  # fmt: skip
     finish_run(report, tracker, folder)
 
@@ -220,6 +230,8 @@ def load_saved(options: Options) -> tuple[RewardHead | None, Path | None]:
     else:
         raise UserError("--val without --train evaluates a saved head: name it with --reward_path RUN")
     saved = load_reward_head(path)
+    if options.encoder.lang_model_path and saved.config.encoder is not None:
+        raise UserError(f"--lang_model_path: {path} records its own encoder, {saved.config.encoder}: leave it out")
     if training.affect_path and saved.config.stage != 1:
         raise UserError(f"--affect_path {training.affect_path}: expected a stage-1 head, {path} is of stage 2")
     learned = saved.config.reward_class
@@ -263,64 +275,61 @@ def output_folder(options: Options, saved_path: Path | None) -> Path:
     return Path(options.run.output_dir) / name
 
 
+def load_data(options: Options, saved: RewardHead | None, path: Path | None) -> tuple[Corpus, TurnSet, TurnSet]:
+    """The corpus, with its training and validation turns, as `load_turns` reads them; prints warnings about them."""
+    training_options = options.training
+    seen = conversations_seen(path, saved.config) if saved else frozenset()
+    corpus, training, validation = load_turns(
+        options.data, options.signal, cache=options.run.cache_dir, learns_li=bool(training_options.affect_path),
+        val_all_except=seen if training_options.val_all else None, validate=training_options.val,
+        trust_remote_code=options.run.trust_remote_code,
+        shares=read_shares(training_options.llm_shares) if training_options.llm_shares else None,
+    )  # fmt: skip
+    warn_of_leaks(seen, validation.trajectories)
+    if training_options.affect_path:
+        warn_of_constant_targets(training, options.signal)
+    return corpus, training, validation
+
+
 def find_encoder(options: Options, accelerator, saved: RewardHead | None, path: Path | None) -> TurnEncoder:
     """The encoder that the saved head was trained on, else the one that the options name, on its device."""
-    dtype, trust = frozen_dtype(accelerator), options.run.trust_remote_code
-    max_length, named = options.encoder.max_length, options.encoder.lang_model_path
-    if saved:
-        encoder = load_encoder_of_head(saved.config, path, max_length, named, dtype, trust)
-    else:
-        source, option_name = options.encoder.source()
-        adapt = options.training.unfreeze and options.encoder.adapted
-        encoder = load_encoder(source, max_length, option_name, adapt, dtype, trust)
-    return prepare_encoder(options, accelerator, encoder, trains=options.training.unfreeze)
-
-
-def load_trained(options: Options, accelerator, path: Path) -> TurnEncoder:
-    """The encoder that this run trained and wrote."""
-    dtype, trust = frozen_dtype(accelerator), options.run.trust_remote_code
-    return load_encoder(str(path), options.encoder.max_length, dtype=dtype, trust_remote_code=trust)
-
-
-def prepare_encoder(options: Options, accelerator, encoder: TurnEncoder, trains: bool = False) -> TurnEncoder:
-    """The encoder on its device, run as the options say."""
-    return place_encoder(encoder, accelerator, options.encoder.tokens_per_batch, options.encoder.compile, trains)
+    named, trains, trust = options.encoder, options.training.unfreeze, options.run.trust_remote_code
+    if not saved:
+        return open_encoder(named, accelerator, trust, trains=trains)
+    encoder = load_encoder_of_head(
+        saved.config, path, named.max_length, named.lang_model_path, frozen_dtype(accelerator), trust
+    )
+    return place_encoder(encoder, accelerator, named.tokens_per_batch, named.compile, trains)
 
 
 def new_head(
     options: Options, folder: Path, run_name: str, saved: RewardHead | None, encoder: TurnEncoder, training: TurnSet
 ) -> RewardHead:
     """The head to train: stage 1's, or a fresh one if there is none or the decomposition needs its own kind."""
-    required = DECOMPOSITIONS[options.training.redist_type].head
-    trained_encoder = {"encoder": f"lang_model_{run_name}", "encoder_is_folder": True}
-    head = RewardHead(
-        RewardHeadConfig(
-            head=required or options.head.chosen,
-            hidden=encoder.hidden_size,
-            **(trained_encoder if options.training.unfreeze else encoder_reference(encoder.name, folder)),
-            max_length=encoder.max_length,
-            context_turns=options.data.context_turns,
-            stage=2,
-            reward_class=options.data.reward_class,
-            redist_type=options.training.redist_type,
-            li=saved is not None,
-            li_signal=options.signal.li_signal,
-            sentiment_model=options.signal.sentiment_model,
-            ep_len=options.training.ep_len,
-        )
-    )
+    required, affect_path = DECOMPOSITIONS[options.training.redist_type].head, options.training.affect_path
+    reference = {"encoder": f"lang_model_{run_name}", "encoder_is_folder": True}
+    if not options.training.unfreeze:
+        reference = encoder_reference(encoder.name, folder)
+    learned = dict(stage=2, redist_type=options.training.redist_type, li=saved is not None)
+    head = RewardHead(head_config(options, encoder, head=required or options.head.chosen, **learned, **reference))
     if required:
-        if options.head.chosen != "default":
-            print(f"--{options.head.chosen} is not used: {options.training.redist_type} has a network of its own")
         head.init_constant(float(training.scores.mean()))
-    elif saved and saved.config.head != head.config.head:
-        raise UserError(
-            f"--affect_path {options.training.affect_path}: its head is of the kind {saved.config.head}, the options "
-            f"ask for {head.config.head}; give the options that it was trained with"
-        )
     elif saved:
+        kind = "small_model_shrink" if saved.config.head == "published" else saved.config.head  # of the same weights
+        if kind != head.config.head:
+            raise UserError(
+                f"--affect_path {affect_path}: its head is of the kind {kind}, the options ask for {head.config.head}; "
+                "give the options that it was trained with"
+            )
         head.load_state_dict(saved.state_dict())
     return head
+
+
+def title_of(head: RewardHead) -> str:
+    """The title of a run's report: the stage that trained the head, and how."""
+    config = head.config
+    method = f"{'GELI' if config.li else 'GE'}, {config.redist_type}" if config.stage == 2 else "LI"
+    return f"Stage {config.stage} ({method})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,35 +343,57 @@ def train(
     training: TurnSet,
     validation: TurnSet,
     tracker: Tracker,
-    folder: Path,
-    accelerator,
+    paths: list[Path],
 ) -> dict:
-    """Trains the head (with `--unfreeze` also the encoder), saves the best by GE loss, and returns
-    {"steps", "best_epoch", "best_ge_loss"}."""
-    frozen = not options.training.unfreeze
+    """Trains the head (with `--unfreeze` also the encoder), saves the best by GE loss to `paths` (of the head, of a
+    trained encoder), and returns {"steps", "best_epoch", "best_ge_loss"}."""
+    encoder = features.encoder
 
     def save() -> None:
-        if not frozen:
-            features.encoder.save(folder / f"lang_model_{tracker.name}")
-        save_reward_head(head, folder / f"reward1_{tracker.name}")
+        if not features.frozen:
+            encoder.save(paths[1])
+        save_reward_head(head, paths[0])
 
     held_out = validation if options.training.val else None
-    stage = GELITraining(head, features, training, held_out, options.training, accelerator, options.run.seed, save)
+    stage = GELITraining(
+        head, features, training, held_out, options.training, features.accelerator, options.run.seed, save
+    )
     inputs = {"data": fingerprint(training.trajectories + validation.trajectories)}
     if training.shares is not None:
         inputs["shares"] = hashlib.sha256(training.shares.tobytes()).hexdigest()
     modules = {"head": head}
-    if frozen:
-        inputs["encoder"] = encoder_fingerprint(features.encoder, "")
+    if features.frozen:
+        inputs["encoder"] = encoder_fingerprint(encoder, "")
     else:  # its weights are in the checkpoint
-        modules["encoder"] = features.encoder.encoder
+        modules["encoder"] = encoder.encoder
     checkpointer = Checkpointer(
-        tracker.lock, accelerator, modules=modules, optimizer=stage.optimizer,
+        tracker.lock, features.accelerator, modules=modules, optimizer=stage.optimizer,
         values={"schedule": stage.schedule, "best": stage.best, "order": stage.order, "logged": tracker.logged},
         generators={"training": stage.rng}, inputs=inputs, every=options.run.save_steps, total=stage.steps,
     )  # fmt: skip
     train_steps(stage, stage.steps, "stage 2", checkpointer, tracker)
     return dict(stage.best)
+
+
+class Drawn(NamedTuple):
+    """What a step uses of trajectory `i`: the turns (k,), as indices; which of them show the user's rating (k,) bool;
+    and its length L in turns."""
+
+    i: int
+    turns: np.ndarray
+    rated: np.ndarray
+    length: float
+
+
+class TrajectoryLoss(NamedTuple):
+    """The loss () of a trajectory, the head's hidden layer (k, d) that the contrastive loss takes, and what is logged:
+    the squared error of the return, the LI loss, and the rewards (k,)."""
+
+    loss: torch.Tensor
+    hidden: torch.Tensor
+    ge: float
+    li: float
+    rewards: np.ndarray
 
 
 class GELITraining(Stage):
@@ -406,32 +437,38 @@ class GELITraining(Stage):
         groups = [{"params": list(head.parameters()), "lr": options.learning_rate}]
         if options.unfreeze:
             groups.append({"params": features.encoder.trainable(), "lr": options.encoder_learning_rate})
-        sharded = features.encoder.max_over_ranks is not None  # foreach cannot mix sharded parameters with whole ones
-        self.optimizer = torch.optim.AdamW(groups, foreach=False if sharded else None)
-        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=self.steps)
+        self.optimizer, self.schedule = decaying_adamw(groups, self.steps)
         self.best = {"steps": self.steps, "best_epoch": 0, "best_ge_loss": None}
         head.train()
         features.encoder.train(options.unfreeze)
 
     def step(self, step: int) -> dict[str, float]:
-        """One optimizer step on the trajectories of a few conversations."""
-        epoch, place = divmod(step - 1, self.epoch_steps)
+        """One optimizer step on the trajectories of a few conversations, of which each process computes a part."""
+        epoch, place = 1 + (step - 1) // self.epoch_steps, (step - 1) % self.epoch_steps
         if place == 0:
             self.order["groups"] = self.rng.permutation(len(self.conversations)).tolist()
         size = self.options.batch_size
         batch = self.order["groups"][place * size : (place + 1) * size]
         self.batch = [i for conversation in batch for i in self.conversations[conversation]]
-        loss, logged = self.batch_loss(epoch + 1)
+        drawn = self.sample(epoch)
+        mine = local_share(drawn, self.accelerator)
+        found = [self.trajectory_loss(one, len(mine)) for one in mine]
+        contrastive = self.options.contrastive and epoch % 2 == 0
+        contrast = self.contrastive_loss(mine, found) if contrastive and mine else torch.zeros(())
+        contrast = contrast * len(mine) / len(drawn)  # so that the sum over processes is the batch's mean
+        loss = torch.stack([torch.zeros(()), *(one.loss for one in found)]).sum() / len(drawn) + contrast
+        loss = loss + self.features.idle_passes(-(-len(drawn) // self.accelerator.num_processes) - len(mine))
         if loss.requires_grad:
             loss.backward()
-        if not np.isfinite(logged["train/loss"] + logged.get("train/shaped_loss", 0.0)):
-            raise NotFinite("the loss or its gradient")
-        logged["train/gradient_norm"] = apply_gradients(self.optimizer, self.accelerator, self.schedule)
+        norm = apply_gradients(self.optimizer, self.accelerator, self.schedule)
+        logged = self.logged(drawn, found) | {"train/gradient_norm": norm}
+        if contrastive:
+            logged["train/contrastive_loss"] = sum(gather_shares([contrast.item()], self.accelerator))
         return logged
 
-    def sample(self, epoch: int) -> list[tuple[int, np.ndarray, np.ndarray, float]]:
-        """Of each trajectory in the batch: its index, the turns that are used, which of them show the user's rating,
-        and its length L. Every process draws all of them, so that their generators stay the same."""
+    def sample(self, epoch: int) -> list[Drawn]:
+        """What is used of each trajectory in the batch. Every process draws all of it, so that their generators stay
+        the same."""
         options, drawn = self.options, []
         share = rating_probability(options.curriculum, options.curriculum_exposure, epoch, options.epochs)
         for i in self.batch:
@@ -440,49 +477,19 @@ class GELITraining(Stage):
             uses_subset = DECOMPOSITIONS[options.redist_type].uses_subset
             turns = sample_turns(n_turns, options.K, self.rng) if uses_subset else np.arange(n_turns)
             rated = self.rng.random(len(turns)) < share if share else np.zeros(len(turns), dtype=bool)
-            drawn.append((i, turns + place.start, rated, length_of(options.ep_len, n_turns)))
+            drawn.append(Drawn(i, turns + place.start, rated, length_of(options.ep_len, n_turns)))
         return drawn
 
-    def batch_loss(self, epoch: int) -> tuple[torch.Tensor, dict[str, float]]:
-        """This process' part of the batch's loss (), scaled so that its sum over processes is the batch's mean, and
-        what is logged of the whole batch."""
-        drawn = self.sample(epoch)
-        mine = local_share(drawn, self.accelerator)
-        losses, hidden_layers, seen = [torch.zeros(())], [], []
-        for i, turns, rated, length in mine:
-            loss, hidden, found = self.trajectory_loss(i, turns, rated, length, len(mine))
-            losses.append(loss)
-            hidden_layers.append(hidden)
-            seen.append(found)
-        most = -(-len(drawn) // self.accelerator.num_processes)
-        for _ in range(len(mine), most):  # sharded layers need the same number of passes in every process
-            _, turns, rated, _ = drawn[0]
-            losses.append(self.features.training(turns[:0], rated[:0], 1).sum())
-        loss, contrast = torch.stack(losses).sum() / len(drawn), torch.zeros(())
-        contrastive = self.options.contrastive and epoch % 2 == 0
-        if contrastive and seen:
-            labels = self.training.labels[np.concatenate([turns for turns, *_ in seen])]
-            contrast = contrastive_term(torch.cat(hidden_layers), labels) * len(seen) / len(drawn)
-            loss = loss + contrast
-        turns, ge, li, rewards = zip(*gather_shares(seen, self.accelerator), strict=True)
-        logged = {"train/loss": float(np.mean(ge))}
-        if known := [value for value in li if not np.isnan(value)]:  # GE alone may have no faces
-            logged["train/shaped_loss"] = float(np.mean(known))
-        if contrastive:
-            logged["train/contrastive_loss"] = contrast.item()
-        affects = self.training.affects[np.concatenate(turns)]
-        return loss, logged | affect_means(np.concatenate(rewards), affects, "train_shape/train")
-
-    def trajectory_loss(self, i: int, turns: np.ndarray, rated: np.ndarray, length: float, parts: int):
-        """The loss () of trajectory i on these turns, the head's hidden layer, and (turns, GE, LI, rewards) to log.
+    def trajectory_loss(self, drawn: Drawn, parts: int = 1) -> TrajectoryLoss:
+        """The loss of a trajectory on the turns that were drawn: GELI's, or GE's alone.
 
         Args:
-            turns: (k,) indices. rated: (k,) bool, which of them show the user's rating. length: L in turns.
             parts: trajectories of this process in the batch, which share the encoder's memory.
         """
-        decomposition = DECOMPOSITIONS[self.options.redist_type]
+        i, turns, rated, length = drawn
+        decomposition, score = DECOMPOSITIONS[self.options.redist_type], self.training.scores[i]
         outputs, hidden = self.head(self.features.training(turns, rated, parts), with_hidden=True)
-        outputs, score = outputs.squeeze(1), self.training.scores[i]
+        outputs = outputs.squeeze(1)
         rewards = self.head.rewards(outputs, len(turns))
         li = li_loss(rewards, torch.from_numpy(self.training.targets[turns]))
         shares = [torch.from_numpy(self.training.shares[turns])] if decomposition.uses_shares else []
@@ -492,7 +499,22 @@ class GELITraining(Stage):
         else:
             loss = loss / self.scales[0]
         ge = (score - predicted_return(rewards.detach(), length).item()) ** 2
-        return loss, hidden, (turns, ge, li.item(), rewards.detach().numpy())
+        return TrajectoryLoss(loss, hidden, ge, li.item(), rewards.detach().numpy())
+
+    def contrastive_loss(self, drawn: list[Drawn], found: list[TrajectoryLoss]) -> torch.Tensor:
+        """() The contrastive loss of all turns of these trajectories."""
+        labels = self.training.labels[np.concatenate([one.turns for one in drawn])]
+        return contrastive_term(torch.cat([one.hidden for one in found]), labels)
+
+    def logged(self, drawn: list[Drawn], found: list[TrajectoryLoss]) -> dict[str, float]:
+        """What is logged of the whole batch `drawn`, of which this process `found` its part."""
+        mine = [(one.ge, one.li, one.rewards) for one in found]
+        ge, li, rewards = zip(*gather_shares(mine, self.accelerator), strict=True)
+        logged = {"train/loss": float(np.mean(ge))}
+        if known := [value for value in li if not np.isnan(value)]:  # GE alone may have no faces
+            logged["train/shaped_loss"] = float(np.mean(known))
+        affects = self.training.affects[np.concatenate([one.turns for one in drawn])]
+        return logged | affect_means(np.concatenate(rewards), affects, "train_shape/train")
 
     def after_step(self, step: int, logged: dict[str, float]) -> bool:
         """At the end of an epoch validates, and saves the head if it is the best (without validation: always)."""
@@ -500,10 +522,8 @@ class GELITraining(Stage):
             return False
         ge_loss = None
         if self.validation is not None:
-            rewards = head_rewards(self.head, self.features.held_out(self.validation.texts), self.validation)
-            options = self.options
-            returns = predicted_returns(self.validation, rewards, options.ep_len)
-            metrics = evaluate(self.validation, rewards, returns)
+            features = self.features.held_out(self.validation.texts)
+            metrics, *_ = measure(self.head, features, self.validation, self.options.ep_len)
             logged |= wandb_validation(metrics)
             ge_loss, best = metrics["ge_loss"], self.best["best_ge_loss"]
             if best is not None and ge_loss >= best:

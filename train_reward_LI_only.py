@@ -17,14 +17,8 @@ from pathlib import Path
 from data_utils import DataOptions, SignalOptions, TurnSet, fingerprint, load_turns, rating_probability
 from geli.nets.options import EncoderOptions
 from geli.run.errors import run
-from geli.run.options import RunOptions, build_parser, flat, option, parse, positive_int
-from models import (
-    HeadOptions,
-    RewardHead,
-    RewardHeadConfig,
-    RewardTrainingOptions,
-    check_reward_options,
-)
+from geli.run.options import RunOptions, build_parser, flat, given_options, option, parse, positive_int, refuse
+from models import HeadOptions, RewardHead, RewardTrainingOptions, refuse_unused
 
 VALIDATE_EVERY = 500  # steps
 
@@ -39,6 +33,14 @@ class LITrainingOptions(RewardTrainingOptions):
 
 
 @dataclass(frozen=True)
+class PublishedOptions:
+    """Options that change nothing."""
+
+    title = "accepted for the published commands, without effect here"
+    train: bool = option(False, "this stage always trains")
+
+
+@dataclass(frozen=True)
 class Options:
     """All options of this command."""
 
@@ -48,13 +50,17 @@ class Options:
     head: HeadOptions = HeadOptions()
     training: LITrainingOptions = LITrainingOptions()
     run: RunOptions = RunOptions(save_steps=500)
+    published: PublishedOptions = PublishedOptions()
 
 
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """The options on the command line."""
     parser = build_parser("Stage 1: learn turn rewards from the listener's face (LI), encoder and head.", Options())
     options = parse(parser, Options(), argv)
-    check_reward_options(parser.error, options.training, options.signal)
+    unused = partial(refuse, parser, given_options(parser, argv))
+    refuse_unused(unused, options.training, options.signal)
+    if not options.training.val:
+        unused("K", "nothing is validated: give --val")
     return options
 
 
@@ -66,98 +72,51 @@ import torch
 
 from geli.heads import load_reward_head, save_reward_head
 from geli.nets.batching import shuffled_batches
-from geli.nets.encoder import TurnEncoder, load_encoder, place_encoder
+from geli.nets.encoder import TurnEncoder, open_encoder
 from geli.nets.features import encode_together
 from geli.report.checks import warn_of_constant_targets
-from geli.report.rewards import (
-    RewardRun,
-    affect_means,
-    choose_turns,
-    evaluate,
-    finish_run,
-    wandb_validation,
-)
+from geli.report.rewards import RewardRun, affect_means, choose_turns, finish_run, measure, wandb_validation
 from geli.run.checkpoint import Checkpointer
-from geli.run.distributed import (
-    frozen_dtype,
-    gather_shares,
-    local_share,
-    make_accelerator,
-    seed_everything,
-)
-from geli.run.gradients import NotFinite, apply_gradients
+from geli.run.distributed import gather_shares, local_share, make_accelerator, seed_everything
+from geli.run.gradients import apply_gradients, decaying_adamw
 from geli.run.lock import reward_run_to_resume
 from geli.run.timing import Clock
 from geli.run.tracking import Tracker
 from geli.run.training import Stage, train_steps
-from models import (
-    contrastive_term,
-    head_rewards,
-    length_of,
-    li_loss,
-    predicted_returns,
-)
+from models import contrastive_term, head_config, length_of, li_loss
 
 
 def main(options: Options) -> None:
     """Reads the data, trains encoder and head, evaluates the best ones, and writes what was measured."""
-    arguments, training_options, clock = flat(options), options.training, Clock()
+    arguments, clock = flat(options), Clock()
     seed_everything(options.run.seed)
     accelerator = make_accelerator(options.run.device, options.run.dtype)
     folder = Path(options.run.output_dir) / project_name(options)
     lock = reward_run_to_resume(arguments, folder)
     corpus, training, validation = load_turns(
         options.data, options.signal, cache=options.run.cache_dir,
-        val_all_except=frozenset() if training_options.val_all else None, validate=training_options.val,
+        val_all_except=frozenset() if options.training.val_all else None, validate=options.training.val,
         trust_remote_code=options.run.trust_remote_code,
     )  # fmt: skip
     warn_of_constant_targets(training, options.signal)
     clock.lap("reading conversations")
-    source, option_name = options.encoder.source()
-    load = partial(
-        load_encoder, max_length=options.encoder.max_length, dtype=frozen_dtype(accelerator),
-        trust_remote_code=options.run.trust_remote_code,
-    )  # fmt: skip
-    place = partial(
-        place_encoder, accelerator=accelerator, tokens_per_batch=options.encoder.tokens_per_batch,
-        compile=options.encoder.compile,
-    )  # fmt: skip
-    encoder = place(load(source, option=option_name, adapt=options.encoder.adapted), trains=True)
+    load = partial(open_encoder, options.encoder, accelerator, options.run.trust_remote_code)
+    encoder = load(trains=True)
+    source = encoder.name
     tracker = Tracker(folder.name, folder, {**arguments, "data": corpus.numbers()}, options.run, accelerator, lock)
-    head_path, encoder_path = folder / f"reward1_{tracker.name}", folder / f"lang_model_{tracker.name}"
-    head = new_head(options, encoder, encoder_path, training).to(accelerator.device)
-
-    def save() -> None:
-        encoder.save(encoder_path)
-        save_reward_head(head, head_path)
-
-    stage = LITraining(
-        encoder, head, training, validation if training_options.val else None, training_options, accelerator,
-        options.run.seed, save,
-    )  # fmt: skip
-    checkpointer = Checkpointer(
-        tracker.lock, accelerator, modules={"encoder": encoder.encoder, "head": head}, optimizer=stage.optimizer,
-        values={"schedule": stage.schedule, "best": stage.best, "logged": tracker.logged},
-        generators={"training": stage.rng},
-        inputs={"data": fingerprint(training.trajectories + validation.trajectories)},
-        every=options.run.save_steps, total=stage.steps,
-    )  # fmt: skip
-    clock.lap("loading and tokenizing")
-    train_steps(stage, stage.steps, "stage 1", checkpointer, tracker)
-    accelerator.wait_for_everyone()
-    clock.lap("training")
-    metrics, rewards, returns = dict(stage.best), None, None
-    if training_options.val:  # of the files that were written
-        encoder = place(load(str(encoder_path)))
+    paths = [folder / f"reward1_{tracker.name}", folder / f"lang_model_{tracker.name}"]
+    metrics = train(options, encoder, training, validation, tracker, paths, accelerator, clock)
+    rewards = returns = None
+    if options.training.val:  # of the files that were written
+        encoder = load(name=str(paths[1]))
         features = encode_together(encoder, encoder.tokenize(validation.texts), accelerator, progress="validation")
-        rewards = head_rewards(load_reward_head(head_path), features)
-        returns = predicted_returns(validation, rewards, training_options.ep_len)
-        metrics["validation"] = evaluate(validation, rewards, returns)
+        found = measure(load_reward_head(paths[0]), features, validation, options.training.ep_len)
+        metrics["validation"], rewards, returns = found
         clock.lap("validation")
     report = RewardRun(
         title="Stage 1 (LI)", stage=1, encoder=source, arguments=arguments, defaults=flat(Options()), corpus=corpus,
-        training=training, validation=validation, metrics=metrics, rewards=rewards, returns=returns,
-        paths=[head_path, encoder_path], started_from=None, seconds=clock.seconds,
+        training=training, validation=validation, metrics=metrics, rewards=rewards, returns=returns, paths=paths,
+        started_from=None, seconds=clock.seconds,
     )  # fmt: skip
     finish_run(report, tracker, folder)
 
@@ -174,24 +133,44 @@ def project_name(options: Options) -> str:
     )
 
 
-def new_head(options: Options, encoder: TurnEncoder, encoder_path: Path, training: TurnSet) -> RewardHead:
-    """A head that predicts the mean training target everywhere, and records the encoder that is trained with it."""
-    config = RewardHeadConfig(
-        head=options.head.chosen,
-        hidden=encoder.hidden_size,
-        encoder=encoder_path.name,
-        encoder_is_folder=True,
-        max_length=encoder.max_length,
-        context_turns=options.data.context_turns,
-        stage=1,
-        reward_class=options.data.reward_class,
-        li_signal=options.signal.li_signal,
-        sentiment_model=options.signal.sentiment_model,
-        ep_len=options.training.ep_len,
-    )
-    head = RewardHead(config)
+def train(
+    options: Options,
+    encoder: TurnEncoder,
+    training: TurnSet,
+    validation: TurnSet,
+    tracker: Tracker,
+    paths: list[Path],
+    accelerator,
+    clock: Clock,
+) -> dict:
+    """Trains the encoder and a new head, saves the best by LI loss to `paths` (of the head, of the encoder).
+
+    Returns:
+        {"steps", "best_step", "best_li_loss"}.
+    """
+    trained = {"encoder": paths[1].name, "encoder_is_folder": True}
+    head = RewardHead(head_config(options, encoder, head=options.head.chosen, stage=1, **trained))
     head.init_constant(min(max(float(training.targets.mean()), -0.95), 0.95))  # inside tanh's range
-    return head
+    head.to(accelerator.device)
+
+    def save() -> None:
+        encoder.save(paths[1])
+        save_reward_head(head, paths[0])
+
+    held_out = validation if options.training.val else None
+    stage = LITraining(encoder, head, training, held_out, options.training, accelerator, options.run.seed, save)
+    checkpointer = Checkpointer(
+        tracker.lock, accelerator, modules={"encoder": encoder.encoder, "head": head}, optimizer=stage.optimizer,
+        values={"schedule": stage.schedule, "best": stage.best, "logged": tracker.logged},
+        generators={"training": stage.rng},
+        inputs={"data": fingerprint(training.trajectories + validation.trajectories)},
+        every=options.run.save_steps, total=stage.steps,
+    )  # fmt: skip
+    clock.lap("loading and tokenizing")
+    train_steps(stage, stage.steps, "stage 1", checkpointer, tracker)
+    accelerator.wait_for_everyone()
+    clock.lap("training")
+    return dict(stage.best)
 
 
 class LITraining(Stage):
@@ -237,34 +216,49 @@ class LITraining(Stage):
         if validation is not None:
             self.chosen = choose_turns(validation, options.K, seed)
             self.chosen_pairs = encoder.tokenize([validation.texts[i] for i in np.flatnonzero(self.chosen)])
-        sharded = encoder.max_over_ranks is not None  # foreach cannot mix sharded parameters with whole ones
-        foreach = False if sharded else None
-        parameters = [*encoder.trainable(), *head.parameters()]
-        self.optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, foreach=foreach)
-        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=self.steps)
+        group = {"params": [*encoder.trainable(), *head.parameters()], "lr": options.learning_rate}
+        self.optimizer, self.schedule = decaying_adamw([group], self.steps)
         self.best = {"best_step": 0, "best_li_loss": None, "steps": self.steps}
         encoder.train()
         head.train()
 
     def step(self, step: int) -> dict[str, float]:
-        """One optimizer step on a batch of turns."""
-        epoch, batch = self.batches[step - 1]
-        self.batch = batch
+        """One optimizer step on a batch of turns, of which each process computes a part."""
+        epoch, self.batch = self.batches[step - 1]
+        pairs = self.batch_pairs(epoch, self.batch)
         contrastive = self.options.contrastive and epoch % 2 == 0
-        loss, parts, rewards = self.batch_loss(batch, self.batch_pairs(epoch, batch), contrastive)
-        if loss.requires_grad:
-            loss.backward()
-        li, contrast = self.accelerator.reduce(parts.to(self.accelerator.device), "sum").tolist()
-        if not np.isfinite(li + contrast):
-            raise NotFinite("the loss or its gradient")
+        mine = local_share(list(range(len(self.batch))), self.accelerator)
+        features = self.encoder.encode_with_gradients([pairs[i] for i in mine], self.accelerator.autocast)
+        losses, rewards = features.sum().expand(2), torch.zeros(0)
+        if mine:
+            losses, rewards = self.losses(features, self.batch[mine], contrastive)
+            losses = losses * (len(mine) / len(self.batch))  # the sum over processes is the batch's mean
+        if losses.requires_grad:
+            losses.sum().backward()
+        li, contrast = self.accelerator.reduce(losses.detach().to(self.accelerator.device), "sum").tolist()
         logged = {"train/shaped_loss": li}
         logged["train/gradient_norm"] = apply_gradients(self.optimizer, self.accelerator, self.schedule)
         if contrastive:
             logged["train/contrastive_loss"] = contrast
         predicted = np.array(gather_shares(rewards.tolist(), self.accelerator), dtype=np.float32)
-        ge = np.mean((self.scores[batch] - self.lengths[batch] * predicted) ** 2)  # RRD's loss with subsets of 1 turn
-        logged |= {"train/loss": float(ge), "train/learning_rate": self.schedule.get_last_lr()[0]}
-        return logged | affect_means(predicted, self.training.affects[batch], "train_shape/train")
+        scores, lengths = self.scores[self.batch], self.lengths[self.batch]
+        logged["train/loss"] = float(np.mean((scores - lengths * predicted) ** 2))  # RRD's, with subsets of 1 turn
+        logged["train/learning_rate"] = self.schedule.get_last_lr()[0]
+        return logged | affect_means(predicted, self.training.affects[self.batch], "train_shape/train")
+
+    def losses(self, features: torch.Tensor, turns: np.ndarray, contrastive: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two losses (2,) of turns, whose sum is minimized: of LI, and the contrastive one, which is 0 unless
+        `contrastive`; and the rewards (n,).
+
+        Args:
+            features: (n, hidden). turns: (n,) indices.
+        """
+        with self.accelerator.autocast():
+            rewards, hidden = self.head(features, with_hidden=True)
+        rewards = rewards.squeeze(1).float()
+        li = li_loss(rewards, torch.from_numpy(self.training.targets[turns]).to(rewards.device))
+        contrast = contrastive_term(hidden, self.training.labels[turns]) if contrastive else torch.zeros_like(li)
+        return torch.stack([li, contrast]), rewards.detach()
 
     def batch_pairs(self, epoch: int, batch: np.ndarray) -> list:
         """The tokenised texts of a batch, of which the curriculum options show some with the user's rating."""
@@ -277,40 +271,12 @@ class LITraining(Stage):
             (self.rated_pairs if with_rating else self.pairs)[i] for i, with_rating in zip(batch, shown, strict=True)
         ]
 
-    def batch_loss(self, batch: np.ndarray, pairs: list, contrastive: bool):
-        """This process' part of the loss of a batch.
-
-        Args:
-            batch: (n,) indices of the turns in all processes' batch. pairs: their n tokenised texts.
-            contrastive: add the contrastive loss.
-
-        Returns:
-            loss (), which sums to the batch's mean over all processes; its LI and contrastive parts (2,), detached; and
-            the rewards (m,) of this process' share.
-        """
-        mine = local_share(list(range(len(batch))), self.accelerator)
-        features = self.encoder.encode_with_gradients([pairs[i] for i in mine], self.accelerator.autocast)
-        if not mine:
-            return features.sum(), torch.zeros(2), torch.zeros(0)
-        with self.accelerator.autocast():
-            rewards, hidden = self.head(features, with_hidden=True)
-        rewards, share = rewards.squeeze(1).float(), len(mine) / len(batch)
-        targets = torch.from_numpy(self.training.targets[batch[mine]]).to(rewards.device)
-        li = li_loss(rewards, targets) * share
-        contrast = torch.zeros_like(li)
-        if contrastive:
-            contrast = contrastive_term(hidden, self.training.labels[batch[mine]]) * share
-        return li + contrast, torch.stack([li, contrast]).detach().cpu(), rewards.detach()
-
     def after_step(self, step: int, logged: dict[str, float]) -> bool:
         """Validates every `VALIDATE_EVERY` steps and at the end, and saves the best step (else the last)."""
         last = step == self.steps
         if self.validation is not None and (step % VALIDATE_EVERY == 0 or last):
-            rewards = np.zeros(len(self.validation), dtype=np.float32)
             features = encode_together(self.encoder, self.chosen_pairs, self.accelerator)
-            rewards[self.chosen] = head_rewards(self.head, features)
-            returns = predicted_returns(self.validation, rewards, self.options.ep_len, self.chosen)
-            metrics = evaluate(self.validation, rewards, returns, self.chosen)
+            metrics, *_ = measure(self.head, features, self.validation, self.options.ep_len, self.chosen)
             logged |= wandb_validation(metrics)
             if self.best["best_li_loss"] is None or metrics["li_loss"] < self.best["best_li_loss"]:
                 self.best |= {"best_step": step, "best_li_loss": metrics["li_loss"]}

@@ -49,8 +49,7 @@ from models import DECOMPOSITIONS
 from tools import tables
 from tools.saved_heads import Evaluation, Scorer, compare
 
-# with normalized losses GE and LI count alike; with raw ones GE, in points², is hundreds of times larger
-STAGE_2 = "--train --val --small_model_shrink --batch_size 4 --K 160 --epochs 16 --loss_scale normalized".split()
+STAGE_2 = "--train --val --batch_size 4 --K 160 --epochs 16".split()
 STAGE_1 = "--val --small_model_shrink --batch_size 32 --K 32".split()
 
 
@@ -69,10 +68,13 @@ def commands(
     for kind, row in DECOMPOSITIONS.items():
         if row.uses_shares and not llm_shares:
             continue
-        options = [*STAGE_2, *common, "--redist_type", kind, *(["--llm_shares", llm_shares] if row.uses_shares else [])]
+        options = [*STAGE_2, *common, "--redist_type", kind]
+        options += ["--llm_shares", llm_shares] if row.uses_shares else []
+        options += [] if row.head else ["--small_model_shrink"]
         yield f"GE:{kind}", f"ge-{kind}-{seed}", ["train_reward_GELI.py", *options, "--lang_model_path", encoder]
         for signal in LI_SIGNALS:
-            start = ["--affect_path", f"li-{signal}-{seed}"]
+            # with normalized losses GE and LI count alike; with raw ones GE, in points², is hundreds of times larger
+            start = ["--affect_path", f"li-{signal}-{seed}", "--loss_scale", "normalized"]
             yield f"GELI:{kind}×{signal}", f"geli-{kind}-{signal}-{seed}", ["train_reward_GELI.py", *options, *start]
 
 

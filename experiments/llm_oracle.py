@@ -102,7 +102,6 @@ def head_commands(options, seed: int) -> Iterator[tuple[str, list]]:
     common = ["train_reward_GELI.py", "--train", "--val", "--small_model_shrink", "--data_dir", options.data_dir]
     common += ["--output_dir", options.out / "runs", "--lang_model_path", options.encoder, "--resume", "--seed", seed]
     common += ["--context_turns", CONTEXT_TURNS, "--train_size", TRAIN_CONVERSATIONS, "--epochs", 8, "--batch_size", 4]
-    common += ["--loss_scale", "normalized"]
     for kind in KINDS:
         more = ["--llm_shares", options.out / "shares" / "shares.csv"] if kind == "LLM" else []
         yield f"{kind}-{seed}", [*common, "--redist_type", kind, *more, "--run_name", f"{kind}-{seed}"]

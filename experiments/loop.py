@@ -78,9 +78,10 @@ def reward_commands(options: LoopOptions, seed: int) -> Iterator[tuple[str, list
     common += ["--device", options.device, "--val"]
     li = ["--epochs", 1, "--batch_size", 32, "--learning_rate", 3e-5, "--lang_model_path", options.encoder]
     yield f"LI-{seed}", ["train_reward_LI_only.py", *common, *li]
-    stage_2 = ["--train", "--epochs", 8, "--batch_size", 4, "--learning_rate", 5e-3, "--loss_scale", "normalized"]
+    stage_2 = ["--train", "--epochs", 8, "--batch_size", 4, "--learning_rate", 5e-3]
     yield f"GE-{seed}", ["train_reward_GELI.py", *common, *stage_2, "--lang_model_path", options.encoder]
-    yield f"GELI-{seed}", ["train_reward_GELI.py", *common, *stage_2, "--affect_path", f"LI-{seed}"]
+    geli = ["--affect_path", f"LI-{seed}", "--loss_scale", "normalized"]
+    yield f"GELI-{seed}", ["train_reward_GELI.py", *common, *stage_2, *geli]
 
 
 def policy_command(options: LoopOptions, run: PolicyRun) -> list:

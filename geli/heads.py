@@ -97,7 +97,7 @@ def _load_published_head(path: Path) -> RewardHead:
     parts = folder.split("_baseline_")
     head = RewardHead(
         RewardHeadConfig(
-            head="small_model_shrink",
+            head="published",
             hidden=tensors.fc1_weight.shape[1],
             encoder=None,
             encoder_is_folder=False,

@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from geli.nets.batching import token_batches
+from geli.nets.options import EncoderOptions
 from geli.nets.pretrained import check_vocabulary, load_adapter, load_pretrained, named_by_file, recorded_base
 from geli.run.console import is_main_process, progress_bar
-from geli.run.distributed import available_memory
+from geli.run.distributed import available_memory, frozen_dtype
 from geli.run.errors import UserError
 from geli.run.files import atomic_folder
 from geli.run.sharding import full_state, shard
@@ -303,6 +304,23 @@ def place_encoder(
     if compile:
         encoder.compile()
     return encoder
+
+
+def open_encoder(
+    options: EncoderOptions,
+    accelerator: Accelerator,
+    trust_remote_code: bool,
+    name: str | None = None,
+    trains: bool = False,
+) -> TurnEncoder:
+    """The encoder `name` (None: the one that the options name), on its device and run as the options say. One that
+    trains is sharded if `accelerate launch` was configured for that, and gets the adapter that `--model` asks for."""
+    source, option = options.source()
+    adapt = trains and options.adapted
+    encoder = load_encoder(
+        name or source, options.max_length, option, adapt, frozen_dtype(accelerator), trust_remote_code
+    )
+    return place_encoder(encoder, accelerator, options.tokens_per_batch, options.compile, trains)
 
 
 def own_limit(config, tokenizer) -> int:

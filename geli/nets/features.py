@@ -199,6 +199,12 @@ class TurnFeatures:
             return plain
         return torch.where(torch.from_numpy(rated)[:, None], self._features[1][turns], plain)
 
+    def idle_passes(self, n: int) -> torch.Tensor:
+        """() 0, after `n` calls of `training` for no turns, which a process makes that has fewer trajectories than the
+        others: all processes must make the same number of passes through sharded layers."""
+        none = np.arange(0)
+        return torch.stack([torch.zeros(()), *(self.training(none, none, 1).sum() for _ in range(n))]).sum()
+
     def held_out(self, texts: Sequence[tuple[str, str]]) -> torch.Tensor:
         """(N, hidden) features of the validation turns, which are the same at every call."""
         if self._held_out is None or not self.frozen:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from data_utils import NO_FACE, Corpus, TurnSet
 from geli.data.candor import AFFECT_GROUPS, FACES, HAPPINESS
@@ -19,6 +20,7 @@ from geli.run.errors import UserError
 from geli.run.files import atomic_path, write_json
 from geli.run.run_names import record_path, report_path
 from geli.run.tracking import Tracker, versions
+from models import RewardHead, head_rewards, predicted_returns
 
 BAR_CHARTS = 4  # validation trajectories that `--bar_chart` shows
 
@@ -68,6 +70,24 @@ def evaluate(turns: TurnSet, rewards: np.ndarray, returns: np.ndarray, chosen: n
         "return_correlation": spearman(turns.scores, returns),
         **affect_means(rewards, turns.affects[chosen], "reward"),
     }
+
+
+def measure(
+    head: RewardHead, features: torch.Tensor, turns: TurnSet, ep_len: int | str, chosen: np.ndarray | None = None
+) -> tuple[dict, np.ndarray, np.ndarray]:
+    """What a head predicts for turns, and how good that is.
+
+    Args:
+        features: (N, hidden) of the turns. ep_len: L of the returns. chosen: (N,) bool, the turns that `features` has,
+            for a head that is not sequential; None: all.
+
+    Returns:
+        What `evaluate` returns, the rewards (N,), and the returns (n,) in points.
+    """
+    rewards = np.zeros(len(turns), dtype=np.float32)
+    rewards[slice(None) if chosen is None else chosen] = head_rewards(head, features, turns)
+    returns = predicted_returns(turns, rewards, ep_len, chosen)
+    return evaluate(turns, rewards, returns, chosen), rewards, returns
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:

@@ -13,6 +13,21 @@ class NotFinite(Exception):
     """A score, loss or gradient is NaN or infinite; the message says which. The optimizer step was not applied."""
 
 
+def decaying_adamw(groups: list[dict], steps: int):
+    """AdamW (Loshchilov & Hutter, 2019) whose learning rates decay linearly to 0.
+
+    Args:
+        groups: parameters and their learning rates, as {"params", "lr"}. steps: of the optimizer until 0.
+
+    Returns:
+        The optimizer and its schedule.
+    """
+    sharded = any(is_sharded(p) for group in groups for p in group["params"])
+    # foreach cannot mix sharded parameters with whole ones
+    optimizer = torch.optim.AdamW(groups, foreach=False if sharded else None)
+    return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+
+
 def apply_gradients(optimizer, accelerator, schedule=None) -> float:
     """Sums gradients over processes, makes an optimizer step (and one of the learning rate's `schedule`), and clears
     the gradients. Returns the gradient norm.

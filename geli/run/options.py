@@ -205,6 +205,17 @@ def given_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None = 
     return {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not missing}
 
 
+def refuse(parser: argparse.ArgumentParser, given: set[str], names: str, reason: str) -> None:
+    """Ends the program with one line if any of these options were given, because they would do nothing.
+
+    Args:
+        given: what `given_options` returned. names: of options, separated by spaces. reason: why, and what to do.
+    """
+    flags = [a.option_strings[-1] for a in parser._actions if a.dest in given and a.dest in names.split()]
+    if flags:
+        parser.error(f"{', '.join(flags)}: {reason}")
+
+
 def flat(options) -> dict[str, Any]:
     """Name -> value of every option, as it is recorded with a run."""
     return {field.name: getattr(group, field.name) for group, field in _declared(options)}

@@ -35,9 +35,10 @@ from geli.reward import GELIReward
 from geli.rl.reward_options import RF_MODELS
 from geli.run.errors import UserError
 from models import HEADS, RewardHead, RewardHeadConfig
-from train_reward_GELI import GELITraining, GELITrainingOptions
+from train_reward_GELI import Drawn, GELITraining, GELITrainingOptions
 
 QUICK = ("--context_turns", 2, "--learning_rate", 1e-3, "--train_size", 6, "--small_model_shrink", "--model", "convo")
+WITHOUT_HEAD = tuple(word for word in QUICK if word != "--small_model_shrink")  # RUDDER has its own
 
 
 SHORT = dict(min_new_tokens=4, max_new_tokens=8)  # responses
@@ -76,6 +77,10 @@ def stages(sample, tiny, tmp_path_factory):
         def ge(self, *more, encoder=encoder, quick=QUICK, check=0):
             return call_script("train_reward_GELI.py", *data, *encoder, *quick, "--epochs", 2, *more, check=check)
 
+        def evaluate(self, head, run, *more, check=0):
+            options = ("--reward_path", head, "--train_size", 6, "--run_name", run)
+            return call_script("train_reward_GELI.py", *data, "--val", *options, *more, check=check)
+
         def geli(self, *more, **options):
             return self.ge("--affect_path", "li", *more, encoder=(), **options)
 
@@ -89,6 +94,9 @@ def stages(sample, tiny, tmp_path_factory):
 
         def path(self, run):
             return next(out.glob(f"*/reward1_{run}"))
+
+        def training_trajectories(self):
+            return split(read_corpus(sample, "overall_affect"), 6)[0]
 
         def encoder_folder(self, run):
             return encoder_of_head(self.config(run), self.path(run))
@@ -129,15 +137,13 @@ def test_a_head_of_another_kind_than_stage_1s_is_refused(stages):
     assert "its head is of the kind small_model_shrink, the options ask for default" in result.stderr
 
 
-def test_contrastive_changes_training_from_the_second_epoch_on(stages):
+def test_contrastive_changes_training(stages):
     stages.li("--run_name", "li-contra", "--contrastive")
     assert "contra_True" in stages.path("li-contra").parent.name
     assert not torch.equal(stages.weights("li-contra"), stages.weights("li"))
-    for epochs, same in ((1, True), (2, False)):
-        for run, more in ((f"plain{epochs}", ()), (f"contra{epochs}", ("--contrastive",))):
-            stages.geli("--train", "--epochs", epochs, "--run_name", run, *more)
-        assert torch.equal(stages.weights(f"plain{epochs}"), stages.weights(f"contra{epochs}")) == same
-    assert "--contrastive learns from the listener's affect" in stages.ge("--train", "--contrastive", check=2).stderr
+    stages.geli("--train", "--run_name", "plain")
+    stages.geli("--train", "--run_name", "contra", "--contrastive")
+    assert not torch.equal(stages.weights("plain"), stages.weights("contra"))
 
 
 def test_the_curriculum_shows_the_answer_to_training_turns_only(stages, sample, monkeypatch):
@@ -182,7 +188,7 @@ def test_unfreeze_trains_saves_and_hands_on_the_encoder(stages):
     assert sum(moved) > len(moved) / 2
     stages.geli("--train", "--run_name", "thawed-slowly", "--unfreeze")
     assert not torch.equal(stages.weights("thawed-slowly"), stages.weights("thawed"))  # its rate is an option
-    stages.ge("--val", "--reward_path", "thawed", "--run_name", "thawed-again", encoder=())
+    stages.evaluate("thawed", "thawed-again")
     assert stages.record("thawed-again")["metrics"]["validation"] == stages.record("thawed")["metrics"]["validation"]
     run = stages.ppo("--val", "--train", "--reward_path", "thawed", "--exp_name", "thawed")
     assert f"Reward head: {path}" in run.stdout
@@ -228,12 +234,11 @@ def test_the_geli_loss_of_a_trajectory_by_hand(redist_type, normalized):
     features = SimpleNamespace(
         prepare=lambda *_: None, training=lambda *_: rewards, encoder=torch.nn.Module(), held_out=None
     )
-    features.encoder.max_over_ranks = None
     head = torch.nn.Linear(1, 1)
     head.forward, head.config = lambda features, with_hidden: (features, features), SimpleNamespace(li=True)
     head.rewards = lambda outputs, n_turns: outputs
     stage = GELITraining(head, features, turns, None, options, Accelerator(cpu=True), 0, lambda: None)
-    loss, _, (_, ge, li, _) = stage.trajectory_loss(0, np.arange(2), np.zeros(2, dtype=bool), 160.0, 1)
+    loss, _, ge, li, _ = stage.trajectory_loss(Drawn(0, np.arange(2), np.zeros(2, dtype=bool), 160.0))
     # LI: (0.75^2 + 0.5^2) / 2; the return is 160 * 0.375 = 60, so that L_GE is (80 - 60)^2
     assert (ge, li) == (pytest.approx(400), pytest.approx(0.40625))
     # RRD regresses to R; IRCR's loss is ((0.5 - 0.25)^2 + 0) / 2, of R/L = 0.5
@@ -261,7 +266,6 @@ def test_bar_chart_logs_rewards_by_turn_without_text_or_ids(stages, monkeypatch)
     for table in tables:
         assert table["columns"] == ["turn", "predicted reward"]
         assert [row[0] for row in table["data"]] == [str(n + 1) for n in range(len(table["data"]))]
-    assert "give --val" in stages.geli("--train", "--bar_chart", check=2).stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,21 +274,28 @@ def test_bar_chart_logs_rewards_by_turn_without_text_or_ids(stages, monkeypatch)
 
 @pytest.mark.parametrize("kind", ["IRCR", "RUDDER"])
 def test_each_decomposition_alone_and_with_li(stages, kind):
-    stages.ge("--train", "--val", "--redist_type", kind, "--run_name", f"ge-{kind}")
-    printed = stages.geli("--train", "--val", "--redist_type", kind, "--run_name", f"geli-{kind}").stdout
-    assert ("RUDDER has a network of its own" in printed) == (kind == "RUDDER")
+    quick = WITHOUT_HEAD if kind == "RUDDER" else QUICK
+    stages.ge("--train", "--val", "--redist_type", kind, "--run_name", f"ge-{kind}", quick=quick)
+    stages.geli("--train", "--val", "--redist_type", kind, "--run_name", f"geli-{kind}", quick=quick)
     for run, li in ((f"ge-{kind}", False), (f"geli-{kind}", True)):
         config = stages.config(run)
         assert (config.redist_type, config.li) == (kind, li)
         prefix = "visual_feedback_baselines" if li else "baselines"
         assert stages.path(run).parent.name == f"{prefix}_convo_overall_affect_baseline_{kind}_K_160"
-        stages.ge("--val", "--reward_path", run, "--run_name", f"{run}-again", encoder=())
+        stages.evaluate(run, f"{run}-again")
         assert stages.record(f"{run}-again")["metrics"] == {"validation": stages.record(run)["metrics"]["validation"]}
     assert not torch.equal(stages.weights(f"ge-{kind}"), stages.weights(f"geli-{kind}"))
 
 
+def test_ircr_learns_each_turns_even_share_of_the_score(stages):
+    options = ("--redist_type", "IRCR", "--learning_rate", 5e-3, "--epochs", 25, "--run_name", "even")
+    stages.ge("--train", "--val", *options)
+    scores = [t.score for t in stages.training_trajectories()]
+    assert stages.table("even")["reward"].mean() == pytest.approx(np.mean(scores) / 160, rel=0.05)
+
+
 def test_rudders_l_ge_compares_the_mean_reward_times_l_with_the_score(stages, sample):
-    stages.ge("--train", "--val", "--redist_type", "RUDDER", "--run_name", "rudder")
+    stages.ge("--train", "--val", "--redist_type", "RUDDER", "--run_name", "rudder", quick=WITHOUT_HEAD)
     table = stages.table("rudder")
     scores = {
         (t.conversation.id, t.user): t.score
@@ -342,7 +353,7 @@ def test_sentiment_can_come_from_a_classifier(stages, sample, tiny, tmp_path):
     assert "and this run learns from the face" in stages.geli("--train", *sentiment[2:], "x", check=2).stderr
     refused = stages.li(*sentiment, tmp_path / "stars", check=2).stderr
     assert "expected labels that begin with pos and neg, found 1 star" in refused
-    assert "is for --li_signal sentiment" in stages.li("--li_signal", "face", *sentiment[2:], "x", check=2).stderr
+    assert "is not used by --li_signal face" in stages.li("--li_signal", "face", *sentiment[2:], "x", check=2).stderr
 
 
 def test_reaction_type_and_negative_affect_change_the_targets(stages, sample, tmp_path):
@@ -389,13 +400,12 @@ def test_max_length_cuts_what_the_encoder_sees_and_is_remembered(stages):
 
 
 def test_val_all_validates_on_every_conversation_that_is_not_trained_on(stages):
-    stages.ge("--val", "--val_all", "--reward_path", "geli", "--run_name", "all", encoder=())
+    stages.evaluate("geli", "all", "--val_all")
     assert len(stages.record("all")["validation_conversations"]) == 34
-    stages.ge("--val", "--val_all", "--train_size", 2, "--reward_path", "geli", "--run_name", "all2", encoder=())
+    stages.evaluate("geli", "all2", "--val_all", "--train_size", 2)
     seen = set(stages.record("geli")["training_conversations"])  # six, whatever this run's own training size
     assert not seen & set(stages.record("all2")["validation_conversations"])
     assert len(stages.record("geli")["validation_conversations"]) == 4
-    assert "give --val too" in stages.geli("--train", "--val_all", check=2).stderr
 
 
 def test_dtype_and_device_are_those_that_are_asked_for(stages):
@@ -486,7 +496,7 @@ def test_a_class_that_the_survey_lacks_is_an_error_that_lists_those_present(stag
 
 
 def test_a_saved_head_is_not_measured_against_another_question(stages):
-    result = stages.ge("--val", "--reward_path", "geli", "--reward_class", "i_like_you", encoder=(), check=2)
+    result = stages.evaluate("geli", "other", "--reward_class", "i_like_you", check=2)
     assert "was trained for overall_affect, not i_like_you: give --reward_class overall_affect" in result.stderr
 
 
@@ -561,7 +571,7 @@ def test_the_head_of_a_run_that_was_killed_is_not_taken(tmp_path, capsys):
 
 
 def test_rudder_scores_a_response_given_the_agent_turns_before_it(stages, sample):
-    stages.ge("--train", "--redist_type", "RUDDER", "--run_name", "rudder-rl")
+    stages.ge("--train", "--redist_type", "RUDDER", "--run_name", "rudder-rl", quick=WITHOUT_HEAD)
     path = stages.path("rudder-rl")
     head = load_reward_head(path)
     encoder = load_encoder(encoder_of_head(head.config, path)).eval()
@@ -678,6 +688,51 @@ def test_aliases_stand_for_the_published_models(monkeypatch, sample, tmp_path):
     (tmp_path / "llama_hf").mkdir()
     call_script("train_rl_GELI.py", "--model_name", "llama", "--rf_model", "base", "--generate", *data, check=130)
     assert asked == [*names.values(), "./llama_hf"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options that would do nothing
+
+
+LI_STAGE, STAGE_2 = "train_reward_LI_only.py", "train_reward_GELI.py"
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "message"),
+    [
+        (LI_STAGE, "--val_all --bar_chart --log_text", "--log_text: nothing is validated: give --val"),
+        (LI_STAGE, "--K 32", "--K: nothing is validated: give --val"),
+        (LI_STAGE, "--contrastive --epochs 1", "--contrastive: changes every second epoch, and there is one"),
+        (LI_STAGE, "--sentiment_model x", "--sentiment_model: is not used by --li_signal face"),
+        (STAGE_2, "--train --val_all", "--val_all: nothing is validated: give --val"),
+        (STAGE_2, "--train --bar_chart", "--bar_chart: nothing is validated: give --val"),
+        (STAGE_2, "--train --log_text", "--log_text: nothing is validated: give --val"),
+        (STAGE_2, "--train --contrastive", "--contrastive: only LI uses it: give --affect_path"),
+        (STAGE_2, "--train --lambda 0.5", "--lambda: only LI uses it: give --affect_path"),
+        (STAGE_2, "--train --loss_scale raw", "--loss_scale: only LI uses it: give --affect_path"),
+        (STAGE_2, "--train --li_signal face", "--li_signal: only LI uses it: give --affect_path"),
+        (STAGE_2, "--train --reaction_type class", "--reaction_type: only LI uses it: give --affect_path"),
+        (STAGE_2, "--train --negative_affect zero", "--negative_affect: only LI uses it: give --affect_path"),
+        (STAGE_2, "--train --sentiment_model x", "--sentiment_model: only LI uses it: give --affect_path"),
+        (STAGE_2, "--train --affect_path x --contrastive --epochs 1", "--contrastive: changes every second epoch"),
+        (STAGE_2, "--train --encoder_learning_rate 5e-6", "--encoder_learning_rate: the encoder is not trained: give"),
+        (STAGE_2, "--train --redist_type RUDDER --batch_norm", "--batch_norm: RUDDER has a network of its own"),
+        (STAGE_2, "--train --llm_shares x", "--llm_shares: is for --redist_type LLM"),
+        (STAGE_2, "--train --redist_type LLM", "give --llm_shares"),
+        (STAGE_2, "--train --affect_path x --reward_path y", "--reward_path: is a head to evaluate, without --train"),
+        (
+            STAGE_2,
+            "--val --reward_path x --K 9 --epochs 4 --save_steps 1 --resume",
+            "--resume, --save_steps: nothing is trained: give",
+        ),
+        (STAGE_2, "--val --reward_path x --small_model --affect_path y", "--small_model: nothing is trained: give"),
+        (STAGE_2, "--val --reward_path x --max_length 9", "--max_length: the head of --reward_path brings its own"),
+        (STAGE_2, "--val --reward_path x --model convo --context_turns 2", "the head of --reward_path brings its own"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(script, given, message):
+    error = call_script(script, *given.split(), check=2).stderr
+    assert message in error and error.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def marked(tmp_path_factory):
 def commands(marked, out: Path) -> list[tuple]:
     """The three stages, with every option that logs more but `--log_text`."""
     common = ("--data_dir", marked.data, "--output_dir", out, "--context_turns", 3)
-    reward = (*common, "--small_model_shrink", "--epochs", 1, "--val", "--val_all", "--bar_chart", "--contrastive")
+    reward = (*common, "--small_model_shrink", "--epochs", 2, "--val", "--val_all", "--bar_chart", "--contrastive")
     first = ("--lang_model_path", marked.models / "bart", "--run_name", "li", "--train_size", 8)
     second = ("--affect_path", "li", "--run_name", "geli", "--train", "--train_size", 8)
     third = ("--model_name", marked.models / "llama", "--train", "--val", "--generate", "--steps", 2)
@@ -185,7 +185,7 @@ def test_with_log_text_it_is_found(ran, marked, tmp_path, monkeypatch):
     out, _ = ran
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staged"))
     head = next(out.glob("visual*/reward1_geli"))
-    common = ("--data_dir", marked.data, "--output_dir", tmp_path, "--context_turns", 3, "--log_text")
+    common = ("--data_dir", marked.data, "--output_dir", tmp_path, "--log_text")
     (tmp_path / "wandb").mkdir(mode=0o755)
     call_script("train_reward_GELI.py", "--val", "--reward_path", head, "--run_name", "told", *common)
     wandb.teardown()

@@ -108,7 +108,7 @@ def test_stage_2_learns_from_the_shares(shares, sample, tiny, tmp_path, monkeypa
     assert "found none to use: has changed since its shares were made" in refused and refused.count("\n") == 1
     assert "give --llm_shares" in call_script(*llm, check=2).stderr
     wrong = call_script("train_reward_GELI.py", *data, "--llm_shares", path, check=2).stderr
-    assert "--llm_shares is for --train --redist_type LLM" in wrong
+    assert "--llm_shares: is for --redist_type LLM" in wrong
 
 
 @pytest.mark.slow

@@ -268,6 +268,7 @@ def test_its_rewards_are_those_of_its_raw_tensors(published):
     expected = torch.tanh(hidden @ tensors["fc2.weight"].T + tensors["fc2.bias"])
     head = load_reward_head(published)
     assert not head.training and head.config.encoder is None and head.config.hidden == WIDTH
+    assert head.config.head == "published"
     torch.testing.assert_close(head(features), expected, atol=1e-6, rtol=0)
 
 
@@ -299,6 +300,7 @@ def test_it_can_be_evaluated_and_trained_from_and_used_in_stage_3(folders, sampl
     assert "Stage 2 (GELI, RRD), run seen" in run.stdout
     more = ["--epochs", 1, "--train_size", 4, "--small_model_shrink", "--run_name", "further"]
     call_script("train_reward_GELI.py", "--train", "--affect_path", "devout-brook-114", *more, *data)
+    assert load_reward_head(next(folders.glob("*/reward1_further"))).config.head == "small_model_shrink"
     options = ["--model_name", tiny / "llama", "--val", "--train", "--ppo_off", "--steps", 1, "--batch_size", 2]
     options += ["--val_prompts", 2, "--context_turns", 2, "--reward_path", "eager-glade-5"]
     run = call_script("train_rl_GELI.py", *options, *data)

@@ -13,12 +13,14 @@ from geli.run.options import (
     file_name,
     flat,
     fraction,
+    given_options,
     new_parser,
     non_negative_int,
     option,
     parse,
     positive_float,
     positive_int,
+    refuse,
     seed,
 )
 
@@ -80,11 +82,20 @@ class Kinds:
 
 
 @dataclass(frozen=True)
+class Old:
+    """A group with a title."""
+
+    title = "old ones"
+    old: bool = option(False, "nothing")
+
+
+@dataclass(frozen=True)
 class Options:
     """A command's options, with a default of its own."""
 
     sizes: Sizes = Sizes(width=5)
     kinds: Kinds = Kinds()
+    old: Old = Old()
 
 
 def parsed(*argv):
@@ -94,7 +105,8 @@ def parsed(*argv):
 def test_without_options_the_defaults_are_those_of_the_command():
     assert parsed() == Options() and parsed().sizes.width == 5
     assert flat(parsed()) == {
-        "width": 5, "weight": None, "names": None, "red": False, "blue": False, "size": "small"
+        "width": 5, "weight": None, "names": None, "red": False, "blue": False, "size": "small",
+        "old": False,
     }  # fmt: skip
 
 
@@ -124,10 +136,30 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, message, capsys):
     assert f"error: {message}" in error and error.endswith("(see --help)\n")
 
 
+def test_an_option_counts_as_given_also_with_its_default():
+    parser = build_parser("A command.", Options())
+    assert given_options(parser, ("--width", "5", "--lambda", "0.5", "--names", "a", "--old")) == {
+        "width", "weight", "names", "old"
+    }  # fmt: skip
+    assert given_options(parser, ()) == set()
+
+
+def test_given_options_are_refused_in_one_line(capsys):
+    parser = build_parser("A command.", Options())
+    given = given_options(parser, ("--width", "5", "--lambda", "1"))
+    refuse(parser, given, "names size", "were not given")
+    with pytest.raises(SystemExit) as stop:
+        refuse(parser, given, "names weight width", "do nothing without --red: give it")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "error: --width, --lambda: do nothing without --red: give it" in error
+
+
 def test_help_says_what_each_option_means_and_its_default():
     text = " ".join(build_parser("A command.", Options()).format_help().split())
     for words in ("A command.", "--width WIDTH how wide (default: 5)", "--lambda L how heavy (default: 0.5)", "color:"):
         assert words in text
+    assert "old ones: --old nothing (default: False)" in text
     assert "some names (default" not in text  # None means nothing is given
     parser = new_parser("A tool.")
     parser.add_argument("--n", type=positive_int, default=4, help="how many")
