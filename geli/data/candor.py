@@ -19,7 +19,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv as arrow_csv
 
-READER_VERSION = 1  # part of the cache's key: raise it when the same files are read differently
+from geli.data.words import count_words
+
+READER_VERSION = 2  # part of the cache's key: raise it when the same files are read differently
 
 # Survey question that can be the score of a conversation -> points per unit of its answer. Most answers run from 1 to 9
 # or 1 to 7; ten points per unit put them on the scale of the two that are given from 0 to 100.
@@ -70,7 +72,7 @@ class Turn(NamedTuple):
         speaker: user id of who speaks.
         start, stop: seconds from the beginning of the call, start <= stop.
         utterance: what was said, stripped, never empty.
-        n_words: the transcript's word count.
+        n_words: the transcript's word count, or `count_words` where it has none.
         affect: index into `FACES` of the *listener's* face during the turn.
         happy_share: share of the listener's frames that are happy, in [0, 1]; 0 without frames or words enough.
     """
@@ -308,7 +310,7 @@ def _read_transcript(path: Path) -> tuple[list[Turn], Counter]:
         elif len(utterance) > MOST_CHARACTERS:
             skipped[f"utterance of more than {MOST_CHARACTERS:,} characters"] += 1
         else:
-            n_words = int(n) if 0 <= n <= MOST_WORDS else len(utterance.split())
+            n_words = int(n) if 0 <= n <= MOST_WORDS else count_words(utterance)
             turns.append(Turn(turn_id, speaker, start, stop, utterance, n_words, affect=NEUTRAL, happy_share=0.0))
     if not turns:
         raise Dropped("the transcript has no usable turn")

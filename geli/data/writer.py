@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from geli.data.candor import ANSWER_LIMITS, FACES, FEATURES_FILE, REWARD_CLASSES, SURVEY_FILE, TRANSCRIPTS
+from geli.data.words import count_words
 
 TRANSCRIPT_COLUMNS = (
     "turn_id speaker start stop utterance interval delta questions end_question overlap n_words".split()
@@ -102,7 +103,7 @@ def _transcript_rows(turns):
         questions = text.count("?")
         yield [
             i, user, round(start, 2), round(stop, 2), text, interval, round(stop - start, 2), questions,
-            text.endswith("?"), False, len(text.split()),
+            text.endswith("?"), False, count_words(text),
         ]  # fmt: skip
         previous_stop = stop
 

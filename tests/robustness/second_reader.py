@@ -1,5 +1,5 @@
-"""A second reader of CANDOR's folders, as slow and plain as can be, that shares no code with the first one:
-`fuzz_reader.py` and `test_hostile_data.py` compare the two."""
+"""A second reader of CANDOR's folders, as slow and plain as can be, that shares no code with the first one
+but the counting of words: `fuzz_reader.py` and `test_hostile_data.py` compare the two."""
 
 import itertools
 import math
@@ -18,6 +18,7 @@ from geli.data.candor import (
     SURVEY_FILE,
     Conversation,
 )
+from geli.data.words import count_words
 
 TRANSCRIPT = "transcription/transcript_cliffhanger.csv"
 FILES = (TRANSCRIPT, FEATURES_FILE, SURVEY_FILE)
@@ -102,7 +103,7 @@ def reference(folder: Path) -> Conversation:
             skipped[next(reason for reason, holds in problems.items() if holds)] += 1
             continue
         words = reference_number(row.get("n_words", ""))
-        words = int(words) if 0 <= words <= MOST_WORDS else len(said.split())
+        words = int(words) if 0 <= words <= MOST_WORDS else count_words(said)
         turns.append((row["turn_id"], speaker, start, stop, said, words))
     ids = [reference_number(turn[0]) for turn in turns]
     known = [i for i in ids if not math.isnan(i)]
