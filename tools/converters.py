@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from geli.data.words import count_words
 from geli.data.writer import write_conversation
 from geli.run.console import progress_bar
 from geli.run.errors import UserError, first_line
@@ -110,7 +111,7 @@ def casino_dialogue(dialogue: dict) -> NewConversation:
     turns, faces, clock = [], [], 0.0
     for i, message in enumerate(utterances):
         text = " ".join(_EMOTICON.sub(" ", message["text"]).split())
-        start, stop = clock, clock + len(text.split()) / WORDS_PER_SECOND
+        start, stop = clock, clock + count_words(text) / WORDS_PER_SECOND
         clock = stop + PAUSE
         turns.append((user_of[message["id"]], start, stop, text))
         following = utterances[i + 1] if i + 1 < len(utterances) else None

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from apps.calls.speech import transcribe
-from apps.calls.transcripts import ENDINGS, Utterance, make_turns, read_transcript
+from apps.calls.transcripts import ENDINGS, MARKS, Utterance, fold_name, make_turns, read_transcript
 from apps.calls.video import Tile
 from geli.data.candor import MOST_BYTES, Dropped, read_conversation
 from geli.data.questions import QUESTIONS
@@ -138,28 +138,30 @@ def _read_table(path: Path) -> list[dict[str, str]]:
         content = path.read_bytes()
         if len(content) > MOST_BYTES:
             raise Dropped(f"{path.name}: larger than {MOST_BYTES >> 20} MiB")
-        header, *rows = [
-            row for row in csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True) if row
-        ]
+        lines = io.StringIO(content.decode().translate(MARKS), newline="")
+        rows = [list(map(str.strip, row)) for row in csv.reader(lines, strict=True)]
+        header, *rows = filter(any, rows)  # Excel writes rows of empty cells, and empty cells behind others
     except FileNotFoundError:
         raise Dropped(f"{path.name}: no such file") from None
     except (OSError, UnicodeError, csv.Error, ValueError):
         raise Dropped(f"{path.name}: not a readable CSV file (UTF-8, with commas)") from None
-    header = [name.strip() for name in header]
+    while not header[-1]:
+        header.pop()
+    rows = [row[: len(header)] + list(filter(None, row[len(header) :])) for row in rows]
     if "person" not in header or len(set(header)) < len(header):
         raise Dropped(f"{path.name}: expected a column person and each column once, found {', '.join(header)[:200]}")
     if any(len(row) != len(header) for row in rows):
         raise Dropped(f"{path.name}: a row has more or fewer cells than the header")
-    table = [dict(zip(header, map(str.strip, row), strict=True)) for row in rows]
+    table = [dict(zip(header, row, strict=True)) for row in rows]
     people = [_person(row["person"], path) for row in table]
-    if len(people) != 2 or people[0] == people[1]:
+    if len(people) != 2 or fold_name(people[0]) == fold_name(people[1]):
         raise Dropped(f"{path.name}: expected one row for each of two people, found {', '.join(people) or 'none'}")
     return [row | {"person": person} for row, person in zip(table, people, strict=True)]
 
 
 def _person(name: str, path: Path) -> str:
     """A person's name, if it can be one."""
-    name = unicodedata.normalize("NFC", name)
+    name = unicodedata.normalize("NFC", " ".join(name.split()))
     if not name or len(name) > LONGEST_NAME or not name.isprintable() or NOT_IN_NAMES & set(name):
         raise Dropped(
             f"{path.name}: {name[:60]!r} cannot be a person's name (empty, too long, or with one of ,;:\"/\\)"
@@ -178,7 +180,10 @@ def _read_ratings(path: Path) -> tuple[dict[str, dict[str, float]], dict[str, st
         answers[row["person"]] = {question: _answer(question, cell, path) for question, cell in given.items()}
     if not any(answers.values()):
         raise Dropped(f"{path.name}: nobody answered anything")
-    return answers, {row.get("name") or row["person"]: row["person"] for row in rows}
+    names = {row.get("name") or row["person"]: row["person"] for row in rows}
+    if len(set(map(fold_name, names))) < 2:
+        raise Dropped(f"{path.name}: both people have the name {next(iter(names))[:60]!r}")
+    return answers, names
 
 
 def _answer(question: str, cell: str, path: Path) -> float:
@@ -196,7 +201,7 @@ def _read_tiles(path: Path, videos: Sequence[Path], people: Mapping[str, object]
     """The one video -> person -> tile."""
     if len(videos) > 1:
         raise Dropped(f"{path.name} is for one video with both people, found {', '.join(v.name for v in videos)}")
-    tiles = {}
+    known, tiles = {fold_name(person): person for person in people}, {}
     for row in _read_table(path):
         try:
             tile = Tile(*(int(row[name]) for name in Tile._fields))
@@ -204,7 +209,7 @@ def _read_tiles(path: Path, videos: Sequence[Path], people: Mapping[str, object]
             raise Dropped(f"{path.name}: expected whole numbers in the columns {', '.join(Tile._fields)}") from None
         if min(tile) < 0 or 0 in (tile.width, tile.height):
             raise Dropped(f"{path.name}: a tile begins outside of the picture, or is empty")
-        tiles[row["person"]] = tile
+        tiles[known.get(fold_name(row["person"]), row["person"])] = tile
     if set(tiles) != set(people):
         raise Dropped(f"{path.name} has {' and '.join(tiles)}, {RATINGS_FILE} has {' and '.join(people)}")
     return {videos[0]: tiles}
@@ -212,16 +217,11 @@ def _read_tiles(path: Path, videos: Sequence[Path], people: Mapping[str, object]
 
 def _by_person(videos: Sequence[Path], people: Mapping[str, object]) -> dict[Path, dict[str, Tile | None]]:
     """Video -> the person after whom it is named -> the whole picture."""
-    known = {_key(person): person for person in people}
+    known = {fold_name(person): person for person in people}
     places = {}
     for video in videos:
-        person = known.pop(_key(video.stem), None)
+        person = known.pop(fold_name(video.stem), None)
         if person is None:
             raise Dropped(f"{video.name}: expected one video of each of {' and '.join(people)}, or {TILES_FILE}")
         places[video] = {person: None}
     return places
-
-
-def _key(name: str) -> str:
-    """A name in the form in which names are compared: file systems differ in case and in the form of accents."""
-    return unicodedata.normalize("NFC", name).casefold().strip()

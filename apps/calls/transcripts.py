@@ -2,29 +2,35 @@
 
 Read are WebVTT (Zoom, Teams, Google Meet), SubRip (.srt) and SubViewer (.sbv, Google Meet) files. A file is told by its
 content. docs/your-own-data.md shows the forms and says what happens to cues that are incomplete or contradictory.
+Libraries for subtitles skip cues whose times they cannot read, and say nothing; here every line is read, counted or
+refused.
 """
 
 import html
 import re
 import unicodedata
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 from geli.data.candor import MOST_BYTES, Dropped
+from geli.data.words import count_words
 from geli.run.errors import one_line
 
 ENDINGS = (".vtt", ".srt", ".sbv")
 WORDS_PER_SECOND = 2.5  # of speech whose end is not known
 SET_BACK = 60.0  # seconds; a cue that begins so long before an earlier one shows that the clock was set back
-UNNAMED = {"", "unknown", "unknown speaker", "unidentified speaker"}  # what stands for a name that is not known
-NO_NAME, NO_TIMES, NO_END = (  # what is counted
-    "cues without a speaker's name, left out",
-    "blocks of text without times, left out",
+NO_NAME, GIVEN, NO_TIMES, NO_END = (  # what is counted
+    "cues of an unknown speaker, left out",
+    "cues without a speaker's name, given to who spoke last",
+    "lines of text without times, left out",
     "cues without an end after their start, estimated",
 )
+# byte-order marks and marks of the direction of writing, which nobody says
+MARKS = dict.fromkeys(map(ord, "\ufeff\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"))
 
 
 class Utterance(NamedTuple):
@@ -56,17 +62,17 @@ def read_transcript(path: Path, names: Mapping[str, str]) -> Transcript:
     """Reads a transcript of two people.
 
     Args:
-        names: a name as it stands in the transcript -> the person. Case, spaces and an addition in parentheses, such as
-            Teams' "(Guest)", make no difference.
+        names: a name as it stands in the transcript -> the person. What `fold_name` folds, and an addition in
+            parentheses, such as Teams' "(Guest)", make no difference.
 
     Raises:
-        Dropped: if it cannot be read, its clock was set back, someone else speaks, or most cues have no name.
+        Dropped: if it cannot be read, its clock was set back, someone else speaks, or half of it has no name or times.
     """
     try:
         content = path.read_bytes()
         if len(content) > MOST_BYTES:
             raise Dropped(f"{path.name}: larger than {MOST_BYTES >> 20} MiB")
-        lines = content.decode("utf-8-sig").splitlines()
+        lines = re.split(r"\r*\n|\r", content.decode())  # not str.splitlines: U+2028 stands within cues
     except UnicodeError:
         raise Dropped(f"{path.name}: no UTF-8 text") from None
     except OSError as error:
@@ -79,24 +85,27 @@ def read_transcript(path: Path, names: Mapping[str, str]) -> Transcript:
 
 def parse_transcript(lines: Sequence[str], names: Mapping[str, str]) -> Transcript:
     """As `read_transcript`, of a file's lines."""
-    notes, others, utterances = Counter(), Counter(), []
-    people = {_key(name): person for name, person in names.items()}
-    for name, start, stop, text in _spoken(_cues(lines, notes), names, notes):
-        person = people.get(_key(name)) or people.get(_key(_without_addition(name)))
-        if person:
-            utterances.append(Utterance(person, start, stop, text))
-        elif _key(name) in UNNAMED:
-            notes[NO_NAME] += 1
-        else:
+    cues, without_times = _cues(lines)
+    notes, others, utterances = Counter({NO_TIMES: len(without_times)}), Counter(), []
+    people = dict.fromkeys(map(fold_name, UNNAMED)) | {fold_name(name): person for name, person in names.items()}
+    left_out = sum(map(len, without_times))  # characters
+    for name, start, stop, text in _spoken(cues, people, notes):
+        known = _known(name, people)
+        if known is None:
             others[one_line(name)] += 1
+        elif people[known] is None:
+            notes[NO_NAME] += 1
+            left_out += len(text)
+        else:
+            utterances.append(Utterance(people[known], start, stop, text))
     if others:
         name, number = others.most_common(1)[0]
         raise Dropped(f"{name!r} speaks ({number} cues), expected only {' and '.join(names)}")
-    if notes[NO_NAME] > len(utterances):
-        raise Dropped("most cues have no speaker's name, so it is not known who speaks")
-    if not utterances:
+    if not utterances and not left_out:
         raise Dropped("nothing is said (no cue with a name, times and text)")
-    return Transcript(sorted(utterances, key=lambda utterance: utterance.start), notes)
+    if left_out >= sum(len(said.text) for said in utterances):
+        raise Dropped("half of the text or more has no times or no speaker's name, so it is not known who speaks when")
+    return Transcript(sorted(utterances, key=lambda utterance: utterance.start), +notes)
 
 
 def make_turns(utterances: Sequence[Utterance]) -> list[Utterance]:
@@ -123,34 +132,72 @@ def make_turns(utterances: Sequence[Utterance]) -> list[Utterance]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Cues and their times
 
-_TIME = r"(?:(\d{1,2}):)?([0-5]?\d):([0-5]\d)(?:[.,](\d{1,3}))?"
-_ARROW_LINE = re.compile(rf"\s*{_TIME}\s*-->\s*(?:{_TIME}(?:\s.*)?)?", re.ASCII)  # WebVTT may have settings behind
+_TIME = r"(?:(\d{1,2}):)?(\d{1,3}):([0-5]?\d)(?:[.,](\d+))?"  # Teams pads nothing; minutes may go on after 59
+_SETTING = r"(?:(?:align|line|position|region|size|vertical):|[XY][12]:)\S*"  # of WebVTT, of SubRip
+_ARROW_LINE = re.compile(rf"\s*{_TIME}\s*-->\s*(?:{_TIME})?(?:\s+{_SETTING})*\s*", re.ASCII)
 _COMMA_LINE = re.compile(rf"\s*{_TIME},(?:{_TIME})?\s*", re.ASCII)  # SubViewer
-_NO_CUE = re.compile(r"\s*(WEBVTT|NOTE|STYLE|REGION)\b")  # how WebVTT's other blocks begin
+# a line that was meant for times: nothing but digits and signs, or hours and fractions at its beginning
+_LIKE_TIMES = re.compile(r"[\W\d]*\d:\d+(?::|[.,]\d)[\W\d]*|\W*\d+:\d+:\d+[.,]\d.*")
+_HEADER = re.compile(r"\s*(WEBVTT\b|(Kind|Language|Region|X-TIMESTAMP-MAP)[:=])")  # of WebVTT
+_COMMENT = re.compile(r"\s*(NOTE|STYLE|REGION)\b")  # how WebVTT's other blocks begin
+_IDENTIFIER = re.compile(r"\s*(?=\S*\d)\S+\s*")  # in the line above a cue's times
+_NUMBER = re.compile(r"\s*\d{1,9}\s*", re.ASCII)  # the same, where no empty line parts it from the text before
+_UUID = re.compile(r"\s*[\da-f]{8}-[\da-f]{4}-\S+\s*", re.IGNORECASE)  # Teams' identifiers
 
 
-def _cues(lines: Sequence[str], notes: Counter) -> list[Cue]:
-    """The cues of a file, in the order in which they begin. Counts blocks of text without times.
+def _cues(lines: Sequence[str]) -> tuple[list[Cue], list[str]]:
+    """The cues of a file, in its order, and the lines of text that have no times.
 
     Raises:
         Dropped: for a line of times that cannot be read, or a clock that was set back.
     """
+    numbered = [(number, line.translate(MARKS)) for number, line in enumerate(lines, start=1)]
+    if not any(line.strip() for _, line in numbered[1::2]):
+        numbered = numbered[::2]  # doubled line ends
+    times = [_times(line, number) for number, line in numbered] + [None]
     cues: list[Cue] = []
-    inside = False  # whether the line belongs to the last cue
-    for number, line in enumerate(lines, start=1):
-        times = _ARROW_LINE.fullmatch(line) or _COMMA_LINE.fullmatch(line)
-        if times:
-            cues.append(Cue(number, _seconds(*times.groups()[:4]), _seconds(*times.groups()[4:]), []))
-            inside = True
-        elif "-->" in line:
-            raise Dropped(f"line {number}: no times that can be read in {one_line(line)[:60]!r}")
+    lost: list[str] = []
+    place, next_number = "between cues", ""
+    for i, (number, line) in enumerate(numbered):
+        above_times = times[i + 1] is not None
+        if times[i]:
+            cues.append(Cue(number, *times[i], []))
+            place = "cue"
         elif not line.strip():
             # Google Meet separates two speakers of a cue by a dash and an empty line
-            inside = inside and [text.strip() for text in cues[-1].lines[-1:]] == ["-"]
-        elif inside:
-            cues[-1].lines.append(line)
-        elif cues and _is_lost(lines, number):
-            notes[NO_TIMES] += 1
+            if place != "cue" or [text.strip() for text in cues[-1].lines[-1:]] != ["-"]:
+                place = "between cues"
+        elif place == "cue" and not (
+            (above_times and _NUMBER.fullmatch(line)) or line.strip() == next_number or _UUID.fullmatch(line)
+        ):
+            cues[-1].lines.extend(filter(str.strip, line.splitlines()))
+        elif place == "between cues" and _COMMENT.match(line):
+            place = "comment"
+        elif place != "comment" and not _HEADER.match(line):
+            if not (above_times and _IDENTIFIER.fullmatch(line)):
+                lost.append(line)
+            place = "no cue"
+            if _NUMBER.fullmatch(line):
+                next_number = str(int(line) + 1)
+    _check_clock(cues)
+    return cues, lost
+
+
+def _times(line: str, number: int) -> tuple[float, float | None] | None:
+    """Start and end in a line of times, None for another line.
+
+    Raises:
+        Dropped: for a line that was meant to be one.
+    """
+    found = (_ARROW_LINE if "-->" in line else _COMMA_LINE).fullmatch(line)
+    if found:
+        return _seconds(*found.groups()[:4]), _seconds(*found.groups()[4:])
+    if "-->" in line or _LIKE_TIMES.fullmatch(line):
+        raise Dropped(f"line {number}: no times that can be read in {one_line(line)[:60]!r}")
+    return None
+
+
+def _check_clock(cues: Sequence[Cue]) -> None:
     latest = 0.0
     for cue in cues:
         if cue.start < latest - SET_BACK:
@@ -159,38 +206,37 @@ def _cues(lines: Sequence[str], notes: Counter) -> list[Cue]:
                 "was set back, so these are not the times of one recording"
             )
         latest = max(latest, cue.start)
-    return sorted(cues, key=lambda cue: cue.start)
-
-
-def _is_lost(lines: Sequence[str], number: int) -> bool:
-    """Whether a line outside of cues begins a block that is neither a comment nor a cue's identifier."""
-    following = lines[number] if number < len(lines) else ""
-    begins = not lines[number - 2].strip()
-    return begins and not (_NO_CUE.match(lines[number - 1]) or "-->" in following or _COMMA_LINE.fullmatch(following))
 
 
 def _seconds(hours: str | None, minutes: str | None, seconds: str | None, fraction: str | None) -> float | None:
     """Seconds of a time; None if there is none."""
     if minutes is None:
         return None
-    whole = (int(hours or 0) * 60 + int(minutes)) * 60 + int(seconds)
-    return (whole * 1000 + int((fraction or "0").ljust(3, "0"))) / 1000  # of integers, so it is rounded once
+    return float(f"{(int(hours or 0) * 60 + int(minutes)) * 60 + int(seconds)}.{fraction or 0}")  # rounded once
 
 
-def _spoken(cues: Sequence[Cue], names: Mapping[str, str], notes: Counter) -> Iterator[tuple[str, float, float, str]]:
+def _spoken(
+    cues: Sequence[Cue], people: Mapping[str, str | None], notes: Counter
+) -> Iterator[tuple[str, float, float, str]]:
     """(name, start, stop, text) of all that is said. People in one cue share its time by their numbers of words.
 
-    An end that is missing or before the start is estimated from the number of words, and is not after the next start.
+    What has no name belongs to who spoke last: some programs write names only where the speaker changes. An end that is
+    missing or before the start is estimated from the number of words, and is not after the next start.
     """
-    split = _splitter(cues, names)
-    for i, cue in enumerate(cues):
-        parts = [(name, _plain(text)) for name, text in split(cue.lines)]
-        parts = [(name, text, len(text.split())) for name, text in parts if text]
+    split, starts, last = _splitter(cues, people), sorted(cue.start for cue in cues), ""
+    for cue in cues:
+        parts = []
+        for name, text in split(cue.lines):
+            if text and name is None and people.get(_known(last, people) or ""):
+                notes[GIVEN] += 1
+            last = last if name is None else name
+            if text:
+                parts.append((last, text, count_words(text)))
         total, stop = sum(words for *_, words in parts), cue.stop
         if stop is None or stop < cue.start:
             notes[NO_END] += 1
-            following = next((later.start for later in cues[i + 1 :] if later.start > cue.start), float("inf"))
-            stop = min(cue.start + total / WORDS_PER_SECOND, following)
+            later = bisect_right(starts, cue.start)
+            stop = min([cue.start + total / WORDS_PER_SECOND, *starts[later : later + 1]])
         before = 0
         for name, text, words in parts:
             start, end = (cue.start + (stop - cue.start) * count / total for count in (before, before + words))
@@ -198,77 +244,107 @@ def _spoken(cues: Sequence[Cue], names: Mapping[str, str], notes: Counter) -> It
             before += words
 
 
-def _plain(text: str) -> str:
-    """A text in one line, without tags."""
-    return " ".join(html.unescape(_TAG.sub("", text)).replace("\0", " ").split())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Who speaks
 
-_VOICE = re.compile(r"<v(?:\.[^\s>]*)?(?:\s+([^>]*))?>")
-_IN_PARENTHESES = re.compile(r"\s*\(([^()]+)\)\s*")
-_PREFIX = re.compile(r"\s*([^:]+?)\s*:(?:\s+(.*)|\s*)")
-_TAG = re.compile(r"<[^<>]*>")
+UNNAMED = ("", "Unknown", "Unknown Speaker", "Unidentified Speaker")  # what stands for a name that is not known
 MOST_WORDS_OF_A_NAME = 5
+LONGEST_PREFIX = 200  # characters in which a name and its colon are looked for
+_TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<[\d:.]+>|\{\\[^{}]*\}")  # of WebVTT and SubRip, times of karaoke, of SubStation
+_VOICE = re.compile(r"<v(?:\.[^\s>]*)?(?:\s+([^<>\n]*))?>")
+_IN_PARENTHESES = re.compile(r"\s*\(([^()]+)\)\s*")
+_ADDITION = re.compile(r"\([^()]*\)$")
+_COLON = re.compile("[:\uff1a]")  # the second is full-width
+_ALIKE = str.maketrans(dict.fromkeys("‘’‛ʼ′`´", "'") | dict.fromkeys("‐‑‒–—―−", "-"))
 
-NamedTexts = list[tuple[str, str]]  # (name as it stands there, text); the name is empty where there is none
+NamedTexts = list[tuple[str | None, str]]  # (name as it stands there, None where there is none; text in one line)
 
 
-def _splitter(cues: Sequence[Cue], names: Mapping[str, str]) -> Callable[[Sequence[str]], NamedTexts]:
+@lru_cache(maxsize=1024)
+def fold_name(name: str) -> str:
+    """A name in the form in which names are compared.
+
+    Case, spaces, tags, characters that cannot be seen, the forms of apostrophes, dashes, accents and wide letters, and
+    whether a character is written as WebVTT does (`&amp;`) make no difference.
+    """
+    plain = html.unescape(_TAG.sub("", name)).translate(_ALIKE)
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", plain).casefold())
+    return "".join(c for c in folded if not c.isspace() and unicodedata.category(c) != "Cf")
+
+
+def _known(name: str, people: Mapping[str, str | None]) -> str | None:
+    """The key in `people` of a name, with or without an addition as in `Ana (Guest)`; None if it is not there."""
+    folded = fold_name(name)
+    return next((key for key in (folded, _ADDITION.sub("", folded)) if key in people), None)
+
+
+def _splitter(cues: Sequence[Cue], people: Mapping[str, str | None]) -> Callable[[Sequence[str]], NamedTexts]:
     """The function that splits a cue's lines into names and texts, by the form in which the file gives names."""
     if any(_VOICE.search(line) for cue in cues for line in cue.lines):
         return _by_voice_tags  # Teams
-    if 2 * sum(bool(cue.lines and _IN_PARENTHESES.fullmatch(cue.lines[0])) for cue in cues) >= len(cues) > 0:
+    first = [_IN_PARENTHESES.fullmatch(cue.lines[0]) for cue in cues if cue.lines]
+    names = [found[1] for found in first if found]
+    if 2 * len(names) >= len(cues) > 0 or any(_known(name, people) for name in names):
         return _by_parentheses  # Google Meet's WebVTT
-    return partial(_by_prefixes, names={_key(name) for name in names})  # Zoom, Google Meet's SubViewer
+    return partial(_by_prefixes, people=people)  # Zoom, Google Meet's SubViewer
+
+
+def _plain(text: str) -> str:
+    """A text in one line, without tags."""
+    return " ".join(html.unescape(_TAG.sub("", text)).translate(MARKS).replace("\0", " ").split())
 
 
 def _by_voice_tags(lines: Sequence[str]) -> NamedTexts:
     """`<v Ana>Hello</v>`"""
     before, *rest = _VOICE.split("\n".join(lines))
-    return [
-        ("", before),
-        *((html.unescape(name or ""), text) for name, text in zip(rest[::2], rest[1::2], strict=True)),
-    ]
+    if broken := next((line for line in lines if re.search(r"<v\b", _VOICE.sub("", line))), None):
+        raise Dropped(f"no name that can be read in {one_line(broken)[:60]!r}")
+    named = zip(rest[::2], rest[1::2], strict=True)
+    return [(None, _plain(before)), *((name or "", _plain(text)) for name, text in named)]
 
 
 def _by_parentheses(lines: Sequence[str]) -> NamedTexts:
     """`(Ana)` in a line of its own, first or behind a line with a dash."""
-    parts, expected = [("", "")], True
+    parts, expected = [(None, "")], True
     for line in lines:
         name = _IN_PARENTHESES.fullmatch(line) if expected else None
+        expected = line.strip() == "-"
         if name:
             parts.append((name[1], ""))
-        elif line.strip() != "-":
-            parts[-1] = (parts[-1][0], f"{parts[-1][1]}\n{line}")
-        expected = line.strip() == "-"
+        elif not expected:
+            parts[-1] = _continued(parts[-1], _plain(line))
     return parts
 
 
-def _by_prefixes(lines: Sequence[str], names: set[str]) -> NamedTexts:
-    """`Ana: Hello`. Only the first line may begin with a name that is not in `names`."""
-    parts = [("", "")]
+def _by_prefixes(lines: Sequence[str], people: Mapping[str, str | None]) -> NamedTexts:
+    """`Ana: Hello`. Only the first line may begin with a name that is not in `people`."""
+    parts = [(None, "")]
     for i, line in enumerate(lines):
-        line = line.removeprefix("- ")  # subtitles mark two speakers of a cue by dashes
-        prefix = _PREFIX.fullmatch(line)
-        known = bool(prefix) and bool({_key(prefix[1]), _key(_without_addition(prefix[1]))} & names)
-        if known or (prefix and i == 0 and _looks_like_a_name(prefix[1])):
-            parts.append((prefix[1], prefix[2] or ""))
+        line = _plain(line).removeprefix("- ")  # subtitles mark two speakers of a cue by dashes
+        named = _split_prefix(line, people, any_name=i == 0)
+        if named:
+            parts.append(named)
         else:
-            parts[-1] = (parts[-1][0], f"{parts[-1][1]}\n{line}")
+            parts[-1] = _continued(parts[-1], line)
     return parts
 
 
-def _looks_like_a_name(text: str) -> bool:
-    return len(text.split()) <= MOST_WORDS_OF_A_NAME and not text[0].islower()
+def _continued(part: tuple[str | None, str], line: str) -> tuple[str | None, str]:
+    return part[0], f"{part[1]} {line}".strip()
 
 
-def _key(name: str) -> str:
-    """A name in the form in which names are compared."""
-    return " ".join(unicodedata.normalize("NFC", name).casefold().split())
+def _split_prefix(line: str, people: Mapping[str, str | None], any_name: bool) -> tuple[str, str] | None:
+    """Name and text of a line that begins with a name. A known name may have colons itself.
 
-
-def _without_addition(name: str) -> str:
-    """`Ana (Guest)` without the parentheses."""
-    return re.sub(r"\s*\([^()]*\)\s*$", "", name)
+    Args:
+        any_name: whether it may be one that is not in `people`.
+    """
+    colons = [found.start() for found in _COLON.finditer(line, 0, LONGEST_PREFIX)]
+    for colon in reversed(colons):
+        if _known(line[:colon], people):
+            return line[:colon], line[colon + 1 :].strip()
+    if not colons or not any_name:
+        return None
+    name, colon, text = line[: colons[0]].strip(), line[colons[0]], line[colons[0] + 1 :]
+    is_name = name and count_words(name) <= MOST_WORDS_OF_A_NAME and not name[0].islower()
+    return (name, text.strip()) if is_name and (colon != ":" or text[:1].strip() == "") else None

@@ -20,6 +20,7 @@ import pyarrow as pa
 from pyarrow import csv as arrow_csv
 
 from geli.data.questions import QUESTIONS
+from geli.data.words import count_words
 
 READER_VERSION = 2  # part of the cache's key: raise it when the same files are read differently
 
@@ -54,7 +55,7 @@ class Turn(NamedTuple):
         speaker: user id of who speaks.
         start, stop: seconds from the beginning of the call, start <= stop.
         utterance: what was said, stripped, never empty.
-        n_words: the transcript's word count.
+        n_words: the transcript's word count, or `count_words` where it has none.
         affect: index into `FACES` of the *listener's* face during the turn; neutral without frames or words enough.
         happy_share: share of the listener's frames that are happy, in [0, 1]; 0 without frames or words enough.
     """
@@ -298,7 +299,7 @@ def _read_transcript(path: Path) -> tuple[list[Turn], Counter]:
         elif len(utterance) > MOST_CHARACTERS:
             skipped[f"utterance of more than {MOST_CHARACTERS:,} characters"] += 1
         else:
-            n_words = int(n) if 0 <= n <= MOST_WORDS else len(utterance.split())
+            n_words = int(n) if 0 <= n <= MOST_WORDS else count_words(utterance)
             turns.append(Turn(turn_id, speaker, start, stop, utterance, n_words, affect=NEUTRAL, happy_share=0.0))
     if not turns:
         raise Dropped("the transcript has no usable turn")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from geli.data.candor import FACES, FEATURES_FILE, SURVEY_FILE, TRANSCRIPTS
 from geli.data.questions import QUESTIONS
+from geli.data.words import count_words
 
 TRANSCRIPT_COLUMNS = (
     "turn_id speaker start stop utterance interval delta questions end_question overlap n_words".split()
@@ -108,7 +109,7 @@ def _transcript_rows(turns):
         questions = text.count("?")
         yield [
             i, user, round(start, 2), round(stop, 2), text, interval, round(stop - start, 2), questions,
-            text.endswith("?"), False, len(text.split()),
+            text.endswith("?"), False, count_words(text),
         ]  # fmt: skip
         previous_stop = stop
 

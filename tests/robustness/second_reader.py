@@ -1,5 +1,5 @@
-"""A second reader of CANDOR's folders, as slow and plain as can be, that shares no code with the first one:
-`fuzz_reader.py` and `test_hostile_data.py` compare the two."""
+"""A second reader of CANDOR's folders, as slow and plain as can be, that shares no code with the first one
+but the counting of words: `fuzz_reader.py` and `test_hostile_data.py` compare the two."""
 
 import itertools
 import math
@@ -11,6 +11,7 @@ from pathlib import Path
 from geli.data import candor
 from geli.data.candor import FACES, FEATURES_FILE, MIN_WORDS, MOST_WORDS, SURVEY_FILE, Conversation
 from geli.data.questions import QUESTIONS
+from geli.data.words import count_words
 
 TRANSCRIPT = "transcription/transcript_cliffhanger.csv"
 FILES = (TRANSCRIPT, FEATURES_FILE, SURVEY_FILE)
@@ -100,7 +101,7 @@ def reference(folder: Path) -> Conversation:
             skipped[next(reason for reason, holds in problems.items() if holds)] += 1
             continue
         words = reference_number(row.get("n_words", ""))
-        words = int(words) if 0 <= words <= MOST_WORDS else len(said.split())
+        words = int(words) if 0 <= words <= MOST_WORDS else count_words(said)
         turns.append((row["turn_id"], speaker, start, stop, said, words))
     ids = [reference_number(turn[0]) for turn in turns]
     known = [i for i in ids if not math.isnan(i)]

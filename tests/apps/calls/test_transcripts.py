@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apps.calls.transcripts import NO_END, NO_NAME, NO_TIMES, Utterance, make_turns, parse_transcript, read_transcript
+from apps.calls.transcripts import (
+    GIVEN,
+    NO_END,
+    NO_NAME,
+    NO_TIMES,
+    Utterance,
+    make_turns,
+    parse_transcript,
+    read_transcript,
+)
 from geli.data.candor import Dropped
 
 NAMES = {"Ana Silva": "ana", "Ben": "ben"}
@@ -122,27 +131,39 @@ def test_what_only_looks_like_a_name_is_text():
     assert [said.text for said in read(text).utterances] == ["at 10:30 Note: or later", "no: it is"]
 
 
-@pytest.mark.parametrize("unnamed", ["so: hello", "hello", "Unknown Speaker: hello"])
-def test_cues_without_a_name_are_left_out_and_counted(unnamed):
+@pytest.mark.parametrize("unnamed", ["so: hello", "hello"])
+def test_cues_without_a_name_belong_to_who_spoke_last_and_are_counted(unnamed):
     text = cues(("00:01.000 --> 00:02.000", "Ana Silva: a"), ("00:03.000 --> 00:04.000", unnamed))
     transcript = read(text)
-    assert [said.text for said in transcript.utterances] == ["a"] and transcript.notes == {NO_NAME: 1}
+    assert [(said.speaker, said.text) for said in transcript.utterances] == [("ana", "a"), ("ana", unnamed)]
+    assert transcript.notes == {GIVEN: 1}
 
 
-def test_teams_cues_without_a_voice_are_left_out_and_counted():
+def test_names_are_carried_on_in_the_order_of_the_file():
     text = cues(
-        ("00:01.000 --> 00:02.000", "<v Ana Silva>a</v>"),
-        ("00:03.000 --> 00:04.000", "<v >b</v>"),
-        ("00:05.000 --> 00:06.000", "<v Ben>c</v>"),
-        ("00:07.000 --> 00:08.000", "d"),
+        ("00:05.000 --> 00:06.000", "Ana Silva: a"),
+        ("00:01.000 --> 00:02.000", "Ben: b"),
+        ("00:07.000 --> 00:08.000", "c"),
     )
+    assert [(said.speaker, said.text) for said in read(text).utterances] == [("ben", "b"), ("ana", "a"), ("ben", "c")]
+
+
+@pytest.mark.parametrize("said", ["Unknown Speaker: {}", "UNKNOWN: {}", "<v >{}</v>", "<v>{}", "<v Unknown Speaker>{}"])
+def test_what_an_unknown_speaker_says_is_left_out_and_counted(said):
+    known = "<v Ana Silva>hello there" if "<" in said else "Ana Silva: hello there"
+    text = cues(
+        ("00:01.000 --> 00:02.000", known), ("00:03.000 --> 00:04.000", said.format("b")),
+        ("00:05.000 --> 00:06.000", "and c"),
+    )  # fmt: skip
     transcript = read(text)
-    assert [said.text for said in transcript.utterances] == ["a", "c"] and transcript.notes == {NO_NAME: 2}
+    assert [said.text for said in transcript.utterances] == ["hello there"]
+    assert transcript.notes == {NO_NAME: 2}
 
 
-def test_most_cues_without_a_name_are_refused():
-    text = cues(("00:01.000 --> 00:02.000", "Ana Silva: a"), *[("00:03.000 --> 00:04.000", "b")] * 2)
-    with pytest.raises(Dropped, match="most cues have no speaker's name"):
+@pytest.mark.parametrize("lost", [("00:03.000 --> 00:04.000", "Unknown: twelve chars"), ("Ben: and no", "times")])
+def test_half_of_the_text_without_names_or_times_is_refused(lost):
+    text = cues(("00:01.000 --> 00:02.000", "Ana Silva: twelve chars"), lost)
+    with pytest.raises(Dropped, match="half of the text or more has no times or no speaker's name"):
         read(text)
 
 
@@ -202,11 +223,10 @@ def test_hours_settings_and_missing_fractions():
 
 def test_comments_and_styles_are_no_speech_and_text_without_times_is_counted():
     text = "WEBVTT - made by hand\nKind: captions\n\nSTYLE\n::cue { color: red }\n\nNOTE Ben: psst\n\n7\n"
-    text += (
-        "00:01.000 --> 00:02.000\nBen: b\n\nBen: lost\nmore of it\n\nNOTE x\ny\n\n\n8\n00:03.000 --> 00:04.000\nBen: c"
-    )
-    transcript = read(text)
-    assert [said.text for said in transcript.utterances] == ["b", "c"] and transcript.notes == {NO_TIMES: 1}
+    text += "00:01.000 --> 00:02.000\nBen: this is longer\n\nBen: lost\nmore\n\nNOTE x\ny\n\n\n8\n"
+    transcript = read(text + "00:03.000 --> 00:04.000\nBen: c")
+    assert [said.text for said in transcript.utterances] == ["this is longer", "c"]
+    assert transcript.notes == {NO_TIMES: 2}
 
 
 @pytest.mark.parametrize(
@@ -214,6 +234,7 @@ def test_comments_and_styles_are_no_speech_and_text_without_times_is_counted():
     [
         (b"", "nothing is said"),
         (b"WEBVTT\n\n00:01.000 --> 00:02.000\n\n", "nothing is said"),
+        (b"Hello.\n\nThere.", "half of the text or more has no times"),
         ("WEBVTT".encode("utf-16"), "no UTF-8 text"),
         (None, "cannot be read"),
     ],
