@@ -21,7 +21,10 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]  # the repository, and what makes calls for its tests
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "tests" / "apps" / "support"),
+]  # and what makes calls for tests
 
 from face_clips import CLIPS, PICTURES, clips
 from recorded_calls import write_call

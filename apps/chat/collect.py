@@ -36,7 +36,7 @@ class Collection:
             "you and the AI write, and when; your reactions; your answers at the end. Whoever runs this program can "
             "read it, and train models on it. Nothing is sent anywhere. A conversation without a rating is kept apart, "
             f"in {self.broken_off}. To delete all that is stored under your id: "
-            f"python apps/chat/forget.py {user} --data_dir {self.folder}"
+            f"python -m apps.chat.forget {user} --data_dir {self.folder}"
         )
 
     def store(self, talk: Talk) -> Path | None:

@@ -1,6 +1,6 @@
 """Deletes a person's conversations, and says which models were trained on them.
 
-    python apps/chat/forget.py USER --data_dir my_talks --output_dir runs
+    python -m apps.chat.forget USER --data_dir my_talks --output_dir runs
 
 Removes the conversations that the person takes part in and what runs have cached of them, after asking. It names the
 reward heads and policies that saw them, and other files of runs that name or quote them. Those stay.
@@ -21,7 +21,7 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("user", help="the person's id, as in the transcripts")
     parser.add_argument(
         "--data_dir", type=Path, nargs="+", default=[Path("candor")], metavar="DIR", help="folders of conversations, "
-        "such as --data_dir of the three commands and --collect of chat.py",
+        "such as --data_dir of the three commands and --collect of apps.chat",
     )  # fmt: skip
     parser.add_argument("--output_dir", type=Path, default=Path("."), help="as --output_dir of the three commands")
     parser.add_argument("--yes", action="store_true", help="do not ask")

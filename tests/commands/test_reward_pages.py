@@ -6,8 +6,7 @@ import threading
 import pandas as pd
 import pytest
 from conftest import ROOT, small_model
-from small_models import chat_model
-from talks import write_head
+from small_models import chat_model, write_head
 
 from geli import GELIReward
 
