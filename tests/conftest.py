@@ -16,12 +16,33 @@ os.environ.setdefault("WANDB_SILENT", "true")
 
 import pytest
 from accelerate.state import AcceleratorState
+from apps_here import left_out
+from browsers import browser, chromium  # noqa: F401 (fixtures)
 from small_models import SMALL_WIDTH, small_model  # noqa: F401 (tests import them from here)
 
 from geli.run.errors import run
 from tools import sample_candor, tiny_models
 
 ROOT = Path(__file__).resolve().parents[1]
+LEFT_OUT = left_out()
+
+
+class LeftOut(pytest.Dir):
+    """The tests of an app that cannot run."""
+
+    def collect(self):
+        pytest.skip(LEFT_OUT[self.path])
+
+
+def pytest_collect_directory(path: Path, parent) -> LeftOut | None:
+    return LeftOut.from_parent(parent, path=path) if path in LEFT_OUT else None
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Says what was left out and why, in a line for each app."""
+    skipped = {ROOT / report.nodeid for report in terminalreporter.stats.get("skipped", ())}
+    for folder in LEFT_OUT.keys() & skipped:
+        terminalreporter.line(f"{folder.relative_to(ROOT)} is left out: {LEFT_OUT[folder]}", yellow=True)
 
 
 def environment_of_its_own(**more: str) -> dict[str, str]:

@@ -23,13 +23,13 @@ from apps.calls.calls import Call, read_call, seconds_of, turns_of_call, write_c
 from apps.calls.transcripts import Utterance
 from apps.calls.video import Tile, watch
 from apps.faces import FACE_MODELS
-from apps.packages import require
+from apps.packages import install, require
 from geli.data.candor import Dropped
 from geli.run.console import progress_bar
 from geli.run.errors import UserError
 from geli.run.files import TEMPORARY, private_folder
 
-LOCK_FILE = ".calls_to_candor.lock"
+LOCK_FILE = ".calls.lock"
 POLL = 0.5  # seconds between two updates of the progress bar
 
 
@@ -89,7 +89,7 @@ def convert_calls(source: Path, out: Path, options: CallOptions) -> Report:
     with _locked(out):
         plans = _plans(folders, out, options, report)
         if any(plan.call.videos for plan in plans):
-            require("av", "reading videos")
+            require("av", "reading videos", install("calls"))
             FACE_MODELS[options.face_model].load()  # says at once what is missing
         total = sum(_seconds_to_watch(plan) for plan in plans)
         workers = max(1, min(options.workers, sum(len(plan.call.videos) for plan in plans)))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from apps.faces import FACE_MODELS
-from apps.packages import require
+from apps.packages import install, require
 from geli.data.candor import FACES, Dropped
 from geli.run.errors import first_line
 
@@ -74,7 +74,7 @@ def pictures(path: Path, seconds: int) -> Iterator[tuple[int, np.ndarray]]:
     Raises:
         Dropped: if the file is no video that can be read.
     """
-    av = require("av", "reading videos")
+    av = require("av", "reading videos", install("calls"))
     try:
         with av.open(str(path)) as container:
             keyframes, end = _index(container, _video_stream(container, path))
@@ -104,7 +104,7 @@ def last_needed(keyframes: Sequence[float], end: float) -> list[int | None]:
 
 def _first_frames(container, stream, keyframes: Sequence[float], end: float) -> Iterator[tuple[int, object]]:
     """(second, frame) of the first decoded frame of each second. A packet with damaged data is left out."""
-    damaged = require("av", "reading videos").error.InvalidDataError
+    damaged = require("av", "reading videos", install("calls")).error.InvalidDataError
     decoder, needed = stream.codec_context, last_needed(keyframes, end)
     last, number, target, decoding = -1, -1, None, False
     for packet in container.demux(stream):

@@ -112,7 +112,7 @@ from apps.chat.sessions import Sessions
 from apps.chat.talk import Talk
 from apps.chat.terminal import Terminal
 from apps.chat.web import serve
-from apps.packages import require
+from apps.packages import install, require
 from apps.sockets import listen
 from geli.heads import find_head
 from geli.reward import GELIReward
@@ -154,7 +154,7 @@ def main(options) -> None:
     """Loads the policy and its reward, and talks."""
     if options.web:
         listener = listen(options.host, options.port)
-        require("gradio", "--web")
+        require("gradio", "--web", install("chat"))
     collection = options.collect and Collection(options.collect)
     camera = Camera(options.face_model) if options.camera else None
     partner, scorer = load(options)

@@ -14,12 +14,13 @@ from typing import NamedTuple
 from apps.chat.collect import Collection, talk_record
 from apps.chat.survey import question_text
 from apps.chat.talk import Talk
+from apps.packages import install
 from geli.run.errors import UserError
 from geli.run.files import atomic_path
 
 try:
     from prompt_toolkit import PromptSession
-except ImportError:  # optional: see requirements-people.txt
+except ImportError:  # optional: see requirements.txt beside this file
     PromptSession = None
 
 BAR = 10  # characters on either side of 0
@@ -63,7 +64,7 @@ def line_reader(on_writing: Callable[[], None]) -> Callable[[str], str]:
         session.default_buffer.on_text_changed += on_text
         return session.prompt
     if terminal:
-        print("prompt_toolkit is not installed, so lines are edited plainly: pip install -r requirements-people.txt")
+        print(f"prompt_toolkit is not installed, so lines are edited plainly: {install('chat')}")
         return input
 
     def read(_: str) -> str:

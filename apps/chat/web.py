@@ -11,7 +11,7 @@ from apps.chat.collect import talk_record
 from apps.chat.page import SCRIPT, STYLE, Page, Survey
 from apps.chat.sessions import Phase, Sessions
 from apps.chat.terminal import hang_ups_end_normally
-from apps.packages import require
+from apps.packages import install, require
 from apps.sockets import is_loopback
 from geli.run.errors import UserError
 
@@ -71,7 +71,7 @@ def make_app(sessions: Sessions, survey: Survey, camera: Camera | None):
     Raises:
         UserError: if gradio is not installed.
     """
-    gr, fastapi = require("gradio", "--web"), require("fastapi", "--web")
+    gr, fastapi = (require(package, "--web", install("chat")) for package in ("gradio", "fastapi"))
     app = fastapi.FastAPI(openapi_url=None)
 
     def session_of(key: str):
@@ -108,7 +108,7 @@ def make_app(sessions: Sessions, survey: Survey, camera: Camera | None):
         if not (session.camera and session.agreed and is_loopback(request.client.host)):
             raise fastapi.HTTPException(403)
         pixels = await camera.receive(request.stream(), width)
-        await require("starlette.concurrency", "--web").run_in_threadpool(camera.look, session, pixels)
+        await require("starlette.concurrency", "--web", install("chat")).run_in_threadpool(camera.look, session, pixels)
 
     return gr.mount_gradio_app(
         app, Page(gr, sessions, survey, camera is not None).blocks, "/",
@@ -128,7 +128,7 @@ def serve(sessions: Sessions, survey: Survey, camera: Camera | None, host: str, 
     Raises:
         UserError: if a package is missing.
     """
-    uvicorn, port = require("uvicorn", "--web"), listener.getsockname()[1]
+    uvicorn, port = require("uvicorn", "--web", install("chat")), listener.getsockname()[1]
     token = token_for(host)
     door = Door(make_app(sessions, survey, camera), token, f"geli-{port}")
     config = uvicorn.Config(door, log_level="critical", access_log=False, timeout_graceful_shutdown=1)

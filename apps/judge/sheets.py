@@ -52,7 +52,7 @@ class Key:
         try:
             return cls(**read_json_or_empty(path))
         except TypeError:
-            raise UserError(f"{path}: expected the key.json that human_eval.py make wrote, found no key") from None
+            raise UserError(f"{path}: expected the key.json that `make` wrote, found no key") from None
 
 
 def seal(secret: str, row: dict[str, str]) -> str:

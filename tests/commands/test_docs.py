@@ -14,9 +14,16 @@ from conftest import ROOT, environment_of_its_own
 from options_table import PAGE, options_page
 
 FOLDER_PAGES = [ROOT / "candor/README.md", ROOT / "rlmf_weights/README.md"]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *FOLDER_PAGES]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("apps/*/README.md")), *FOLDER_PAGES]
+APPS = {path.parent.name for path in ROOT.glob("tests/apps/*/test_*.py")}
 OUTSIDE = {".git", ".venv", ".venv-trl", "wandb", ".ruff_cache", ".pytest_cache", ".hypothesis"}
 BLOCK = re.compile(r"^```python\n# (\S+), below (\w+)\n.*?^```$", re.MULTILINE | re.DOTALL)
+
+
+def belongs_to_a_deleted_app(path: Path) -> bool:
+    """Whether a path lies in an app's folder that is not there: an app may be deleted, and pages still name it."""
+    parts = Path(os.path.normpath(path)).relative_to(ROOT).parts
+    return len(parts) > 1 and parts[0] == "apps" and parts[1] in APPS and not (ROOT / "apps" / parts[1]).is_dir()
 
 
 def sources() -> list[Path]:
@@ -50,6 +57,8 @@ def test_relative_links_lead_somewhere(page):
         if "://" in target or target.startswith("mailto:"):
             continue
         linked = page.parent / path if path else page
+        if belongs_to_a_deleted_app(linked):
+            continue
         assert linked.exists(), f"{page.name} links to {target}"
         if anchor:
             titles = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
@@ -62,30 +71,33 @@ def test_files_that_pages_name_exist(page):
     text = page.read_text()
     tests = set(re.findall(r"\b(test_\w+|fuzz_reader|fault_server)\.py", text))
     assert tests <= {path.stem for path in (ROOT / "tests").rglob("*.py")}
-    scripts = re.findall(r"\b((?:tools|benchmarks|tests|geli|accelerate_configs)/[\w/]+\.(?:py|yaml|sh))\b", text)
-    assert not [name for name in scripts if not (ROOT / name).is_file()]
+    rooms = "tools|benchmarks|tests|geli|apps|experiments|accelerate_configs"
+    names = [ROOT / name for name in re.findall(rf"\b((?:{rooms})/[\w/]+\.(?:py|yaml|sh|txt))\b", text)]
+    assert not [name for name in names if not name.is_file() and not belongs_to_a_deleted_app(name)]
+
+
+def test_commands_that_are_named_anywhere_exist():
+    """In pages, docstrings and messages: `python FILE` and `python -m apps.NAME`."""
+    found = {}
+    for path in sources():
+        text = path.read_text(errors="replace")
+        for name in re.findall(r"\bpython3? ((?:tools|experiments|benchmarks|tests|apps)/[\w/]+\.py)\b", text):
+            found[ROOT / name] = path
+        for name in re.findall(r"-m (apps\.[a-z_]+(?:\.\w+)*)", text):
+            module = ROOT / name.replace(".", "/")
+            found[module / "__main__.py" if module.is_dir() else module.with_suffix(".py")] = path
+    assert len(found) > 15
+    missing = {str(name): str(path) for name, path in found.items() if not name.is_file()}
+    assert not {name: path for name, path in missing.items() if not belongs_to_a_deleted_app(Path(name))}
 
 
 def test_pages_use_options_that_exist():
+    if any(not (ROOT / "apps" / name).is_dir() for name in APPS):
+        pytest.skip("an app is not there, and so its options are unknown")
     known = {*re.findall(r"`(--\w+)`", options_page())}
-    for script in (
-        "calls_to_candor",
-        "chat",
-        "forget",
-        "sample_candor",
-        "compare",
-        "tiny_models",
-        "closed_loop",
-        "evaluate_rewards",
-        "when_geli_helps",
-        "human_eval",
-        "score_conversations",
-        "serve_reward",
-        "llm_shares",
-    ):
-        known |= {*re.findall(r'"(--\w+)"', (ROOT / f"tools/{script}.py").read_text())}
-    for script in ROOT.glob("benchmarks/*.py"):
-        known |= {*re.findall(r'"(--\w+)"', script.read_text())}
+    for room in ("tools", "experiments", "apps", "benchmarks"):
+        for script in (ROOT / room).rglob("*.py"):
+            known |= {*re.findall(r'"(--\w+)"', script.read_text())}
     known |= {"--help", "--wide", "--config_file", "--standalone", "--nproc_per_node"}  # argparse, extending.md, torch
     known |= {"--no", "--remote_rm_url"}  # pip's --no-deps, OpenRLHF
     for page in PAGES:

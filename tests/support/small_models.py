@@ -1,4 +1,4 @@
-"""Untrained models of the architectures that the aliases stand for."""
+"""Untrained models of the architectures that the aliases stand for, and untrained reward heads on them."""
 
 import shutil
 from pathlib import Path
@@ -7,6 +7,9 @@ import torch
 import transformers as hf
 
 from data_utils import read_corpus, turn_text
+from geli.heads import encoder_reference, save_reward_head
+from geli.nets.encoder import load_encoder
+from models import RewardHead, RewardHeadConfig
 from tools.tiny_models import FORMS, train_tokenizer
 
 T5_FORMS = ("$A </s>", "$A </s> $B </s>")
@@ -61,3 +64,14 @@ def chat_model(source: Path, folder: Path) -> Path:
     )
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_head(folder: Path, encoder: Path, head: str = "default", **config) -> Path:
+    """An untrained reward head on a small encoder; returns its file."""
+    torch.manual_seed(0)
+    hidden = load_encoder(str(encoder)).hidden_size
+    settings = dict(max_length=256, context_turns=4, stage=2, reward_class="how_enjoyable", redist_type="RRD") | config
+    folder.mkdir(parents=True, exist_ok=True)
+    config = RewardHeadConfig(head=head, hidden=hidden, **encoder_reference(encoder, folder), **settings)
+    save_reward_head(RewardHead(config), folder / f"reward1_{head}")
+    return folder / f"reward1_{head}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, small_model
-from talks import write_head
+from small_models import write_head
 
 import train_rl_GELI
 from data_utils import TurnSet, make_prompts, read_corpus, split

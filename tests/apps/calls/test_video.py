@@ -3,10 +3,9 @@
 import struct
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
-
-av = pytest.importorskip("av", reason="needs av (requirements-people.txt)")
 from face_clips import MAN, WOMAN, write_video
 
 from apps.calls.video import Tile, _first_frames, _index, last_needed, pictures, watch

@@ -14,13 +14,14 @@ from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
 
-import chat
 import pytest
 from accelerate.state import AcceleratorState
 from conftest import ROOT, call_script, environment_of_its_own, small_model
 from no_pictures import without_pictures
-from talks import HEADS, write_checkpoint, write_head
+from small_models import write_head
+from talks import HEADS, write_checkpoint
 
+from apps.chat import __main__ as chat
 from apps.chat.collect import Collection
 from apps.chat.sessions import Sessions
 from apps.chat.talk import Talk
@@ -29,8 +30,8 @@ TOOL, FORGET = "apps.chat", "apps.chat.forget"
 # runs the tool, with 2,000 turns in each conversation before it begins
 WITH_HISTORY = f"""
 import sys
-sys.path[:0] = ["{ROOT}", "{ROOT}/tools"]
-import chat
+sys.path.insert(0, "{ROOT}")
+from apps.chat import __main__ as chat
 from apps.chat.talk import Talk, TalkTurn
 from geli.run.errors import run
 
@@ -125,7 +126,6 @@ def pipe(lines, *arguments, check: int = 0):
 
 @pytest.fixture
 def terminal():
-    pytest.importorskip("prompt_toolkit", reason="needs prompt_toolkit (requirements-people.txt)")
     sessions = []
 
     def start(*command) -> TerminalSession:
@@ -229,7 +229,8 @@ def test_mistakes_are_answered_in_one_line(arguments, message, made, tmp_path, m
 def test_a_page_without_gradio_is_answered_in_one_line(made, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     error = pipe([], "--weights", made.policy, "--web", "--port", 0, check=2).stderr
-    assert "--web needs a Python package that is missing" in error and "pip install -r requirements-people" in error
+    assert "--web needs a Python package that is missing" in error
+    assert "pip install -r apps/chat/requirements.txt" in error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 
 import pytest
 from conftest import environment_of_its_own, program, small_model
-from talks import HEADS, write_checkpoint, write_head
+from small_models import write_head
+from talks import HEADS, write_checkpoint
 
 from geli.data.candor import FACES
 
-pytest.importorskip("gradio", reason="needs gradio (requirements-people.txt)")
 pytestmark = pytest.mark.slow
 
 EVIL = "<img src=x onerror=\"document.title='broken'\"> ${1+1} {{value}} </p><script>document.title='broken'</script>"
@@ -255,7 +255,7 @@ SPY = """
 @pytest.fixture
 def filmed(chromium, tmp_path):
     """A browser whose camera shows a face: neutral, then happy. It keeps its files in `tmp_path`."""
-    face_clips = pytest.importorskip("face_clips", reason="needs av (requirements-people.txt)")
+    face_clips = pytest.importorskip("face_clips", reason="needs av (apps/calls/requirements.txt)")
     face_clips.clips_or_skip()
     import av  # which face_clips needs
 

@@ -4,7 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import small_model
-from talks import LetterPolicy, say, write_head
+from small_models import write_head
+from talks import LetterPolicy, say
 
 from apps.chat.partner import Partner
 from apps.chat.talk import Talk

@@ -9,6 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 from talks import LetterPolicy
 
 from apps.chat import terminal
@@ -228,11 +231,6 @@ def in_a_terminal(monkeypatch) -> None:
 
 
 def test_writing_a_message_is_noticed_and_writing_a_command_is_not(monkeypatch):
-    pytest.importorskip("prompt_toolkit", reason="needs prompt_toolkit (requirements-people.txt)")
-    from prompt_toolkit.application import create_app_session
-    from prompt_toolkit.input import create_pipe_input
-    from prompt_toolkit.output import DummyOutput
-
     in_a_terminal(monkeypatch)
 
     def type_two_lines() -> list:
@@ -253,4 +251,4 @@ def test_without_prompt_toolkit_a_terminal_says_what_to_install(monkeypatch, cap
     monkeypatch.setattr(terminal, "PromptSession", None)
     in_a_terminal(monkeypatch)
     assert terminal.line_reader(lambda: None) is input
-    assert "pip install -r requirements-people.txt" in capsys.readouterr().out
+    assert "pip install -r apps/chat/requirements.txt" in capsys.readouterr().out

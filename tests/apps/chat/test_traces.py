@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import small_model
-from talks import write_head
+from small_models import write_head
 
 from apps.chat.traces import find_traces, remove
 from data_utils import read_corpus

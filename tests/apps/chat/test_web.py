@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 from talks import LetterPolicy
 
 from apps.chat import camera as camera_module
@@ -90,9 +91,6 @@ def test_a_port_that_is_taken_is_named():
 @pytest.fixture
 def served(tmp_path, monkeypatch):
     """(client of this machine, client of another, session, collection) of a person who agreed, after a reply."""
-    pytest.importorskip("gradio", reason="needs gradio (requirements-people.txt)")
-    from starlette.testclient import TestClient
-
     bright = FaceModel(lambda: lambda frame: np.array(BRIGHT) if frame.mean() > 50 else None, "bright is happy")
     monkeypatch.setitem(camera_module.FACE_MODELS, "bright", bright)
     collection = Collection(tmp_path / "talks")

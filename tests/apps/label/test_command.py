@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import call_script, small_model
-from talks import write_head
+from small_models import write_head
 
 from apps.label import labelling
 from data_utils import TurnSet, read_corpus

@@ -10,10 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 from conftest import call_script, program, run_script, small_model
-from talks import write_head
-
-for name in ("fastapi", "uvicorn", "prometheus_client"):
-    pytest.importorskip(name, reason=f"needs {name} (requirements-serve.txt)")
+from small_models import write_head
 
 from geli import GELIReward
 from geli.nets.prompts import prompt_text
@@ -107,7 +104,11 @@ def test_mistakes_are_answered_in_one_line(head, tmp_path):
     for words, said, path in (
         (["--reward_path", head, "--host", "0.0.0.0"], "give it a --token_file", ""),
         (["--reward_path", "nobody"], "nobody: expected a run name", ""),
-        (["--reward_path", head], "No module named 'uvicorn': pip install -r requirements-serve.txt", str(tmp_path)),
+        (
+            ["--reward_path", head],
+            "'uvicorn'): pip install -r apps/serve/requirements.txt",
+            str(tmp_path),
+        ),
     ):
         run = run_script if path else lambda script, *words, check, **_: call_script(script, *words, check=check)
         printed = run(TOOL, *words, check=2, PYTHONPATH=path).stderr

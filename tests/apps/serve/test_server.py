@@ -16,9 +16,6 @@ from types import SimpleNamespace
 import httpx2
 import pytest
 
-for name in ("fastapi", "uvicorn", "prometheus_client"):
-    pytest.importorskip(name, reason=f"needs {name} (requirements-serve.txt)")
-
 from apps.serve.server import Limits, RewardServer, read_token
 from apps.sockets import is_loopback
 from geli.reward import GELIReward

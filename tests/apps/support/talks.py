@@ -1,4 +1,4 @@
-"""Policies to talk to: checkpoints of stage 3 and reward heads made by hand from small models; one of letters."""
+"""Policies to talk to: a checkpoint of stage 3 made by hand from a small model; a policy of letters."""
 
 import json
 from contextlib import contextmanager
@@ -8,23 +8,9 @@ from types import SimpleNamespace
 import torch
 
 from apps.chat.talk import Talk
-from geli.heads import encoder_reference, save_reward_head
-from geli.nets.encoder import load_encoder
 from geli.nets.policy import load_policy
-from models import RewardHead, RewardHeadConfig
 
 HEADS = "visual_feedback_baselines_convo_overall_affect_baseline_RRD_K_160"
-
-
-def write_head(folder: Path, encoder: Path, head: str = "default", **config) -> Path:
-    """An untrained reward head on a small encoder; returns its file."""
-    torch.manual_seed(0)
-    hidden = load_encoder(str(encoder)).hidden_size
-    settings = dict(max_length=256, context_turns=4, stage=2, reward_class="how_enjoyable", redist_type="RRD") | config
-    folder.mkdir(parents=True, exist_ok=True)
-    config = RewardHeadConfig(head=head, hidden=hidden, **encoder_reference(encoder, folder), **settings)
-    save_reward_head(RewardHead(config), folder / f"reward1_{head}")
-    return folder / f"reward1_{head}"
 
 
 def write_checkpoint(out: Path, base: Path, head: Path | None = None, prompt_format: str = "raw") -> Path:
