@@ -19,8 +19,8 @@ import numpy as np
 import psutil
 
 from data_utils import Corpus, read_corpus
+from experiments import plots
 from geli.data.candor import FACES
-from geli.report import plots
 from geli.run.console import format_table
 from geli.run.distributed import available_cores
 

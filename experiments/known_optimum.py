@@ -29,10 +29,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from experiments import plots
 from geli.nets.policy import load_policy
 from geli.nets.pretrained import quiet_transformers
 from geli.nets.prompts import Prompt
-from geli.report import plots
 from geli.rl import trl_algorithms
 from geli.run.console import format_table
 from geli.run.distributed import make_accelerator, seed_everything

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from experiments import plots
 from experiments.best_of import BEST_OF
-from geli.report import plots
 from geli.run.console import format_table
 from geli.run.files import atomic_path
 from geli.statistics import interval_over_seeds, resample, t_interval

@@ -33,8 +33,8 @@ OPTIONS = parse_options() if __name__ == "__main__" else None
 import numpy as np
 import pandas as pd
 
+from experiments import plots
 from experiments.commands import finished_head, run_command
-from geli.report import plots
 from geli.run.console import format_table, progress_bar
 from geli.run.files import atomic_path
 from geli.statistics import t_interval

@@ -16,8 +16,8 @@ AFFECT_COLORS = {
 }  # fmt: skip
 
 
-def _figure(rows: int, columns: int, width: float, height: float, heights: list[float] | None = None):
-    # the object-oriented interface: no global pyplot state, no display needed
+def new_figure(rows: int, columns: int, width: float, height: float, heights: list[float] | None = None):
+    """A figure and its axes (rows, columns), by the object-oriented interface: no global pyplot state, no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -26,7 +26,8 @@ def _figure(rows: int, columns: int, width: float, height: float, heights: list[
     return figure, figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
 
 
-def _save(figure, path: Path) -> Path:
+def save(figure, path: Path) -> Path:
+    """Writes a figure, the same bytes for the same figure; returns `path`."""
     ending = path.suffix.removeprefix(".")
     undated = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}
     with atomic_path(path) as temporary:
@@ -34,9 +35,9 @@ def _save(figure, path: Path) -> Path:
     return path
 
 
-def _save_both(figure, path: Path) -> list[Path]:
+def save_both(figure, path: Path) -> list[Path]:
     """Writes the PNG `path` and a PDF of the same name; returns both paths."""
-    return [_save(figure, path), _save(figure, path.with_suffix(".pdf"))]
+    return [save(figure, path), save(figure, path.with_suffix(".pdf"))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,7 +55,7 @@ def turn_rewards(table, path: Path, conversations: int = 2) -> list[Path]:
     from matplotlib.patches import Patch
 
     chosen = list(dict.fromkeys(table["conversation_id"]))[:conversations]
-    figure, axes = _figure(2 * len(chosen), 1, 9, 2.8 * len(chosen), heights=[1, 8] * len(chosen))
+    figure, axes = new_figure(2 * len(chosen), 1, 9, 2.8 * len(chosen), heights=[1, 8] * len(chosen))
     seen: set[str] = set()
     for i, conversation in enumerate(chosen):
         affect, reward = axes[2 * i : 2 * i + 2, 0]
@@ -76,19 +77,19 @@ def turn_rewards(table, path: Path, conversations: int = 2) -> list[Path]:
     patches = [Patch(color=AFFECT_COLORS[name], label=name) for name in AFFECT_COLORS if name in seen]
     if patches:
         figure.legend(handles=patches, loc="outside upper right", ncols=len(patches), fontsize=8, frameon=False)
-    return _save_both(figure, path)
+    return save_both(figure, path)
 
 
 def returns(true: np.ndarray, predicted: np.ndarray, path: Path) -> list[Path]:
     """Predicted return (n,) against true score (n,) of the validation trajectories, in points; returns the paths of a
     PNG and a PDF."""
-    figure, axes = _figure(1, 1, 4.2, 4)
+    figure, axes = new_figure(1, 1, 4.2, 4)
     axis = axes[0, 0]
     low, high = min(true.min(), predicted.min()), max(true.max(), predicted.max())
     axis.plot([low, high], [low, high], color=GRAY, lw=0.8)
     axis.scatter(true, predicted, s=18, alpha=0.7, color=BLUE, edgecolor="none")
     axis.set(xlabel="true score R (points)", ylabel="predicted return (points)", title="validation trajectories")
-    return _save_both(figure, path)
+    return save_both(figure, path)
 
 
 def affects(table, path: Path) -> list[Path]:
@@ -99,7 +100,7 @@ def affects(table, path: Path) -> list[Path]:
     """
     groups = {name: table["reward"][table["affect"] == name].to_numpy() for name in AFFECT_COLORS}
     groups = {name: rewards for name, rewards in groups.items() if len(rewards)}
-    figure, axes = _figure(1, 1, 5.4, 0.9 + 0.42 * len(groups))
+    figure, axes = new_figure(1, 1, 5.4, 0.9 + 0.42 * len(groups))
     axis = axes[0, 0]
     labels = [f"{name} ({len(rewards):,})" for name, rewards in groups.items()]
     boxes = axis.boxplot(
@@ -110,7 +111,7 @@ def affects(table, path: Path) -> list[Path]:
         box.set_facecolor(AFFECT_COLORS[name])
     axis.invert_yaxis()
     axis.set(xlabel="predicted reward", ylabel="affect (turns)")
-    return _save_both(figure, path)
+    return save_both(figure, path)
 
 
 LEARNING = {  # title of a panel -> training and validation metric, as logged
@@ -127,7 +128,7 @@ def learning(rows: list[dict], path: Path) -> list[Path]:
         rows: what was logged, each with `step`.
     """
     shown = {title: names for title, names in LEARNING.items() if any(names[0] in row for row in rows)}
-    figure, axes = _figure(1, len(shown), 3.1 * len(shown), 3)
+    figure, axes = new_figure(1, len(shown), 3.1 * len(shown), 3)
     for axis, (title, (training, validation)) in zip(axes[0], shown.items(), strict=True):
         steps, values = (np.array([row[key] for row in rows if training in row]) for key in ("step", training))
         axis.plot(steps, values, color=GRAY, lw=0.5, alpha=0.35)
@@ -139,7 +140,7 @@ def learning(rows: list[dict], path: Path) -> list[Path]:
         axis.set(xlabel="optimizer step", title=title)
         axis.set_ylim(bottom=0)
     axes[0, 0].legend(frameon=False)
-    return _save_both(figure, path)
+    return save_both(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,12 +159,12 @@ def ppo(steps, path: Path) -> list[Path]:
     drawn += [_kl_by_step, _score_by_kl] if "kl" in steps else []
     drawn += [_text_by_step] if "response_length_mean" in steps else []
     rows = -(-len(drawn) // 2)
-    figure, axes = _figure(rows, 2, 9, 3 * rows)
+    figure, axes = new_figure(rows, 2, 9, 3 * rows)
     for axis, draw in zip(axes.flat, drawn, strict=False):
         draw(axis, steps)
     for axis in axes.flat[len(drawn) :]:
         axis.remove()
-    return _save_both(figure, path)
+    return save_both(figure, path)
 
 
 def _score_by_step(axis, steps) -> None:
@@ -204,7 +205,7 @@ def before_after(metrics: dict[str, dict], path: Path) -> list[Path]:
     """
     labels = {"before": "reference policy", "after": "trained policy", "human": "human answers"}
     shown = {label: metrics[name] for name, label in labels.items() if "reward" in metrics.get(name, {})}
-    figure, axes = _figure(1, 1, 5.4, 0.9 + 0.5 * len(shown))
+    figure, axes = new_figure(1, 1, 5.4, 0.9 + 0.5 * len(shown))
     axis = axes[0, 0]
     for place, (found, color) in enumerate(zip(shown.values(), (GRAY, GREEN, BLUE), strict=False)):
         value, low, high = (found.get(name) for name in ("reward", "reward_low", "reward_high"))
@@ -213,98 +214,4 @@ def before_after(metrics: dict[str, dict], path: Path) -> list[Path]:
     axis.set_yticks(range(len(shown)), list(shown))
     axis.set_ylim(len(shown) - 0.5, -0.5)
     axis.set_xlabel("mean reward, 95% interval over conversations")
-    return _save_both(figure, path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Experiments
-
-
-def reading(rows: list[dict], published: float, path: Path) -> Path:
-    """Time to read a conversation, by the number of conversations, without and with a filled cache; returns `path`.
-
-    Args:
-        rows: `conversations`, `cold ms each` and `warm ms each`. published: milliseconds of the published code.
-    """
-    figure, axes = _figure(1, 1, 5.4, 3.2)
-    axis = axes[0, 0]
-    n = [row["conversations"] for row in rows]
-    axis.axhline(published, color=GRAY, ls="--", label="as published")
-    for name, color in (("cold", BLUE), ("warm", GREEN)):
-        axis.plot(n, [row[f"{name} ms each"] for row in rows], "o-", color=color, label=name)
-    axis.set(xscale="log", yscale="log", xlabel="conversations", ylabel="ms a conversation")
-    axis.set_xticks(n, map(str, n))
-    axis.minorticks_off()
-    axis.legend(frameon=False)
-    return _save(figure, path)
-
-
-def curves(rewards: dict[str, list[list[float]]], target: float, path: Path) -> Path:
-    """Mean reward by step, one color per algorithm and one line per seed; returns `path`.
-
-    Args:
-        rewards: algorithm -> a list of mean rewards for each seed. target: the reward of the dashed line.
-    """
-    figure, axes = _figure(1, 1, 6, 3.2)
-    axis = axes[0, 0]
-    axis.axhline(target, color=GRAY, ls="--", lw=0.8)
-    for (name, lines), color in zip(rewards.items(), (GREEN, BLUE, RED), strict=False):
-        for i, line in enumerate(lines):
-            axis.plot(range(1, len(line) + 1), line, color=color, lw=1, label=None if i else name)
-    axis.set(xlabel="step", ylabel="mean reward (optimum 1)")
-    axis.legend(frameon=False)
-    return _save(figure, path)
-
-
-def closed_loop(runs: dict[str, list[list[dict]]], path: Path, window: int = 3) -> list[Path]:
-    """Proxy reward (the one trained on) and hidden reward of the policy's responses in training, against the KL to the
-    reference (as Gao et al., ICML 2023, draw over-optimization); returns the paths of a PNG and a PDF.
-
-    Args:
-        runs: reward -> a list of steps (step, kl, score_mean, score_std, gold_mean) for each seed.
-        window: steps averaged.
-    """
-    figure, axes = _figure(1, 2, 9, 3.6)
-    hidden, proxy = axes[0]
-    for (name, seeds), color in zip(runs.items(), OKABE_ITO, strict=False):
-        for i, steps in enumerate(seeds):
-            kl, gold, score, spread = (
-                _moving_mean([row[key] for row in steps], min(window, len(steps)))
-                for key in ("kl", "gold_mean", "score_mean", "score_std")
-            )
-            style = dict(color=color, lw=1.3, alpha=0.85, label=None if i else name)
-            hidden.plot(kl, gold, **style)
-            if name != "random" and spread[0] > 0:
-                proxy.plot(kl, (score - score[0]) / spread[0], **style)
-    hidden.set(xlabel="KL to the reference (nats a response)", ylabel="hidden reward")
-    proxy.set(xlabel="KL to the reference (nats a response)", ylabel="gain in proxy reward (standard deviations)")
-    hidden.legend(frameon=False, title="trained on")
-    return _save_both(figure, path)
-
-
-def sweeps(rows: list[dict], labels: dict[str, str], path: Path) -> list[Path]:
-    """Rank correlation with the hidden reward as one thing changes, a panel for each; the paths of a PNG and a PDF.
-
-    Args:
-        rows: axis, value, method, truth, low, high. labels: axis -> label.
-    """
-    figure, axes = _figure(1, len(labels), 3.1 * len(labels), 3.2)
-    bottom = min(-0.05, *(row["low"] for row in rows))
-    for axis, (name, label) in zip(axes[0], labels.items(), strict=True):
-        for method, color in zip(dict.fromkeys(row["method"] for row in rows), OKABE_ITO, strict=False):
-            line = [row for row in rows if row["axis"] == name and row["method"] == method]
-            x, y, low, high = ([row[key] for row in line] for key in ("value", "truth", "low", "high"))
-            axis.plot(x, y, "o-", color=color, lw=1.4, ms=4, label=method)
-            axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
-        axis.set(xlabel=label, ylim=(bottom, 1))
-        if 0 < 4 * min(x) <= max(x):
-            axis.set_xscale("log")
-        axis.set_xticks(x, [f"{value:g}" for value in x])
-        axis.minorticks_off()
-    axes[0, 0].set_ylabel("rank correlation with the hidden reward")
-    axes[0, 0].legend(frameon=False)
-    return _save_both(figure, path)
-
-
-def _moving_mean(values: list[float], window: int) -> np.ndarray:
-    return np.convolve(values, np.ones(window) / window, mode="valid")
+    return save_both(figure, path)

@@ -106,7 +106,7 @@ def child(script: str, arguments: list[str], log: str, event=None, torn=None, st
     os.dup2(output, 2)
     sys.argv = [script, *arguments]
     arm(event, torn, step, signal)
-    plots._save = save_pixel
+    plots.save = save_pixel
     module, code = importlib.import_module(Path(script).stem), 0
     try:
         options = module.parse_options()

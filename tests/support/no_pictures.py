@@ -16,7 +16,7 @@ def without_pictures(patch) -> None:
 
 
 def save_pixel(figure, path: Path) -> Path:
-    """In place of `plots._save`."""
+    """In place of `plots.save`."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(PIXEL)
     return path
