@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import numpy as np
-
-from geli.report.plots import BLUE, GRAY, GREEN, OKABE_ITO, RED, new_figure, save, save_both
+from geli.report.plots import BLUE, GRAY, GREEN, OKABE_ITO, RED, moving_mean, new_figure, save, save_both
 
 
 def reading(rows: list[dict], published: float, path: Path) -> Path:
@@ -56,7 +54,7 @@ def closed_loop(runs: dict[str, list[list[dict]]], path: Path, window: int = 3) 
     for (name, seeds), color in zip(runs.items(), OKABE_ITO, strict=False):
         for i, steps in enumerate(seeds):
             kl, gold, score, spread = (
-                _moving_mean([row[key] for row in steps], min(window, len(steps)))
+                moving_mean([row[key] for row in steps], min(window, len(steps)))
                 for key in ("kl", "gold_mean", "score_mean", "score_std")
             )
             style = dict(color=color, lw=1.3, alpha=0.85, label=None if i else name)
@@ -91,7 +89,3 @@ def sweeps(rows: list[dict], labels: dict[str, str], path: Path) -> list[Path]:
     axes[0, 0].set_ylabel("rank correlation with the hidden reward")
     axes[0, 0].legend(frameon=False)
     return save_both(figure, path)
-
-
-def _moving_mean(values: list[float], window: int) -> np.ndarray:
-    return np.convolve(values, np.ones(window) / window, mode="valid")

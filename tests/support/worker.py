@@ -59,7 +59,7 @@ def run_job(script: str, arguments: list, environment: dict | None = None, dies_
     with variables, stdout, pytest.MonkeyPatch.context() as patch:  # `check_sharding` changes variables too
         for name, value in {"WANDB_MODE": "disabled", **(environment or {})}.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-        patch.setattr(plots, "_save", save_pixel)
+        patch.setattr(plots, "save", save_pixel)
         patch.setattr(tracking, "_init", start)
         patch.setattr(tracking.Tracker, "log", log)
         patch.setattr(Checkpointer, "done", done)
