@@ -31,7 +31,7 @@ from geli.rl.rollout import (
     minibatches,
     rollout,
 )
-from geli.run.distributed import gather_shares, local_share
+from geli.run.distributed import gather_parts, local_part
 from geli.run.errors import UserError
 from geli.run.gradients import NotFinite, apply_gradients
 from geli.run.options import episode_length, fraction, non_negative_float, option, positive_float, positive_int
@@ -779,10 +779,10 @@ class PPO:
         """
         config, self._seconds = self.config, {}
         # 1. Draw the batch's length limit and the random numbers that choose its tokens, the same in every process,
-        #    and take this process' share of the prompts.
+        #    and take this process' part of the prompts.
         limit = draw_length(self.rng, config.min_new_tokens, config.max_new_tokens)
-        uniforms = local_share(draw_uniforms(len(prompts), limit, self.sampling), self.accelerator)
-        mine = local_share(list(prompts), self.accelerator)
+        uniforms = local_part(draw_uniforms(len(prompts), limit, self.sampling), self.accelerator)
+        mine = local_part(list(prompts), self.accelerator)
         # 2. Generate responses, and cut each where the agent's turn ends.
         with self._timed("generate"):
             batch = rollout(self.policy, mine, uniforms)
@@ -802,7 +802,7 @@ class PPO:
         total = self._sum(_rollout_sums(batch, old, advantages, returns, human, limit, self.policy.end))
         if not np.isfinite(list(total.values())).all():
             raise NotFinite("the policy's output")
-        texts = gather_shares(batch.texts, self.accelerator)
+        texts = gather_parts(batch.texts, self.accelerator)
         logged = {**_rollout_statistics(total, scores, texts), "beta": self.kl.beta}
         if update:
             # 8. Update the policy on whitened advantages.
@@ -818,16 +818,16 @@ class PPO:
         """All processes' scores (n,), this process' normalized ones, and the scores of its human answers."""
         scores = self.score(prompts, texts)
         human = self.score(prompts, [prompt.human for prompt in prompts])
-        all_scores = torch.tensor(gather_shares(scores.tolist(), self.accelerator))
+        all_scores = torch.tensor(gather_parts(scores.tolist(), self.accelerator))
         if not all_scores.isfinite().all():
             raise NotFinite("the score of a response")
-        return all_scores, local_share(self.moments.normalize(all_scores), self.accelerator), human
+        return all_scores, local_part(self.moments.normalize(all_scores), self.accelerator), human
 
     def _update(self, batch: Rollout, old: dict, advantages, returns, n: int) -> dict[str, float]:
         """PPO epochs over the batch. Stops early when the policy has moved too far, unless told not to.
 
         Args:
-            batch, old, advantages, returns: this process' share. n: responses of all processes.
+            batch, old, advantages, returns: this process' part. n: responses of all processes.
         """
         config, totals = self.config, Counter()
         for group in self._groups(n):
@@ -862,7 +862,7 @@ class PPO:
         """One optimizer step on the responses `group` (indices into all processes' n), a minibatch at a time. Returns
         sums over the group's kept tokens, the losses and the gradient norm."""
         config = self.config
-        held = local_share(list(range(n)), self.accelerator)  # which of the n responses this process has
+        held = local_part(list(range(n)), self.accelerator)  # which of the n responses this process has
         mine = np.array([i - held[0] for i in group if held and held[0] <= i <= held[-1]], dtype=int)
         tokens = self._sum({"tokens": batch.mask[mine].sum()})["tokens"]
         names = ("approx_kl", "policy_clipped", "value_clipped", "ratio", "policy_loss", "value_loss")

@@ -146,7 +146,7 @@ from geli.report.checks import conversations_seen, warn_of_constant_targets, war
 from geli.report.lineage import lineage_config
 from geli.report.rewards import RewardRun, affect_means, finish_run, measure, wandb_validation
 from geli.run.checkpoint import Checkpointer
-from geli.run.distributed import frozen_dtype, gather_shares, local_share, make_accelerator, seed_everything
+from geli.run.distributed import frozen_dtype, gather_parts, local_part, make_accelerator, seed_everything
 from geli.run.gradients import apply_gradients, decaying_adamw
 from geli.run.lock import reward_run_to_resume
 from geli.run.timing import Clock
@@ -451,7 +451,7 @@ class GELITraining(Stage):
         batch = self.order["groups"][place * size : (place + 1) * size]
         self.batch = [i for conversation in batch for i in self.conversations[conversation]]
         drawn = self.sample(epoch)
-        mine = local_share(drawn, self.accelerator)
+        mine = local_part(drawn, self.accelerator)
         found = [self.trajectory_loss(one, len(mine)) for one in mine]
         contrastive = self.options.contrastive and epoch % 2 == 0
         contrast = self.contrastive_loss(mine, found) if contrastive and mine else torch.zeros(())
@@ -463,7 +463,7 @@ class GELITraining(Stage):
         norm = apply_gradients(self.optimizer, self.accelerator, self.schedule)
         logged = self.logged(drawn, found) | {"train/gradient_norm": norm}
         if contrastive:
-            logged["train/contrastive_loss"] = sum(gather_shares([contrast.item()], self.accelerator))
+            logged["train/contrastive_loss"] = sum(gather_parts([contrast.item()], self.accelerator))
         return logged
 
     def sample(self, epoch: int) -> list[Drawn]:
@@ -509,7 +509,7 @@ class GELITraining(Stage):
     def logged(self, drawn: list[Drawn], found: list[TrajectoryLoss]) -> dict[str, float]:
         """What is logged of the whole batch `drawn`, of which this process `found` its part."""
         mine = [(one.ge, one.li, one.rewards) for one in found]
-        ge, li, rewards = zip(*gather_shares(mine, self.accelerator), strict=True)
+        ge, li, rewards = zip(*gather_parts(mine, self.accelerator), strict=True)
         logged = {"train/loss": float(np.mean(ge))}
         if known := [value for value in li if not np.isnan(value)]:  # GE alone may have no faces
             logged["train/shaped_loss"] = float(np.mean(known))

@@ -77,7 +77,7 @@ from geli.nets.features import encode_together
 from geli.report.checks import warn_of_constant_targets
 from geli.report.rewards import RewardRun, affect_means, choose_turns, finish_run, measure, wandb_validation
 from geli.run.checkpoint import Checkpointer
-from geli.run.distributed import gather_shares, local_share, make_accelerator, seed_everything
+from geli.run.distributed import gather_parts, local_part, make_accelerator, seed_everything
 from geli.run.gradients import apply_gradients, decaying_adamw
 from geli.run.lock import reward_run_to_resume
 from geli.run.timing import Clock
@@ -227,7 +227,7 @@ class LITraining(Stage):
         epoch, self.batch = self.batches[step - 1]
         pairs = self.batch_pairs(epoch, self.batch)
         contrastive = self.options.contrastive and epoch % 2 == 0
-        mine = local_share(list(range(len(self.batch))), self.accelerator)
+        mine = local_part(list(range(len(self.batch))), self.accelerator)
         features = self.encoder.encode_with_gradients([pairs[i] for i in mine], self.accelerator.autocast)
         losses, rewards = features.sum().expand(2), torch.zeros(0)
         if mine:
@@ -240,7 +240,7 @@ class LITraining(Stage):
         logged["train/gradient_norm"] = apply_gradients(self.optimizer, self.accelerator, self.schedule)
         if contrastive:
             logged["train/contrastive_loss"] = contrast
-        predicted = np.array(gather_shares(rewards.tolist(), self.accelerator), dtype=np.float32)
+        predicted = np.array(gather_parts(rewards.tolist(), self.accelerator), dtype=np.float32)
         scores, lengths = self.scores[self.batch], self.lengths[self.batch]
         logged["train/loss"] = float(np.mean((scores - lengths * predicted) ** 2))  # RRD's, with subsets of 1 turn
         logged["train/learning_rate"] = self.schedule.get_last_lr()[0]

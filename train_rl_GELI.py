@@ -513,7 +513,7 @@ def build_policy(options: Options, accelerator, source: str, prompt_format: str)
     policy = load_policy(source, *options.policy.lora, dtype, options.run.trust_remote_code, prompt_format)
     policy.limit_responses(options.ppo.max_new_tokens)
     policy = shard(policy, accelerator)
-    if policy.max_over_ranks and (not ALGORITHMS[options.rl.algo].shards or options.rl.sft_steps):
+    if policy.is_sharded and (not ALGORITHMS[options.rl.algo].shards or options.rl.sft_steps):
         option_name = "--sft_steps" if options.rl.sft_steps else f"--algo {options.rl.algo}"
         raise UserError(f"{option_name}: TRL cannot train a sharded policy here; use --algo ppo alone, or do not shard")
     return policy

@@ -43,8 +43,10 @@ class TurnEncoder(nn.Module):
 
     Attributes:
         tokens_per_batch: padded tokens that are encoded at once; None: as many as memory allows.
-        max_over_ranks: set by `shard` when the model is sharded. Every forward pass then needs all processes; this
-            returns the largest of the numbers that they call it with.
+        is_sharded: whether each process holds only a part of the weights (`geli.run.sharding.shard`). Every forward
+            pass then needs all processes.
+        largest: a function that returns the largest of the numbers that the processes call it with; of a model that is
+            not sharded, the number itself.
 
     Raises:
         UserError: if `max_length` leaves no room for text, or the tokenizer has no end token.
@@ -66,7 +68,7 @@ class TurnEncoder(nn.Module):
             raise UserError(f"{name}: its tokenizer has neither an end nor a separator token, where a turn is read")
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._suffix[-1]
         self.tokens_per_batch: int | None = None
-        self.max_over_ranks: Callable[[int], int] | None = None
+        self.is_sharded, self.largest = False, int
         self._compiled: Callable | None = None
 
     def compile(self) -> None:
@@ -176,13 +178,13 @@ class TurnEncoder(nn.Module):
         def features(batch):
             return self._features([pairs[i] for i in batch], autocast)
 
-        if not len(pairs) and not self.max_over_ranks:
+        if not len(pairs) and not self.is_sharded:
             return torch.zeros(0, self.hidden_size)
         lengths = np.array([len(pair.ids) for pair in pairs], dtype=int)
         budget = self.token_budget(gradients=True)
         batches = token_batches(lengths, budget)
         passes = 0 if lengths.max(initial=0) * len(lengths) * parts <= budget else len(batches)
-        passes = self.max_over_ranks(passes) if self.max_over_ranks else passes
+        passes = self.largest(passes)
         if not passes:  # everything fits at once, in every process
             return features(np.arange(len(pairs)))
         batches = self._with_empty(batches, passes)
@@ -208,7 +210,7 @@ class TurnEncoder(nn.Module):
         features = torch.empty(len(pairs), self.hidden_size)
         lengths = np.array([len(pair.ids) for pair in pairs])
         batches = token_batches(lengths, self.token_budget())
-        passes = self.max_over_ranks(len(batches)) if self.max_over_ranks else len(batches)
+        passes = self.largest(len(batches))
         with progress_bar(total=len(pairs), desc=progress, unit="turn", disable=progress is None) as bar:
             for batch in self._with_empty(batches, passes):
                 features[batch] = self._features([pairs[i] for i in batch], autocast).cpu()
@@ -222,7 +224,7 @@ class TurnEncoder(nn.Module):
         """Writes model (or adapter) and tokenizer in Hugging Face's format, atomically. All processes must call it; the
         main one writes."""
         adapted = hasattr(self.model, "peft_config")  # then only the adapter is written, which is never sharded
-        state = full_state(self.model) if self.max_over_ranks and not adapted else None
+        state = full_state(self.model) if self.is_sharded and not adapted else None
         if is_main_process():
             with atomic_folder(folder) as temporary:
                 self.model.save_pretrained(temporary, state_dict=state)
@@ -299,7 +301,7 @@ def place_encoder(
         shard(encoder, accelerator)
     else:
         encoder.to(accelerator.device)
-    if compile and encoder.max_over_ranks:
+    if compile and encoder.is_sharded:
         raise UserError("--compile does not work on a sharded encoder: leave it out, or train whole copies")
     if compile:
         encoder.compile()

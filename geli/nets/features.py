@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from geli.nets.encoder import TokenPair, TurnEncoder
-from geli.run.distributed import device_name, gather_shares, local_share
+from geli.run.distributed import device_name, gather_parts, local_part
 from geli.run.errors import first_line
 from geli.run.files import atomic_path, private_folder, remove_stale_temporaries
 
@@ -142,16 +142,16 @@ def encode_together(
     encode: Callable[[Sequence[TokenPair]], torch.Tensor] | None = None,
     progress: str | None = None,
 ) -> torch.Tensor:
-    """(n, hidden) features of n pairs, of which each process encodes its share.
+    """(n, hidden) features of n pairs, of which each process encodes its part.
 
     Args:
         encode: pairs -> features, if not `encoder.encode`. progress: description of a progress bar.
     """
-    mine = local_share(pairs, accelerator)
+    mine = local_part(pairs, accelerator)
     features = encode(mine) if encode else encoder.encode(mine, accelerator.autocast, progress=progress)
     if accelerator.num_processes == 1:
         return features
-    rows = gather_shares(list(features.numpy()), accelerator)
+    rows = gather_parts(list(features.numpy()), accelerator)
     return torch.from_numpy(np.stack(rows)) if rows else features
 
 

@@ -43,8 +43,10 @@ class Policy(nn.Module):
 
     Attributes:
         max_new_tokens: most tokens of a response, see `limit_responses`.
-        max_over_ranks: set by `shard` when the model is sharded. Every forward pass then needs all processes; this
-            returns the largest of the numbers that they call it with.
+        is_sharded: whether each process holds only a part of the weights (`geli.run.sharding.shard`). Every forward
+            pass then needs all processes.
+        largest: a function that returns the largest of the numbers that the processes call it with; of a model that is
+            not sharded, the number itself.
 
     Raises:
         UserError: if the model computes its logits in a way that `_logits` does not know.
@@ -56,7 +58,7 @@ class Policy(nn.Module):
         self.format = PROMPT_FORMATS[prompt_format](tokenizer)
         self.has_encoder = bool(model.config.is_encoder_decoder)
         self.max_new_tokens = MAX_NEW_TOKENS
-        self.max_over_ranks: Callable[[int], int] | None = None
+        self.is_sharded, self.largest = False, int
         self.value_head = nn.Linear(model.config.hidden_size, 1)  # starts at 0
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -159,7 +161,7 @@ class Policy(nn.Module):
             if done and step % DONE_EVERY == 0:
                 ended |= done(response).to(ended.device)
             unfinished = int(not ended.all()) if step < uniforms.shape[1] else 0
-            if not (self.max_over_ranks(unfinished) if self.max_over_ranks else unfinished):
+            if not self.largest(unfinished):
                 break
             decoder.read(token)
         return response, torch.stack(states, dim=1)
@@ -181,7 +183,7 @@ class Policy(nn.Module):
         base = self.model.get_base_model()
         if self.has_encoder:
             return EncoderDecoder(base, query, query_mask)
-        return CausalDecoder(base, query, query_mask, room, together=self.max_over_ranks is not None)
+        return CausalDecoder(base, query, query_mask, room, together=self.is_sharded)
 
     def forward(self, query, query_mask, response, response_mask):
         """The log-probability of each response token, and value and entropy of the state before it.

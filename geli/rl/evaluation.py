@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from geli.nets.policy import Policy
 from geli.nets.prompts import Prompt
 from geli.rl.rollout import distinct, draw_length, draw_uniforms, ended_themselves, logprobs_and_values, rollout
-from geli.run.distributed import gather_shares, local_share
+from geli.run.distributed import gather_parts, local_part
 from geli.statistics import mean_interval
 
 
@@ -87,15 +87,15 @@ def evaluate_policy(
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
         uniforms = draw_uniforms(len(batch), draw_length(rng, min_new_tokens, max_new_tokens), generator)
-        mine, my_uniforms = local_share(batch, accelerator), local_share(uniforms, accelerator)
+        mine, my_uniforms = local_part(batch, accelerator), local_part(uniforms, accelerator)
         my_texts, my_kls, my_ended = [], [], []
         if len(mine):
             my_texts, my_kls, my_ended = _sample(policy, mine, my_uniforms, mini_batch_size)
-        elif policy.max_over_ranks:  # a sharded policy needs every process in each forward pass
+        elif policy.is_sharded:  # a sharded policy needs every process in each forward pass
             _sample(policy, batch[:1], uniforms[:1], mini_batch_size)
-        texts += gather_shares(my_texts, accelerator)
-        kls += gather_shares(my_kls, accelerator)
-        ended += gather_shares(my_ended, accelerator)
+        texts += gather_parts(my_texts, accelerator)
+        kls += gather_parts(my_kls, accelerator)
+        ended += gather_parts(my_ended, accelerator)
     metrics, rewards = {}, None
     if score:
         rewards = score_together(score, prompts, texts, accelerator).tolist()
@@ -135,6 +135,6 @@ def reward_with_interval(rewards: Sequence[float], prompts: Sequence[Prompt]) ->
 def score_together(
     score: Callable, prompts: Sequence[Prompt], responses: Sequence[str], accelerator: Accelerator
 ) -> torch.Tensor:
-    """(n,) rewards of `responses` to `prompts`; each process computes its share."""
-    mine = score(local_share(prompts, accelerator), local_share(responses, accelerator)).tolist()
-    return torch.tensor(gather_shares(mine, accelerator))
+    """(n,) rewards of `responses` to `prompts`; each process computes its part."""
+    mine = score(local_part(prompts, accelerator), local_part(responses, accelerator)).tolist()
+    return torch.tensor(gather_parts(mine, accelerator))

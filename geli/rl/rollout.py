@@ -143,10 +143,10 @@ def minibatches(policy: "Policy", lengths: np.ndarray, size: int) -> list[np.nda
     Returns:
         Indices of each minibatch.
     """
-    if not policy.max_over_ranks:
+    if not policy.is_sharded:
         return grouped_by_length(lengths, policy.device, size)
     order = np.argsort(-lengths, kind="stable")
-    return [order[first : first + size] for first in range(0, policy.max_over_ranks(len(order)), size)]
+    return [order[first : first + size] for first in range(0, policy.largest(len(order)), size)]
 
 
 @torch.no_grad()

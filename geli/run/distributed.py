@@ -82,14 +82,14 @@ def _computes_in_bfloat16(device: str) -> bool:
         return False
 
 
-def local_share(items, accelerator: Accelerator):
+def local_part(items, accelerator: Accelerator):
     """This process' contiguous part of a list or tensor that every process has; it may be empty."""
     with accelerator.split_between_processes(items) as mine:
         return mine
 
 
-def gather_shares(mine: list, accelerator: Accelerator) -> list:
-    """The whole list, in its order, from every process' `local_share` of it."""
+def gather_parts(mine: list, accelerator: Accelerator) -> list:
+    """The whole list, in its order, from every process' `local_part` of it."""
     return gather_object(mine) if accelerator.num_processes > 1 else mine
 
 

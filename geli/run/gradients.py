@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from accelerate import Accelerator
 
-from geli.run.sharding import is_sharded
+from geli.run.sharding import is_part
 
 
 class NotFinite(Exception):
@@ -22,7 +22,7 @@ def decaying_adamw(groups: list[dict], steps: int):
     Returns:
         The optimizer and its schedule.
     """
-    sharded = any(is_sharded(p) for group in groups for p in group["params"])
+    sharded = any(is_part(p) for group in groups for p in group["params"])
     # foreach cannot mix sharded parameters with whole ones
     optimizer = torch.optim.AdamW(groups, foreach=False if sharded else None)
     return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
@@ -54,7 +54,7 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], accelerator: Acceler
     so that the others do not wait for it.
     """
     parameters = list(parameters)
-    sharded, whole = ([p for p in parameters if is_sharded(p) == kind] for kind in (True, False))
+    sharded, whole = ([p for p in parameters if is_part(p) == kind] for kind in (True, False))
     if accelerator.num_processes > 1:
         _sum_whole_gradients(whole, accelerator)
     squared = torch.nn.utils.get_total_norm([p.grad for p in whole if p.grad is not None]).double().cpu() ** 2

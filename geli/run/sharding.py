@@ -61,7 +61,7 @@ def shard(owner: nn.Module, accelerator: Accelerator) -> nn.Module:
     over the processes by the backward pass, and those of whole weights by `sum_gradients`.
 
     All processes must make the same number of forward and backward passes through sharded layers. For that purpose
-    `owner.max_over_ranks` is set, which returns the largest of the numbers that the processes call it with.
+    `owner.is_sharded` and `owner.largest` are set, as its class says.
 
     Raises:
         UserError: if no layers are found in the model.
@@ -93,12 +93,12 @@ def shard(owner: nn.Module, accelerator: Accelerator) -> nn.Module:
         layer.set_gradient_divide_factor(1.0)  # every process' loss is a part of a sum
         layer.set_force_sum_reduction_for_comms(True)  # supported by gloo too
     for stack in dict.fromkeys(stack for _, stack in layers):  # gathers a layer while the previous one computes
-        fully_shard(stack, ignored_params={p for p in stack.parameters() if not is_sharded(p)}, **settings)
+        fully_shard(stack, ignored_params={p for p in stack.parameters() if not is_part(p)}, **settings)
     for tensor in (*owner.parameters(), *owner.buffers()):
-        if not is_sharded(tensor):
+        if not is_part(tensor):
             tensor.data = tensor.data.to(device)
-    owner.max_over_ranks = partial(_max_over_ranks, device=device)
-    held = sum(p.to_local().numel() if is_sharded(p) else p.numel() for p in model.parameters())
+    owner.is_sharded, owner.largest = True, partial(_largest, device=device)
+    held = sum(p.to_local().numel() if is_part(p) else p.numel() for p in model.parameters())
     print(
         f"FSDP: of {total:,} weights each of {accelerator.num_processes} processes holds {held:,} "
         f"({len(layers)} layers are sharded)"
@@ -132,13 +132,13 @@ def _use_all_weights(layer, inputs, output):
     return (first, *others) if isinstance(output, tuple) else first
 
 
-def _max_over_ranks(n: int, device) -> int:
+def _largest(n: int, device) -> int:
     number = torch.tensor(n, device=device)
     torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
     return int(number)
 
 
-def is_sharded(tensor: torch.Tensor) -> bool:
+def is_part(tensor: torch.Tensor) -> bool:
     """Whether each process holds only a part of the tensor (a `DTensor`, whose class takes seconds to import)."""
     return hasattr(tensor, "full_tensor")
 
@@ -152,7 +152,7 @@ def reshard(model: nn.Module) -> None:
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor. All processes must call it together."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    return tensor.full_tensor() if is_part(tensor) else tensor
 
 
 def full_state(model: nn.Module) -> dict[str, torch.Tensor]:

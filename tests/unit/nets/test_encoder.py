@@ -85,7 +85,7 @@ def test_an_encoder_survives_saving(encoder, tmp_path):
 
 def test_every_process_gathers_a_sharded_encoder_and_only_the_main_one_writes(tiny, tmp_path, monkeypatch):
     model, calls = load_encoder(str(tiny / "bart")), []
-    model.max_over_ranks = lambda n: n
+    model.is_sharded, model.largest = True, lambda n: n
     monkeypatch.setattr("geli.nets.encoder.full_state", lambda module: calls.append("gather") or module.state_dict())
     write = model.model.save_pretrained
     monkeypatch.setattr(
@@ -237,7 +237,7 @@ def test_an_encoder_is_placed_with_its_options(tiny, monkeypatch):
     assert compiled == [(encoder.encoder, {"dynamic": True})]
     pairs = encoder.tokenize([TURN])
     assert torch.equal(encoder.encode(pairs), load_encoder(str(tiny / "bart")).encode(pairs))
-    encoder.max_over_ranks = lambda n: n
+    encoder.is_sharded, encoder.largest = True, lambda n: n
     with pytest.raises(UserError, match="--compile does not work on a sharded encoder"):
         place_encoder(encoder, accelerator, compile=True)
 
@@ -272,7 +272,7 @@ def test_the_processes_of_a_sharded_encoder_make_the_same_number_of_passes(tiny,
         return forward(self, input_ids, attention_mask, **more)
 
     monkeypatch.setattr(TurnEncoder, "forward", watch)
-    encoder.max_over_ranks = lambda n: max(n, 4)  # another process has four batches
+    encoder.is_sharded, encoder.largest = True, lambda n: max(n, 4)  # another process has four batches
     for rows, expect in ((pairs, expected), ([], expected[:0])):
         for encode in (encoder.encode, encoder.encode_with_gradients):
             seen.clear()

@@ -213,11 +213,11 @@ def test_responses_that_are_done_stop_the_generation(policy):
 
     response, _ = policy.generate(query, mask, torch.full((2, 20), 0.4), done)
     assert seen == [4] and response.shape == (2, 4)
-    policy.max_over_ranks = lambda unfinished: 1  # another process has responses to continue
+    policy.is_sharded, policy.largest = True, lambda unfinished: 1  # another process has responses to continue
     try:
         response, _ = policy.generate(query, mask, torch.full((2, 20), 0.4), done)
     finally:
-        policy.max_over_ranks = None
+        policy.is_sharded, policy.largest = False, int
     assert response.shape == (2, 20) and (response[:, 4:] == policy.pad).all()
 
 

@@ -133,9 +133,9 @@ def test_padding_that_a_minibatch_does_not_need_is_left_out():
 
 def test_minibatches_have_similar_lengths_and_a_sharded_policy_as_many_in_every_process():
     lengths = np.array([10, 700, 30, 700, 20])
-    policy = SimpleNamespace(max_over_ranks=None, device=torch.device("cpu"))
+    policy = SimpleNamespace(is_sharded=False, device=torch.device("cpu"))
     assert [part.tolist() for part in minibatches(policy, lengths, 2)] == [[1], [3], [2, 4], [0]]
-    policy.max_over_ranks = lambda n: 7
+    policy.is_sharded, policy.largest = True, lambda n: 7
     assert [part.tolist() for part in minibatches(policy, lengths, 2)] == [[1, 3], [2, 4], [0], []]
 
 
