@@ -470,13 +470,13 @@ class GELITraining(Stage):
         """What is used of each trajectory in the batch. Every process draws all of it, so that their generators stay
         the same."""
         options, drawn = self.options, []
-        share = rating_probability(options.curriculum, options.curriculum_exposure, epoch, options.epochs)
+        probability = rating_probability(options.curriculum, options.curriculum_exposure, epoch, options.epochs)
         for i in self.batch:
             place = self.training.turns_of(i)
             n_turns = place.stop - place.start
             uses_subset = DECOMPOSITIONS[options.redist_type].uses_subset
             turns = sample_turns(n_turns, options.K, self.rng) if uses_subset else np.arange(n_turns)
-            rated = self.rng.random(len(turns)) < share if share else np.zeros(len(turns), dtype=bool)
+            rated = self.rng.random(len(turns)) < probability if probability else np.zeros(len(turns), dtype=bool)
             drawn.append(Drawn(i, turns + place.start, rated, length_of(options.ep_len, n_turns)))
         return drawn
 

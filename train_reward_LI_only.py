@@ -265,8 +265,8 @@ class LITraining(Stage):
         if not self.shows_rating:
             return [self.pairs[i] for i in batch]
         options = self.options
-        share = rating_probability(options.curriculum, options.curriculum_exposure, epoch, options.epochs)
-        shown = self.rng.random(len(batch)) < share
+        probability = rating_probability(options.curriculum, options.curriculum_exposure, epoch, options.epochs)
+        shown = self.rng.random(len(batch)) < probability
         return [
             (self.rated_pairs if with_rating else self.pairs)[i] for i, with_rating in zip(batch, shown, strict=True)
         ]
