@@ -653,7 +653,7 @@ class RunningMoments:
         return (self._squares / self.count) ** 0.5 if self._squares > 0 else 1.0
 
     def normalize(self, values: torch.Tensor) -> torch.Tensor:
-        """Adds `values` (n,) to the moments, and returns them normalized by the updated moments."""
+        """Adds `values` (n,), on the CPU, to the moments, and returns them normalized by the updated moments."""
         n, mean = len(values), values.double().mean().item()
         squares = ((values.double() - mean) ** 2).sum().item()
         total, shift = self.count + n, mean - self.mean
@@ -884,9 +884,9 @@ class PPO:
         return {**sums, "gradient_norm": apply_gradients(self.optimizer, self.accelerator)}
 
     def _sum(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Sums over all processes, in one message."""
-        stacked = torch.stack([value.detach().double().to(self.accelerator.device) for value in values.values()])
-        return dict(zip(values, self.accelerator.reduce(stacked, "sum").tolist(), strict=True))
+        """Sums over all processes, in one message and in Python's float64, because an accelerator may have none."""
+        parts = gather_shares([[float(value) for value in values.values()]], self.accelerator)
+        return dict(zip(values, np.sum(parts, axis=0).tolist(), strict=True))
 
     @contextmanager
     def _timed(self, phase: str):

@@ -66,7 +66,6 @@ class Partner:
             last.
         """
         policy, tokens, shown, decoder, token = self.policy, [], "", None, None
-        uniforms = uniforms.to(policy.device, torch.float64)
 
         def texts_of(rows) -> list[str]:
             return policy.tokenizer.batch_decode(rows, skip_special_tokens=True)

@@ -149,7 +149,6 @@ class Policy(nn.Module):
             (n, R) token ids, padded after the end token or where `done` stopped a response, and (n, R, hidden) the
             states that they were sampled from, for `logprobs_from_hidden`.
         """
-        uniforms = uniforms.to(query.device, torch.float64)
         decoder = self.decoder(query, query_mask, room=uniforms.shape[1])
         response = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
         ended, states = torch.zeros(len(query), dtype=torch.bool, device=query.device), []
@@ -173,10 +172,13 @@ class Policy(nn.Module):
             states: (n, hidden) a decoder's `state`. uniforms: (n,) float64 in [0, 1), which select the tokens by
                 inverse transform sampling.
         """
-        cumulative = self._logits(states).double().softmax(dim=-1).cumsum(dim=-1)
-        goal = uniforms[:, None] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, goal, right=True).squeeze(1)
-        return token.clamp(max=cumulative.shape[1] - 1)
+        # An accelerator may have no float64; the errors of float32 are small beside those of its logits.
+        wide = torch.float64 if states.device.type == "cpu" else torch.float32
+        cumulative = self._logits(states).to(wide).softmax(dim=-1).cumsum(dim=-1)
+        total = cumulative[:, -1:].contiguous()
+        goal = uniforms.to(cumulative)[:, None] * total  # which float32 may round to the total
+        token = torch.searchsorted(cumulative, goal, right=True)
+        return torch.minimum(token, torch.searchsorted(cumulative, total)).squeeze(1)
 
     def decoder(self, query: torch.Tensor, query_mask: torch.Tensor, room: int) -> CausalDecoder | EncoderDecoder:
         """What reads the prompts (see `generate`), and then at most `room` tokens of their responses."""

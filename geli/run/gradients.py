@@ -57,10 +57,10 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], accelerator: Acceler
     sharded, whole = ([p for p in parameters if is_part(p) == kind] for kind in (True, False))
     if accelerator.num_processes > 1:
         _sum_whole_gradients(whole, accelerator)
-    squared = torch.nn.utils.get_total_norm([p.grad for p in whole if p.grad is not None]).double().cpu() ** 2
+    squared = torch.nn.utils.get_total_norm([p.grad for p in whole if p.grad is not None]).cpu().double() ** 2
     if sharded:
         mine = torch.nn.utils.get_total_norm([p.grad.to_local() for p in sharded]) ** 2
-        squared += accelerator.reduce(mine, "sum").double().cpu()
+        squared += accelerator.reduce(mine, "sum").cpu().double()
     return squared.sqrt().item()
 
 
