@@ -161,7 +161,7 @@ def main(options: Options) -> None:
     trained_on = conversations_seen(saved_path, saved.config) if saved else frozenset()
     corpus, training, validation = load_turns(
         options.data, options.signal, cache=options.run.cache_dir, learns_li=bool(training_options.affect_path),
-        val_all_except=trained_on if training_options.val_all else None, validate=training_options.val,
+        val_except=trained_on if training_options.val_all else None, validate=training_options.val,
         trust_remote_code=options.run.trust_remote_code,
         shares=read_shares(training_options.llm_shares) if training_options.llm_shares else None,
     )  # fmt: skip
@@ -174,7 +174,6 @@ def main(options: Options) -> None:
     described = {**arguments, "data": corpus.numbers(), "lineage": lineage_config(saved_path)}
     tracker = Tracker(folder.name, folder, described, options.run, accelerator, lock)
     features = TurnFeatures(encoder, accelerator, options.run.cache_dir, frozen=not training_options.unfreeze)
-
     clock.lap("loading the encoder")
     head, metrics, paths = saved, {}, []
     if training_options.train:

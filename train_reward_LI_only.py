@@ -107,9 +107,8 @@ def main(options: Options) -> None:
     folder = Path(options.run.output_dir) / project_name(options)
     lock = reward_run_to_resume(arguments, folder)
     corpus, training, validation = load_turns(
-        options.data, options.signal, cache=options.run.cache_dir,
-        val_all_except=frozenset() if training_options.val_all else None, validate=training_options.val,
-        trust_remote_code=options.run.trust_remote_code,
+        options.data, options.signal, cache=options.run.cache_dir, validate=training_options.val,
+        val_except=frozenset() if training_options.val_all else None, trust_remote_code=options.run.trust_remote_code,
     )  # fmt: skip
     warn_of_constant_targets(training, options.signal)
     clock.lap("reading conversations")
