@@ -359,7 +359,7 @@ def read_corpus(
 
 
 def split(
-    corpus: Corpus, train_size: int, all_except: frozenset[str] | None = None
+    corpus: Corpus, train_size: int, val_except: frozenset[str] | None = None
 ) -> tuple[list[Trajectory], list[Trajectory]]:
     """Training and validation trajectories.
 
@@ -368,15 +368,15 @@ def split(
     the first `train_size` of the others that have a trajectory.
 
     Args:
-        all_except: validate on every conversation after the training ones but these (ids of those that an earlier stage
+        val_except: validate on every conversation after the training ones but these (ids of those that an earlier stage
             trained on); None: on the last ones alone.
     """
     ordered = corpus.conversations
     held_out = 50 if len(ordered) >= 500 else max(1, len(ordered) // 10)
     usable = [place for place, c in enumerate(ordered[:-held_out]) if corpus.trajectories[c.id]]
     training = [ordered[place].id for place in usable[:train_size]]
-    first = usable[:train_size][-1] + 1 if all_except is not None and training else len(ordered) - held_out
-    validation = [c.id for c in ordered[first:] if c.id not in (all_except or ())]
+    first = usable[:train_size][-1] + 1 if val_except is not None and training else len(ordered) - held_out
+    validation = [c.id for c in ordered[first:] if c.id not in (val_except or ())]
     return (
         [t for i in training for t in corpus.trajectories[i]],
         [t for i in validation for t in corpus.trajectories[i]],
@@ -537,7 +537,7 @@ def load_turns(
     *,
     cache: Path | None,
     learns_li: bool = True,
-    val_all_except: frozenset[str] | None = None,
+    val_except: frozenset[str] | None = None,
     validate: bool,
     trust_remote_code: bool = False,
     shares: Mapping[str, TrajectoryShares] | None = None,
@@ -546,7 +546,7 @@ def load_turns(
 
     Args:
         cache: folder of the cache; None for no cache.
-        learns_li: whether LI is learned, for which `face` needs faces. val_all_except: as `all_except` of `split`.
+        learns_li: whether LI is learned, for which `face` needs faces. val_except: as `val_except` of `split`.
         validate: whether validation turns are needed.
         shares: a language model's; training trajectories without them are dropped.
 
@@ -555,7 +555,7 @@ def load_turns(
     """
     needs_faces = learns_li and LI_SIGNALS[signal.li_signal or "face"].needs_faces
     corpus = read_corpus(data.data_dir, data.reward_class, data.transcript, cache, needs_faces)
-    parts = split(corpus, data.train_size or len(corpus.conversations), val_all_except)
+    parts = split(corpus, data.train_size or len(corpus.conversations), val_except)
     if shares is not None:
         kept, dropped = split_by_shares(parts[0], shares)
         parts = kept, parts[1]
@@ -576,8 +576,9 @@ def load_turns(
         )
         if needed and not len(turns):
             raise UserError(
-                f"--data_dir {data.data_dir}: none of the {name} conversations has an answer to {data.reward_class} "
-                f"({len(corpus.conversations)} conversations are usable; at least 2 are needed)"
+                f"--data_dir {data.data_dir}: none of the {name} conversations has an answer to {data.reward_class}"
+                f"{' and faces' if needs_faces else ''} ({len(corpus.conversations)} conversations are usable; at "
+                "least 2 are needed)"
             )
     return corpus, training, validation
 

@@ -281,7 +281,7 @@ def load_data(options: Options, saved: RewardHead | None, path: Path | None) -> 
     seen = conversations_seen(path, saved.config) if saved else frozenset()
     corpus, training, validation = load_turns(
         options.data, options.signal, cache=options.run.cache_dir, learns_li=bool(training_options.affect_path),
-        val_all_except=seen if training_options.val_all else None, validate=training_options.val,
+        val_except=seen if training_options.val_all else None, validate=training_options.val,
         trust_remote_code=options.run.trust_remote_code,
         shares=read_shares(training_options.llm_shares) if training_options.llm_shares else None,
     )  # fmt: skip

@@ -95,7 +95,7 @@ def main(options: Options) -> None:
     lock = reward_run_to_resume(arguments, folder)
     corpus, training, validation = load_turns(
         options.data, options.signal, cache=options.run.cache_dir,
-        val_all_except=frozenset() if options.training.val_all else None, validate=options.training.val,
+        val_except=frozenset() if options.training.val_all else None, validate=options.training.val,
         trust_remote_code=options.run.trust_remote_code,
     )  # fmt: skip
     warn_of_constant_targets(training, options.signal)
