@@ -885,7 +885,8 @@ class PPO:
 
     def _sum(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
         """Sums over all processes, in one message and in Python's float64, because an accelerator may have none."""
-        parts = gather_parts([[float(value) for value in values.values()]], self.accelerator)
+        mine = torch.stack([value.detach().float().to(self.accelerator.device) for value in values.values()]).tolist()
+        parts = gather_parts([mine], self.accelerator)
         return dict(zip(values, np.sum(parts, axis=0).tolist(), strict=True))
 
     @contextmanager
