@@ -137,7 +137,7 @@ _SETTING = r"(?:(?:align|line|position|region|size|vertical):|[XY][12]:)\S*"  # 
 _ARROW_LINE = re.compile(rf"\s*{_TIME}\s*-->\s*(?:{_TIME})?(?:\s+{_SETTING})*\s*", re.ASCII)
 _COMMA_LINE = re.compile(rf"\s*{_TIME},(?:{_TIME})?\s*", re.ASCII)  # SubViewer
 # a line that was meant for times: nothing but digits and signs, or hours and fractions at its beginning
-_LIKE_TIMES = re.compile(r"[\W\d]*\d:\d+(?::|[.,]\d)[\W\d]*|\W*\d+:\d+:\d+[.,]\d.*")
+_LIKE_TIMES = re.compile(r"(?=[\W\d]*\Z).*?\d:\d+(?::|[.,]\d).*|\W*\d+:\d+:\d+[.,]\d.*")
 _HEADER = re.compile(r"\s*(WEBVTT\b|(Kind|Language|Region|X-TIMESTAMP-MAP)[:=])")  # of WebVTT
 _COMMENT = re.compile(r"\s*(NOTE|STYLE|REGION)\b")  # how WebVTT's other blocks begin
 _IDENTIFIER = re.compile(r"\s*(?=\S*\d)\S+\s*")  # in the line above a cue's times
@@ -251,7 +251,7 @@ UNNAMED = ("", "Unknown", "Unknown Speaker", "Unidentified Speaker")  # what sta
 MOST_WORDS_OF_A_NAME = 5
 LONGEST_PREFIX = 200  # characters in which a name and its colon are looked for
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<[\d:.]+>|\{\\[^{}]*\}")  # of WebVTT and SubRip, times of karaoke, of SubStation
-_VOICE = re.compile(r"<v(?:\.[^\s>]*)?(?:\s+([^<>\n]*))?>")
+_VOICE = re.compile(r"<v(?:\.[^\s<>]*)?(?:\s+([^<>\n]*))?>")
 _IN_PARENTHESES = re.compile(r"\s*\(([^()]+)\)\s*")
 _ADDITION = re.compile(r"\([^()]*\)$")
 _COLON = re.compile("[:\uff1a]")  # the second is full-width

@@ -1,5 +1,6 @@
 """Transcripts of three meeting programs to utterances and turns: by hand, and what is incomplete or contradictory."""
 
+from contextlib import suppress
 from itertools import pairwise
 
 import pytest
@@ -249,6 +250,12 @@ def test_a_file_with_nothing_to_read_is_refused_with_its_name(content, reason, t
 def test_text_keeps_its_characters_in_one_line():
     text = cues(("00:01.000 --> 00:02.000", "Ben: 你好 👩‍💻\tcafé\0 &lt;3"))
     assert read(text).utterances[0].text == "你好 👩‍💻 café <3"
+
+
+@pytest.mark.parametrize("part", ["<v.", "<v ", "1:1:1 ", ":", "<a ", "- "])
+def test_long_lines_take_time_in_proportion(part):  # a pattern that looks back would take hours
+    with suppress(Dropped):
+        read(cues(("00:01.000 --> 00:02.000", ("<v Ben>b\n" if "<" in part else "Ben: b\n") + part * 50_000 + "x")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
