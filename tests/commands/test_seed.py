@@ -63,14 +63,14 @@ def test_stage_1_initial_head_order_of_turns_and_validation_turns(drawn, tiny):
 
 def test_stage_2_initial_head_and_order_of_conversations(drawn, tiny):
     def look(stage):
-        stage.epoch_steps, stage.batch_loss = 6, stop_at_batch
+        stage.epoch_steps, stage.trajectory_loss = 6, stop_at_batch
         with pytest.raises(StopIteration):
             stage.step(1)
         stage.batch = [0]
-        turns = [stage.sample(1)[0][1].tolist() for _ in range(9)]
+        turns = [stage.sample(1)[0].turns.tolist() for _ in range(9)]
         return {"head": first_layer(stage.head), "order": stage.order["groups"], "subsets": turns}
 
-    def stop_at_batch(epoch):
+    def stop_at_batch(*_):
         raise StopIteration
 
     options = ("--train", "--lang_model_path", tiny / "bart", "--K", 2)
