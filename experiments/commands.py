@@ -13,7 +13,7 @@ def run_command(folder: Path, script: str, *arguments) -> None:
     """Runs a command; what it prints goes to `folder`/log.txt.
 
     Args:
-        script: its path in the repository.
+        script: its path in the repository, or the name of an app such as `apps.llm_shares`.
 
     Raises:
         UserError: if it fails.
@@ -21,7 +21,8 @@ def run_command(folder: Path, script: str, *arguments) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
     with open(log, "a", encoding="utf-8") as file:
-        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        start = ["-m", script] if script.startswith("apps.") else [str(ROOT / script)]
+        command = [sys.executable, *start, *map(str, arguments)]
         print(f"$ {' '.join(command)}", file=file, flush=True)
         if subprocess.run(command, stdout=file, stderr=file, cwd=ROOT, check=False).returncode:
             raise UserError(f"{script} failed: see the end of {log}; the same command continues from what is finished")

@@ -13,16 +13,33 @@ steps, in the mean over seeds that are not reported. All else is each one's defa
 PPO; AdamW and TRL's own for GRPO and RLOO, in groups of 8 responses to a prompt.
 """
 
-import argparse
 import contextlib
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
+
+from geli.run.errors import run as run_command
+from geli.run.options import new_parser, positive_int
+
+
+def parse_options(argv: Sequence[str] | None = None):
+    """The options on the command line."""
+    parser = new_parser("Train a policy on a task whose optimum is known.")
+    parser.add_argument("--algorithms", nargs="+", choices=("ppo", "grpo", "rloo"), default=["ppo"], help="what to run")
+    parser.add_argument("--seeds", type=positive_int, default=3, help="runs of each")
+    parser.add_argument("--steps", type=positive_int, default=150, help="of a run, at most")
+    parser.add_argument("--picture", type=Path, help="file to draw rewards by step to (default: none)")
+    return parser.parse_args(argv)
+
+
+# Parsed before the imports below, which take seconds, so that --help and mistakes in options are answered at once.
+OPTIONS = parse_options() if __name__ == "__main__" else None
 
 import numpy as np
 import torch
@@ -154,21 +171,15 @@ def best_learning_rate(algo: str, steps: int) -> float:
     return best
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algorithms", nargs="+", choices=("ppo", "grpo", "rloo"), default=["ppo"], help="what to run")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each")
-    parser.add_argument("--steps", type=int, default=150, help="of a run, at most")
-    parser.add_argument("--picture", type=Path, help="file to draw rewards by step to")
-    args = parser.parse_args()
+def main(options) -> None:
+    """Runs the algorithms, and prints and draws how they learned."""
     quiet_transformers()
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries warn each other
     curves, table = {}, []
-    for algo in args.algorithms:
-        rate = best_learning_rate(algo, args.steps)
-        for seed in range(args.seeds):
-            rows = run(algo, seed, args.steps, rate)
+    for algo in options.algorithms:
+        rate = best_learning_rate(algo, options.steps)
+        for seed in range(options.seeds):
+            rows = run(algo, seed, options.steps, rate)
             curves.setdefault(f"{algo}, {rate:g}", []).append([row["score_mean"] for row in rows])
             table.append(
                 {
@@ -179,9 +190,9 @@ def main() -> None:
             )  # fmt: skip
             print(table[-1], flush=True)
     print(format_table(table, f"\n{PPO_OPTIONS['batch_size']} responses of {RESPONSE} words a step; 0.5 by chance"))
-    if args.picture:
-        print(f"Written: {plots.curves(curves, TARGET, args.picture)}")
+    if options.picture:
+        print(f"Written: {plots.curves(curves, TARGET, options.picture)}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(partial(main, OPTIONS))

@@ -8,13 +8,12 @@ models do. apps/llm_shares asks it about all training conversations. Then heads 
 and by IRCR, and measured by tools/evaluate_rewards.py. What is finished is not run again.
 """
 
-import argparse
 import json
 import random
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,10 +21,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
 
+from geli.run.errors import run
+from geli.run.options import fraction, new_parser, non_negative_float, positive_int
+
+
+def parse_options(argv: Sequence[str] | None = None):
+    """The options on the command line."""
+    parser = new_parser("Train heads on the shares of an oracle that knows the truth.")
+    parser.add_argument("out", type=Path, help="folder of everything; what is finished there is not run again")
+    parser.add_argument("--data_dir", required=True, help="corpus that tools/plant_truth.py wrote (no default)")
+    parser.add_argument("--encoder", required=True, help="hub id or folder of the heads' text encoder (no default)")
+    parser.add_argument("--noise", type=non_negative_float, default=1.0, help="standard deviation of a turn's points")
+    parser.add_argument("--faults", type=fraction, default=0.2, help="share of replies that are spoilt")
+    parser.add_argument("--seeds", type=positive_int, default=3, help="heads of each kind")
+    return parser.parse_args(argv)
+
+
+# Parsed before the imports below, which take seconds, so that --help and mistakes in options are answered at once.
+OPTIONS = parse_options() if __name__ == "__main__" else None
+
 from experiments.commands import finished_head, run_command
 from experiments.loop import CONTEXT_TURNS, TRAIN_CONVERSATIONS
-from geli.run.errors import run
-from geli.run.options import fraction, non_negative_float
 from tools.hidden_reward import hidden_reward
 
 TURN = re.compile(r"^Turn (\d+), B: (.*?)(?: \(A looks \w+\))?$", re.MULTILINE)
@@ -114,7 +130,7 @@ def main(options) -> None:
         with server(partial(oracle, noise=options.noise, faults=options.faults)) as (url, _):
             asked = ["--url", url, "--model", f"oracle-{options.noise:g}-{options.faults:g}", "--log_text"]
             asked += ["--train_size", TRAIN_CONVERSATIONS]
-            run_command(out, "apps/llm_shares", options.data_dir, out / "shares", *asked)
+            run_command(out, "apps.llm_shares", options.data_dir, out / "shares", *asked)
     for seed in range(options.seeds):
         for name, command in head_commands(options, seed):
             if not finished_head(out / "runs", name):
@@ -128,11 +144,4 @@ def main(options) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--encoder", required=True)
-    parser.add_argument("--noise", type=non_negative_float, default=1.0)
-    parser.add_argument("--faults", type=fraction, default=0.2)
-    parser.add_argument("--seeds", type=int, default=3)
-    run(partial(main, parser.parse_args()))
+    run(partial(main, OPTIONS))
