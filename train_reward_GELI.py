@@ -25,7 +25,6 @@ from data_utils import (
     load_turns,
     rating_probability,
 )
-from geli.heads import STAGE_1_FOLDERS, find_head, load_reward_head
 from geli.nets.options import EncoderOptions
 from geli.run.errors import UserError, run
 from geli.run.options import (
@@ -138,7 +137,14 @@ import numpy as np
 import torch
 
 from geli.data.shares import read_shares
-from geli.heads import encoder_reference, load_encoder_of_head, save_reward_head
+from geli.heads import (
+    STAGE_1_FOLDERS,
+    encoder_reference,
+    find_head,
+    load_encoder_of_head,
+    load_reward_head,
+    save_reward_head,
+)
 from geli.nets.encoder import TurnEncoder, open_encoder, place_encoder
 from geli.nets.features import TurnFeatures, encoder_fingerprint
 from geli.nets.pretrained import named_by_file

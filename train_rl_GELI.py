@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 from data_utils import DataOptions, load_prompts
 from geli.data.questions import QUESTIONS
-from geli.heads import find_head, is_finished, load_reward_head, saved_heads
 from geli.nets.options import SMOLLM2, PolicyOptions
 from geli.nets.prompts import Prompt
 from geli.rl.reward_options import BASE, RF_MODELS, RewardOptions
@@ -294,6 +293,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from geli.heads import find_head, is_finished, load_reward_head, saved_heads
 from geli.nets.policy import Policy, load_policy, trained_as
 from geli.nets.smollm2 import PACKAGE, make_smollm2
 from geli.report.lineage import lineage_config

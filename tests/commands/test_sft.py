@@ -77,7 +77,7 @@ def test_smollm2_is_made_before_its_configuration_is_read(stage_3, tiny, tmp_pat
     monkeypatch.setattr(
         train_rl_GELI, "make_smollm2", lambda folder: made.append(shutil.copytree(tiny / "llama", folder))
     )
-    stage_3("--model_name", "smollm2", "--rf_model", "base", *WARM, "--sft_steps", 1)
+    stage_3("--model_name", "smollm2", "--rf_model", "base", "--val", *WARM, "--sft_steps", 1)
     assert made == [tmp_path / "cache" / "smollm2"]
     assert (tmp_path / "rlmf_weights" / "GELI_smollm2_sft").is_dir()
 

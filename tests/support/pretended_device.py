@@ -24,8 +24,8 @@ from experiments.known_optimum import make_model, prompts, share_of_good_words
 from geli.nets.encoder import load_encoder
 from geli.nets.features import TurnFeatures
 from geli.nets.policy import load_policy
+from geli.reward import GELIReward
 from geli.rl.evaluation import evaluate_policy
-from geli.rl.rollout import RewardScorer
 from geli.run.distributed import make_accelerator, seed_everything
 from models import PPO, PPOConfig, RewardHead, RewardHeadConfig
 from train_reward_GELI import GELITraining, GELITrainingOptions
@@ -93,9 +93,10 @@ def ppo(model: Path, folder: Path, accelerator) -> None:
     """A PPO step on the rewards of a head, and an evaluation."""
     policy = load_policy(str(model), 4, 8, torch.float32).to(DEVICE)
     encoder = load_encoder(str(model)).to(DEVICE)
-    score = RewardScorer(encoder, RewardHead(head_config(encoder)).eval().to(DEVICE), accelerator.autocast)
+    head = RewardHead(head_config(encoder)).eval().to(DEVICE)
+    score = GELIReward(encoder, head, autocast=accelerator.autocast).score
     limits = dict(min_new_tokens=4, max_new_tokens=4)
-    settings = PPOConfig(batch_size=4, mini_batch_size=2, accumulation_steps=1, **limits)
+    settings = PPOConfig(batch_size=4, mini_batch_size=2, gradient_accumulation_steps=1, **limits)
     asked = [prompt._replace(context=prompt.text, human="w01") for prompt in prompts(np.random.default_rng(0), 4)]
     logged, _ = PPO(policy, score, settings, accelerator, seed=0).step(asked)
     assert logged["optimizer_steps"] == 2 and logged["gradient_norm"] > 0

@@ -98,7 +98,7 @@ def test_bad_sheets_are_named_and_the_others_count(made):
         ("make r.csv out --compare tuned ppo --prompts 4", "among them 'ppo'"),
         ("make r.csv . --prompts 4", "expected a new or empty folder"),
         ("make r.csv out --raters 0", "a whole number of at least 1 is expected, not '0'"),
-        ("score r.csv r.csv", "expected the key.json that human_eval.py make wrote"),
+        ("score r.csv r.csv", "expected the key.json that `make` wrote"),
         ("judge r.csv --judge_url http://h/v1 --judge_model m", "would be sent to http://h/v1: give --log_text if"),
         ("judge r.csv --judge_url h/v1 --judge_model m --log_text", "an address such as https://host/v1"),
         ("judge r.csv --judge_url http://u:p@h/v1 --judge_model m --log_text", "an address such as https://host/v1"),

@@ -199,5 +199,5 @@ def test_different_answers_of_one_rater_are_left_out_with_both_names(made, tmp_p
 @pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"compare": [], "more": 1}'])
 def test_what_is_no_key_is_refused(tmp_path, content):
     (tmp_path / "key.json").write_text(content)
-    with pytest.raises(UserError, match=r"key\.json: expected the key\.json that human_eval\.py make wrote"):
+    with pytest.raises(UserError, match=r"key\.json: expected the key\.json that `make` wrote"):
         Key.read(tmp_path / "key.json")

@@ -15,7 +15,7 @@ from no_pictures import without_pictures
 
 from apps.openai_server import ReplyFile
 from experiments.llm_oracle import oracle, server
-from models import load_reward_head
+from geli.heads import load_reward_head
 from tools.hidden_reward import hidden_reward
 
 TOOL = "apps/llm_shares"
