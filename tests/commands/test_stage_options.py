@@ -463,7 +463,7 @@ def test_stages_that_need_no_faces_run_without_them(stages, sample, tmp_path):
     for run in ("faceless-words", "faceless-geli"):
         assert stages.record(run)["metrics"]["validation"]["li_loss"] >= 0
         assert stages.record(run)["data"]["conversations_without_faces"] == 40
-    stages.ge(*data, "--val", "--reward_path", "geli", "--run_name", "faceless-again", encoder=())
+    stages.evaluate("geli", "faceless-again", *data)
     again, before = (stages.record(run)["metrics"]["validation"] for run in ("faceless-again", "geli"))
     assert again["ge_loss"] == before["ge_loss"] and again["li_loss"] is None
     for message in (stages.li(*data, check=2).stderr, stages.geli(*data, "--train", check=2).stderr):
