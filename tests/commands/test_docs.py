@@ -23,7 +23,8 @@ BLOCK = re.compile(r"^```python\n# (\S+), below (\w+)\n.*?^```$", re.MULTILINE |
 def belongs_to_a_deleted_app(path: Path) -> bool:
     """Whether a path lies in an app's folder that is not there: an app may be deleted, and pages still name it."""
     parts = Path(os.path.normpath(path)).relative_to(ROOT).parts
-    return len(parts) > 1 and parts[0] == "apps" and parts[1] in APPS and not (ROOT / "apps" / parts[1]).is_dir()
+    app = Path(parts[1]).stem if parts[0] == "apps" and len(parts) > 1 else ""
+    return app in APPS and not (ROOT / "apps" / app).is_dir()
 
 
 def sources() -> list[Path]:

@@ -37,7 +37,7 @@ from geli.run.errors import run
 
 def long_talk(partner, scorer, **settings):
     talk = Talk(partner, scorer, **settings)
-    features = scorer.features([("", "AI: hello")])[0]
+    features = scorer.features([("", "hello")])[0]
     for i in range(0, 2000, 2):
         talk.turns += [TalkTurn(False, f"message {{i}}", 3 * i, 3 * i + 1),
                        TalkTurn(True, f"reply {{i}}", 3 * i + 2, 3 * i + 4, features=features)]
