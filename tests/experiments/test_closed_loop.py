@@ -7,6 +7,7 @@ import pytest
 from conftest import call_script
 from small_models import chat_model
 
+import train_rl_GELI
 from experiments import loop as closed_loop
 from experiments.best_of import best_of
 from experiments.loop import LoopOptions, PolicyRun, checkpoint_at
@@ -106,6 +107,13 @@ def test_gains_are_paired_by_prompt():
 def test_words_are_listed_by_the_change_of_their_share():
     (row,) = phrases(*results((0.2, 0.5, 0.1)))
     assert row["more often"].startswith("nice +67, ! +33") and row["less often"].startswith("no -33")
+
+
+@pytest.mark.parametrize("algo", ["ppo", "rloo", "grpo"])
+def test_stage_3_takes_the_options_of_every_algorithm(algo, tmp_path):
+    options = LoopOptions(out=tmp_path, data_dir="", encoder="")
+    _, *words = closed_loop.policy_command(options, PolicyRun("random", algo, 0))
+    assert train_rl_GELI.parse_options(list(map(str, words))).rl.algo == algo
 
 
 def test_every_reward_is_tried_before_the_other_algorithms():
