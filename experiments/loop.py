@@ -89,11 +89,11 @@ def policy_command(options: LoopOptions, run: PolicyRun) -> list:
     reward = {"truth": ["--reward_function", HIDDEN], "random": ["--reward", "random"]}.get(
         run.reward, ["--reward_path", finished_head(options.out / "rewards", f"{run.reward}-{run.seed}")]
     )
-    more = ["--resume", "--stop_kl", STOP_AT * options.target_kl]
+    more = ["--resume", "--stop_kl", STOP_AT * options.target_kl, "--gold_function", HIDDEN]
     return [
         "train_rl_GELI.py", "--train", "--preset", "small", "--prompt_format", "chat", "--model_name", options.policy,
         "--exp_name", run.name, "--steps", options.steps, "--algo", run.algo, "--seed", run.seed, *reward,
-        "--gold_function", HIDDEN, "--data_dir", options.out / "candor", "--output_dir", options.out / "policies",
+        "--data_dir", options.out / "candor", "--output_dir", options.out / "policies",
         "--context_turns", CONTEXT_TURNS, "--save_steps", 1, "--device", options.device,
         "--dtype", options.dtype, *(more if run.algo == "ppo" else []),
     ]  # fmt: skip

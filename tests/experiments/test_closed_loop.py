@@ -8,6 +8,7 @@ import pytest
 from conftest import call_script
 from small_models import chat_model
 
+import train_rl_GELI
 from experiments import closed_loop as command
 from experiments import loop as closed_loop
 from experiments.best_of import best_of
@@ -116,6 +117,13 @@ def test_the_command_line_has_the_defaults_of_the_options(monkeypatch):
     monkeypatch.setattr(command, "closed_loop", seen.append)
     command.main(command.parse_options(["out", "--data_dir", "d", "--encoder", "e"]))
     assert seen == [LoopOptions(Path("out"), "d", "e")]
+
+
+@pytest.mark.parametrize("algo", ["ppo", "rloo", "grpo"])
+def test_stage_3_takes_the_options_of_every_algorithm(algo, tmp_path):
+    options = LoopOptions(out=tmp_path, data_dir="", encoder="")
+    _, *words = closed_loop.policy_command(options, PolicyRun("random", algo, 0))
+    assert train_rl_GELI.parse_options(list(map(str, words))).rl.algo == algo
 
 
 def test_every_reward_is_tried_before_the_other_algorithms():
