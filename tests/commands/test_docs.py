@@ -129,8 +129,8 @@ for script, *arguments in json.loads(sys.argv[1]):
     sys.stdin = io.StringIO("yes\\nHello there!\\n/rate\\n4\\n/quit\\n")  # for the chat
     module.main(module.parse_options(arguments))
 from data_utils import read_corpus
-(talk,) = read_corpus("talks", "partner_listened").trajectories.values()
-print("The talk's score:", *(trajectory.score for trajectory in talk))
+for talk in read_corpus("talks", "partner_listened").trajectories.values() if Path("talks").is_dir() else ():
+    print("The talk's score:", *(trajectory.score for trajectory in talk))
 for code in json.loads(sys.argv[2]):
     exec(code, {})
 """
@@ -189,8 +189,9 @@ def extended(tmp_path_factory, tiny):
         ["train_reward_GELI", *data, *reward, *"--redist_type HUBER --affect_path li --run_name geli".split()],
         ["train_rl_GELI", *data, *"--train --val --model_name pythia --algo reinforce --rf_model HUBER".split(),
          *"--steps 2 --batch_size 2 --val_prompts 2".split()],
-        ["apps.chat.__main__", *"--weights out/rlmf_weights/GELI_pythia_2 --collect talks".split()],
     ]  # fmt: skip
+    if (ROOT / "apps/chat").is_dir():
+        commands.append(["apps.chat.__main__", *"--weights out/rlmf_weights/GELI_pythia_2 --collect talks".split()])
     examples = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(examples) == 2
     for written, trained in TRAINED.items():
@@ -226,6 +227,7 @@ def test_examples_train_through_the_three_commands(extended):
     assert "Stage 3 (REINFORCE)" in printed
 
 
+@pytest.mark.skipif(not (ROOT / "apps/chat").is_dir(), reason="there is no apps/chat")
 def test_the_chat_asks_the_question_of_the_example(extended):
     _, printed = extended
     assert "How well did your partner listen? (1: not at all … 5: very well)" in printed

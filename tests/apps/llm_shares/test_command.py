@@ -18,7 +18,7 @@ from experiments.llm_oracle import oracle, server
 from geli.heads import load_reward_head
 from tools.hidden_reward import hidden_reward
 
-TOOL = "apps/llm_shares"
+TOOL = "apps.llm_shares"
 OPENAI = "needs openai (apps/llm_shares/requirements.txt)"
 QUICK = ("--train", "--val", "--context_turns", 2, "--epochs", 1, "--train_size", 6, "--small_model_shrink")
 
