@@ -510,8 +510,8 @@ class RewardHead(nn.Module):
         last.bias.fill_(low)
 
     def forward(self, features: torch.Tensor, with_hidden: bool = False):
-        """Outputs (n, 1) of turns with `features` (n, hidden), which are rewards unless the head is sequential (see
-        `Head`); with `with_hidden` also the last hidden layer (n, d)."""
+        """Rewards (n, 1) of turns with `features` (n, hidden); of a sequential head the predictions (n + 1, 1) that
+        `rewards` makes rewards of. With `with_hidden` also the last hidden layer (n, d)."""
         hidden = self.layers[: self._last](features)
         outputs = self.layers[self._last :](hidden)
         if not with_hidden:

@@ -486,15 +486,15 @@ class GELITraining(Stage):
             drawn.append(Drawn(i, turns + place.start, rated, length_of(options.ep_len, n_turns)))
         return drawn
 
-    def trajectory_loss(self, drawn: Drawn, parts: int = 1) -> TrajectoryLoss:
+    def trajectory_loss(self, drawn: Drawn, calls: int = 1) -> TrajectoryLoss:
         """The loss of a trajectory on the turns that were drawn: GELI's, or GE's alone.
 
         Args:
-            parts: trajectories of this process in the batch, which share the encoder's memory.
+            calls: trajectories of this process in the batch, which share the encoder's memory.
         """
         i, turns, rated, length = drawn
         decomposition, score = DECOMPOSITIONS[self.options.redist_type], self.training.scores[i]
-        outputs, hidden = self.head(self.features.training(turns, rated, parts), with_hidden=True)
+        outputs, hidden = self.head(self.features.training(turns, rated, calls), with_hidden=True)
         outputs = outputs.squeeze(1)
         rewards = self.head.rewards(outputs, len(turns))
         li = li_loss(rewards, torch.from_numpy(self.training.targets[turns]))

@@ -163,7 +163,7 @@ class TurnEncoder(nn.Module):
         """`batches`, with empty ones appended up to the number of `passes`."""
         return batches + [np.arange(0)] * (passes - len(batches))
 
-    def encode_with_gradients(self, pairs: Sequence[TokenPair], autocast=nullcontext, parts: int = 1) -> torch.Tensor:
+    def encode_with_gradients(self, pairs: Sequence[TokenPair], autocast=nullcontext, calls: int = 1) -> torch.Tensor:
         """(n, hidden) float32 representations that gradients flow through.
 
         If the pairs do not fit into memory at once, they are encoded in batches of similar lengths with activation
@@ -172,7 +172,7 @@ class TurnEncoder(nn.Module):
 
         Args:
             pairs: n tokenized pairs. autocast: a context-manager factory.
-            parts: number of such calls whose activations are kept at the same time.
+            calls: number of such calls whose activations are kept at the same time.
         """
 
         def features(batch):
@@ -183,7 +183,7 @@ class TurnEncoder(nn.Module):
         lengths = np.array([len(pair.ids) for pair in pairs], dtype=int)
         budget = self.token_budget(gradients=True)
         batches = token_batches(lengths, budget)
-        passes = 0 if lengths.max(initial=0) * len(lengths) * parts <= budget else len(batches)
+        passes = 0 if lengths.max(initial=0) * len(lengths) * calls <= budget else len(batches)
         passes = self.largest(passes)
         if not passes:  # everything fits at once, in every process
             return features(np.arange(len(pairs)))

@@ -167,7 +167,7 @@ class TurnFeatures:
     ):
         self.encoder, self.accelerator, self.frozen = encoder, accelerator, frozen
         self._cache: FeatureCache | None = None
-        self._held_out: tuple | None = None  # tokenized pairs, their features
+        self._held_out = (None, [], None)  # texts, their tokenized pairs, their features
         if cache_dir and frozen:
             numerics = f"{device_name(accelerator.device)} {accelerator.mixed_precision}"
             fingerprint = encoder_fingerprint(encoder, numerics)
@@ -184,16 +184,16 @@ class TurnFeatures:
         if self.frozen:
             self._features = [self._encode(pairs, "training") for pairs in self._pairs]
 
-    def training(self, turns: np.ndarray, rated: np.ndarray, parts: int) -> torch.Tensor:
+    def training(self, turns: np.ndarray, rated: np.ndarray, calls: int) -> torch.Tensor:
         """(k, hidden) features of training turns, on the CPU.
 
         Args:
             turns: (k,) indices. rated: (k,) bool: with the user's answer shown.
-            parts: number of such calls whose activations are kept at the same time, if the encoder trains.
+            calls: number of such calls whose activations are kept at the same time, if the encoder trains.
         """
         if not self.frozen:
             pairs = [self._pairs[shown][i] for i, shown in zip(turns, rated.astype(int), strict=True)]
-            return self.encoder.encode_with_gradients(pairs, self.accelerator.autocast, parts).cpu()
+            return self.encoder.encode_with_gradients(pairs, self.accelerator.autocast, calls).cpu()
         plain = self._features[0][turns]
         if not rated.any():
             return plain
@@ -206,11 +206,17 @@ class TurnFeatures:
         return torch.stack([torch.zeros(()), *(self.training(none, none, 1).sum() for _ in range(n))]).sum()
 
     def held_out(self, texts: Sequence[tuple[str, str]]) -> torch.Tensor:
-        """(N, hidden) features of the validation turns, which are the same at every call."""
-        if self._held_out is None or not self.frozen:
-            pairs = self._held_out[0] if self._held_out else self.encoder.tokenize(texts)
-            self._held_out = pairs, self._encode(pairs, "validation")
-        return self._held_out[1]
+        """(N, hidden) features of held-out turns (context, response).
+
+        The texts that were given last are not tokenized again, nor encoded again while the encoder is frozen.
+        """
+        known, pairs, features = self._held_out
+        if texts != known:
+            pairs, features = self.encoder.tokenize(texts), None
+        if features is None or not self.frozen:
+            features = self._encode(pairs, "validation")
+        self._held_out = texts, pairs, features
+        return features
 
     def _encode(self, pairs: Sequence[TokenPair], label: str) -> torch.Tensor:
         encode = partial(self.encoder.encode, autocast=self.accelerator.autocast, progress=f"encoding {label}")
