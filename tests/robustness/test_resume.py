@@ -32,7 +32,7 @@ STAGES = {
         "train_reward_GELI.py",
         "--train --val --small_model_shrink --epochs 3 --batch_size 2 --affect_path li --learning_rate 1e-2",
     ),
-    3: ("train_rl_GELI.py", "--train --val --rf_model GELI --steps 7 --batch_size 4 --val_prompts 4"),
+    3: ("train_rl_GELI.py", "--train --val --steps 7 --batch_size 4 --val_prompts 4"),
 }
 PATHS_INSIDE = ("README.md", "adapter_config.json")  # files of the adapter that name folders
 FOLDERS = {1: "SINGLE_*", 2: "visual_*", 3: "rlmf_weights"}  # the folders that the stages write to
