@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, make_dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, NamedTuple, get_args
@@ -21,6 +22,7 @@ from data_utils import LI_SIGNALS, SignalOptions, TurnSet
 from geli.data.questions import QUESTIONS
 from geli.nets.options import MAX_NEW_TOKENS
 from geli.nets.prompts import Prompt
+from geli.rl.critic import RidgeCritic
 from geli.rl.rollout import (
     Rollout,
     distinct,
@@ -573,6 +575,32 @@ def token_rewards(score: torch.Tensor, logprobs, ref_logprobs, mask, beta: float
     return rewards
 
 
+def kl_ahead(kl: torch.Tensor, mask: torch.Tensor, total: Callable = lambda sums: sums) -> torch.Tensor:
+    """What a token costs later: the KL of the states that follow it, minus the mean of that over the responses that
+    have a token at its place (a baseline). The KL of its own distribution is not its doing: the update takes the
+    gradient of that.
+
+    Args:
+        kl: (n, R) of each token's whole distribution. mask: (n, R). total: sums (2, R) over all processes.
+
+    Returns:
+        (n, R), 0 where not kept.
+    """
+    kl = kl * mask
+    ahead = (kl.flip(1).cumsum(dim=1).flip(1) - kl) * mask
+    sums, counts = total(torch.stack([ahead.sum(dim=0), mask.sum(dim=0)]))
+    return (ahead - sums / counts.clamp(min=1)) * mask
+
+
+def leave_one_out(scores: torch.Tensor, size: int) -> torch.Tensor:
+    """Scores (n,) minus the mean of the others in their group of `size` responses to one prompt, which stand next to
+    each other (the baseline of RLOO, Ahmadian et al., 2024). With groups of 1, the scores as they are."""
+    if size == 1:
+        return scores
+    groups = scores.view(-1, size)
+    return ((groups - groups.mean(dim=1, keepdim=True)) * (size / (size - 1))).flatten()
+
+
 def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float):
     """Generalized advantage estimation (Schulman et al., 2016, eq. 16): A_t = sum_l (gamma lam)^l delta_{t+l} with
     delta_t = r_t + gamma V_{t+1} - V_t, and V = 0 after the last kept token.
@@ -667,6 +695,21 @@ class RunningMoments:
 # The PPO step
 
 
+def adafactor(parameters: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """Adafactor (Shazeer and Stern, 2018) with a constant learning rate, as published."""
+    from transformers.optimization import Adafactor  # slow to import, and not needed to parse options
+
+    return Adafactor(parameters, lr=learning_rate, scale_parameter=False, relative_step=False, warmup_init=False)
+
+
+def adamw(parameters: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019) without weight decay: what pulls the policy back is the KL penalty."""
+    return torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+OPTIMIZERS = {"adafactor": adafactor, "adamw": adamw}
+
+
 @dataclass(frozen=True)
 class PPOConfig:
     """Settings of PPO, by the names that they have in TRL's PPOConfig; the defaults are the published ones.
@@ -683,11 +726,24 @@ class PPOConfig:
         choices=("small",),
     )
     learning_rate: float = option(1.4e-5, "peak learning rate", type=positive_float)
-    batch_size: int = option(24, "prompts a step; of rloo and grpo responses", type=positive_int)
+    batch_size: int = option(24, "responses a step", type=positive_int)
+    num_generations: int | None = option(
+        None,
+        "responses to each prompt of a step; with several, a response's score is compared with the mean of the others "
+        "(default: 1; rloo and grpo: 4)",
+        type=positive_int,
+    )
     mini_batch_size: int = option(4, "most responses in a forward and backward pass", type=positive_int)
-    gradient_accumulation_steps: int = option(2, "ppo: minibatches in an optimizer step", type=positive_int)
-    ppo_epochs: int = option(1, "ppo: passes over a batch", type=positive_int)
+    gradient_accumulation_steps: int = option(2, "ppo, distill: minibatches in an optimizer step", type=positive_int)
+    ppo_epochs: int = option(1, "ppo, distill: passes over a batch", type=positive_int)
+    optimizer: str = option("adafactor", "ppo, distill: adafactor, as published, or adamw", choices=OPTIMIZERS)
     init_kl_coef: float = option(0.15, "ppo: initial weight of the KL penalty", type=non_negative_float)
+    exact_kl: bool = option(
+        False,
+        "ppo: penalize the KL of each token's whole distribution, whose gradient has no sampling noise, in place of "
+        "the log-ratio of the token that was drawn; advantages are then not whitened",
+    )
+    fixed_kl_coef: bool = option(False, "ppo: the weight of the KL penalty stays as it is")
     target: float = option(
         6.0, "ppo: the KL that this weight is adapted to, in nats a response", type=positive_float, metavar="NATS"
     )
@@ -699,6 +755,12 @@ class PPOConfig:
     cliprange: float = option(0.2, "ppo: how far the probability ratio may move from 1", type=positive_float)
     cliprange_value: float = option(0.2, "ppo: how far a value may move from the rollout's", type=positive_float)
     vf_coef: float = option(0.1, "ppo: weight of the value loss", type=non_negative_float)
+    critic: str = option(
+        "head",
+        "ppo: what predicts a response's score from its tokens so far: head: the value head, as published; ridge: a "
+        "ridge regression on earlier responses",
+        choices=("head", "ridge"),
+    )
     target_kl: float = option(
         1.0,
         "ppo: a batch's update ends early when the KL to the policy before it exceeds 1.5 times this, in nats a token",
@@ -715,16 +777,14 @@ class PPOConfig:
 PPO_PRESETS = {
     None: PPOConfig(),  # as published
     "small": PPOConfig(
-        preset="small", learning_rate=2e-3, init_kl_coef=0.05, target=4.0, min_new_tokens=32, max_new_tokens=32,
+        preset="small", learning_rate=5e-3, batch_size=128, num_generations=4, mini_batch_size=32,
+        gradient_accumulation_steps=4, optimizer="adamw", init_kl_coef=0.4, exact_kl=True, fixed_kl_coef=True,
+        lam=0.9, critic="ridge", vf_coef=0.0, min_new_tokens=32, max_new_tokens=32,
     ),
 }  # fmt: skip
 
 
-def adafactor(parameters: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    """Adafactor (Shazeer and Stern, 2018) with a constant learning rate, as published."""
-    from transformers.optimization import Adafactor  # slow to import, and not needed to parse options
-
-    return Adafactor(parameters, lr=learning_rate, scale_parameter=False, relative_step=False, warmup_init=False)
+LOSSES = ("approx_kl", "policy_clipped", "value_clipped", "ratio", "policy_loss", "value_loss")  # sums that are logged
 
 
 class PPO:
@@ -737,101 +797,133 @@ class PPO:
 
     Attributes:
         optimizer: of the policy's adapter and value head. kl: the `AdaptiveKL` controller.
-        moments: running moments of the scores. rng, sampling: generators of lengths and minibatches, and of tokens.
+        moments: running moments of the scores. critic: the `RidgeCritic`, if that is the critic.
+        human_scores: of the human answers so far, by the names of their prompts.
+        rng, sampling: generators of lengths and minibatches, and of tokens.
 
     Raises:
-        UserError: if there are fewer prompts in a batch than processes.
+        UserError: if there are fewer prompts in a batch than processes, or not whole groups of responses.
     """
 
     def __init__(self, policy, score: Callable, config: PPOConfig, accelerator, seed: int):
-        if config.batch_size < accelerator.num_processes:
+        self.group = config.num_generations or 1
+        if config.batch_size % self.group:
+            raise UserError(f"--batch_size {config.batch_size}: expected a multiple of --num_generations {self.group}")
+        if config.batch_size // self.group < accelerator.num_processes:
             raise UserError(
                 f"--batch_size {config.batch_size}: expected at least one prompt for each of "
                 f"{accelerator.num_processes} processes"
             )
         self.policy, self.score, self.config, self.accelerator = policy, score, config, accelerator
-        self.optimizer = adafactor(policy.trainable(), config.learning_rate)
+        self.optimizer = OPTIMIZERS[config.optimizer](policy.trainable(), config.learning_rate)
         self.kl = AdaptiveKL(config.init_kl_coef, config.target, config.horizon)
         self.moments = RunningMoments()
+        self.critic = RidgeCritic(policy.model.config.hidden_size) if config.critic == "ridge" else None
+        self.human_scores: dict[str, float] = {}
         self.rng, self.sampling = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
         self._seconds: dict[str, float] = {}
 
     def state_dict(self) -> dict:
         """The state beside that of policy, optimizer and generators."""
-        return {"beta": self.kl.beta, "moments": vars(self.moments).copy()}
+        critic = {"critic": vars(self.critic).copy()} if self.critic else {}
+        moments = vars(self.moments).copy()
+        return {"beta": self.kl.beta, "moments": moments, "human_scores": self.human_scores.copy(), **critic}
 
     def load_state_dict(self, state: dict) -> None:
         """Restores a state."""
-        self.kl.beta = state["beta"]
+        self.kl.beta, self.human_scores = state["beta"], state["human_scores"]
         vars(self.moments).update(state["moments"])
+        if self.critic:
+            vars(self.critic).update(state["critic"])
 
     def step(self, prompts: Sequence[Prompt], update: bool = True) -> tuple[dict[str, float], list[str]]:
         """One PPO step on a batch of prompts.
 
         Args:
-            prompts: n prompts, the same in every process. update: False generates and scores only.
+            prompts: the same in every process. update: False generates and scores only.
 
         Returns:
-            what is logged, and the n responses.
+            what is logged, and the n responses, `num_generations` to each prompt, next to each other.
 
         Raises:
             NotFinite: if a score, a loss or a gradient is not finite.
         """
         config, self._seconds = self.config, {}
-        # 1. Draw the batch's length limit and the random numbers that choose its tokens, the same in every process,
-        #    and take this process' part of the prompts.
-        limit = draw_length(self.rng, config.min_new_tokens, config.max_new_tokens)
-        uniforms = local_part(draw_uniforms(len(prompts), limit, self.sampling), self.accelerator)
-        mine = local_part(list(prompts), self.accelerator)
-        # 2. Generate responses, and cut each where the agent's turn ends.
+        # 1. Draw the batch's length limit and the random numbers that choose its tokens, the same in every process.
+        # 2. Generate responses to this process' part of the prompts, and cut each where the agent's turn ends.
         with self._timed("generate"):
-            batch = rollout(self.policy, mine, uniforms)
+            mine, batch, limit = self._respond(prompts)
         # 3. Log-probabilities under the policy and the reference, and values.
         with self._timed("forward"):
-            old = logprobs_and_values(self.policy, batch, config.mini_batch_size)
+            old = logprobs_and_values(self.policy, batch, config.mini_batch_size, config.exact_kl)
         # 4. Score the responses, and the human answers for comparison; normalize by the running moments.
         with self._timed("score"):
-            scores, normalized, human = self._score(mine, batch.texts)
-        # 5. A reward for every token: the KL penalty, and the score on the last one.
+            scores, normalized = self._score(mine, batch.texts)
+            human = self._score_human_answers(prompts)
+        # 5. A reward for every token: the KL penalty, unless it is exact, and the score on the last one.
+        normalized, beta = normalized.to(batch.mask.device), self.kl.beta
         rewards = token_rewards(
-            normalized.to(batch.mask.device), old["logprobs"], old["ref_logprobs"], batch.mask, self.kl.beta
+            normalized, old["logprobs"], old["ref_logprobs"], batch.mask, 0.0 if config.exact_kl else beta
         )
         # 6. Advantages and returns.
+        if self.critic:
+            old["values"] = self.critic.values(old["states"], batch.mask)
+            self.critic.update(old["states"], batch.mask, normalized, self._total)
         advantages, returns = gae(rewards, old["values"], batch.mask, config.gamma, config.lam)
+        if config.exact_kl:
+            advantages = advantages - beta * kl_ahead(old["kl"], batch.mask, self._total)
         # 7. Statistics over all processes; they include what whitening needs.
-        total = self._sum(_rollout_sums(batch, old, advantages, returns, human, limit, self.policy.end))
+        total = self._sum(_rollout_sums(batch, old, advantages, returns, limit, self.policy.end))
         if not np.isfinite(list(total.values())).all():
             raise NotFinite("the policy's output")
         texts = gather_parts(batch.texts, self.accelerator)
-        logged = {**_rollout_statistics(total, scores, texts), "beta": self.kl.beta}
+        logged = {**_rollout_statistics(total, scores, texts), "human_score_mean": human, "beta": beta}
         if update:
-            # 8. Update the policy on whitened advantages.
-            mean, variance = total["advantage"] / total["tokens"], _variance(total, "advantage", total["tokens"])
-            whitened = whiten(advantages, batch.mask, mean, variance)
+            # 8. Update the policy on whitened advantages; with the exact KL on plain ones, so that beta, which weighs
+            #    its gradient too, keeps its meaning.
+            if not config.exact_kl:
+                mean, variance = total["advantage"] / total["tokens"], _variance(total, "advantage", total["tokens"])
+                advantages = whiten(advantages, batch.mask, mean, variance)
             with self._timed("update"):
-                logged |= self._update(batch, old, whitened, returns, len(prompts))
+                logged |= self._update(batch, partial(self._losses, batch, old, advantages, returns), len(texts))
             # 9. Adapt the weight of the KL penalty.
-            self.kl.update(logged["kl"], len(prompts))
+            if not config.fixed_kl_coef:
+                self.kl.update(logged["kl"], len(texts))
         return {**logged, **{f"seconds_{name}": value for name, value in self._seconds.items()}}, texts
 
-    def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]):
-        """All processes' scores (n,), this process' normalized ones, and the scores of its human answers."""
-        scores = self.score(prompts, texts)
-        human = self.score(prompts, [prompt.human for prompt in prompts])
-        all_scores = torch.tensor(gather_parts(scores.tolist(), self.accelerator))
-        if not all_scores.isfinite().all():
-            raise NotFinite("the score of a response")
-        return all_scores, local_part(self.moments.normalize(all_scores), self.accelerator), human
+    def _respond(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], Rollout, int]:
+        """This process' prompts, a group of responses to each of them, and the batch's length limit."""
+        limit = draw_length(self.rng, self.config.min_new_tokens, self.config.max_new_tokens)
+        uniforms = draw_uniforms(len(prompts) * self.group, limit, self.sampling)
+        uniforms = local_part(uniforms.view(len(prompts), self.group, limit), self.accelerator).flatten(0, 1)
+        mine = [prompt for prompt in local_part(list(prompts), self.accelerator) for _ in range(self.group)]
+        return mine, rollout(self.policy, mine, uniforms, self.group), limit
 
-    def _update(self, batch: Rollout, old: dict, advantages, returns, n: int) -> dict[str, float]:
+    def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]):
+        """All processes' scores (n,), and this process' normalized ones; in groups each compared with the others."""
+        scores = torch.tensor(gather_parts(self.score(prompts, texts).tolist(), self.accelerator))
+        if not scores.isfinite().all():
+            raise NotFinite("the score of a response")
+        compared = leave_one_out(self.moments.normalize(scores), self.group)
+        return scores, local_part(compared.view(-1, self.group), self.accelerator).flatten()
+
+    def _score_human_answers(self, prompts: Sequence[Prompt]) -> float:
+        """The mean score of the human answers, of which each is scored once in a run."""
+        new = local_part([p for p in prompts if p.name not in self.human_scores], self.accelerator)
+        scores = self.score(new, [prompt.human for prompt in new]).tolist() if new else []
+        names = gather_parts([prompt.name for prompt in new], self.accelerator)
+        self.human_scores |= zip(names, gather_parts(scores, self.accelerator), strict=True)
+        return float(np.mean([self.human_scores[prompt.name] for prompt in prompts]))
+
+    def _update(self, batch: Rollout, losses: Callable, n: int) -> dict[str, float]:
         """PPO epochs over the batch. Stops early when the policy has moved too far, unless told not to.
 
         Args:
-            batch, old, advantages, returns: this process' part. n: responses of all processes.
+            batch: this process' part. losses: of some responses, see `_losses`. n: responses of all processes.
         """
         config, totals = self.config, Counter()
         for group in self._groups(n):
-            sums = self._optimizer_step(batch, old, advantages, returns, group, n)
+            sums = self._optimizer_step(batch, losses, group, n)
             totals.update(sums)
             totals["optimizer_steps"] += 1
             too_far = sums["approx_kl"] / sums["tokens"] > 1.5 * config.target_kl
@@ -858,24 +950,18 @@ class PPO:
             order = self.rng.permutation(n)
             yield from (order[first : first + size] for first in range(0, n, size))
 
-    def _optimizer_step(self, batch: Rollout, old: dict, advantages, returns, group: np.ndarray, n: int):
+    def _optimizer_step(self, batch: Rollout, losses: Callable, group: np.ndarray, n: int) -> dict[str, float]:
         """One optimizer step on the responses `group` (indices into all processes' n), a minibatch at a time. Returns
         sums over the group's kept tokens, the losses and the gradient norm."""
-        config = self.config
-        held = local_part(list(range(n)), self.accelerator)  # which of the n responses this process has
+        parts = local_part(torch.arange(n).view(-1, self.group), self.accelerator)
+        held = parts.flatten().tolist()  # which of the n responses this process has
         mine = np.array([i - held[0] for i in group if held and held[0] <= i <= held[-1]], dtype=int)
         tokens = self._sum({"tokens": batch.mask[mine].sum()})["tokens"]
-        names = ("approx_kl", "policy_clipped", "value_clipped", "ratio", "policy_loss", "value_loss")
-        sums = {name: torch.zeros((), device=batch.mask.device) for name in names}
-        for minibatch in minibatches(self.policy, batch.lengths[mine], config.mini_batch_size):
-            part = mine[minibatch]
-            logprobs, values, _ = self.policy(*batch.rows(part))
-            policy_loss, value_loss, found = ppo_loss(
-                logprobs, values, old["logprobs"][part], old["values"][part], advantages[part], returns[part],
-                batch.mask[part], config.cliprange, config.cliprange_value, tokens,
-            )  # fmt: skip
-            self.accelerator.backward(policy_loss + config.vf_coef * value_loss)
-            for name, value in {**found, "policy_loss": policy_loss, "value_loss": value_loss}.items():
+        sums = {name: torch.zeros((), device=batch.mask.device) for name in LOSSES}
+        for minibatch in minibatches(self.policy, batch.lengths[mine], self.config.mini_batch_size):
+            loss, found = losses(mine[minibatch], tokens)
+            self.accelerator.backward(loss)
+            for name, value in found.items():
                 sums[name] = sums[name] + value.detach()
         sums = {**self._sum(sums), "tokens": tokens}
         if not np.isfinite(list(sums.values())).all():
@@ -883,11 +969,31 @@ class PPO:
             raise NotFinite("the loss or its gradient")
         return {**sums, "gradient_norm": apply_gradients(self.optimizer, self.accelerator)}
 
+    def _losses(self, batch: Rollout, old: dict, advantages, returns, part: np.ndarray, tokens: float):
+        """The loss of the responses `part`, and what is logged of them (`LOSSES`). Sums are divided by `tokens`."""
+        config, inputs = self.config, batch.rows(part)
+        states = self.policy.states(*inputs, old["trunk"][part] if "trunk" in old else None)
+        logprobs, values, _ = self.policy.logprobs_from_hidden(states, *inputs[2:])
+        policy_loss, value_loss, found = ppo_loss(
+            logprobs, values, old["logprobs"][part], old["values"][part], advantages[part], returns[part],
+            batch.mask[part], config.cliprange, config.cliprange_value, tokens,
+        )  # fmt: skip
+        if config.exact_kl:
+            kl = self.policy.kl_from_hidden(states, old["ref_states"][part], inputs[3])
+            policy_loss = policy_loss + self.kl.beta * kl.sum() / tokens
+        loss = policy_loss if self.critic else policy_loss + config.vf_coef * value_loss
+        return loss, {**found, "policy_loss": policy_loss, "value_loss": value_loss}
+
     def _sum(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
         """Sums over all processes, in one message and in Python's float64, because an accelerator may have none."""
         mine = torch.stack([value.detach().float().to(self.accelerator.device) for value in values.values()]).tolist()
         parts = gather_parts([mine], self.accelerator)
         return dict(zip(values, np.sum(parts, axis=0).tolist(), strict=True))
+
+    def _total(self, sums: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all processes, whose last dimensions may have different lengths."""
+        padded = self.accelerator.pad_across_processes(sums, dim=sums.ndim - 1)
+        return self.accelerator.reduce(padded, reduction="sum")[..., : sums.shape[-1]]
 
     @contextmanager
     def _timed(self, phase: str):
@@ -898,15 +1004,14 @@ class PPO:
         self._seconds[phase] = time.perf_counter() - start
 
 
-def _rollout_sums(batch: Rollout, old: dict, advantages, returns, human, limit: int, end: int) -> dict:
+def _rollout_sums(batch: Rollout, old: dict, advantages, returns, limit: int, end: int) -> dict:
     """Sums over one process' responses and their kept tokens, from which the whole batch's statistics are computed."""
     mask, lengths = batch.mask, batch.mask.sum(dim=1)
     error = (returns - old["values"]) * mask
     return {
         "responses": torch.tensor(float(len(lengths))),
         "tokens": mask.sum(),
-        "human": human.sum(),
-        "kl": ((old["logprobs"] - old["ref_logprobs"]) * mask).sum(),
+        "kl": old["kl"].sum() if "kl" in old else ((old["logprobs"] - old["ref_logprobs"]) * mask).sum(),
         "entropy": (old["entropies"] * mask).sum(),
         "value": (old["values"] * mask).sum(),
         "return": (returns * mask).sum(),
@@ -927,7 +1032,6 @@ def _rollout_statistics(total: dict[str, float], scores: torch.Tensor, texts: Se
     return {
         "score_mean": scores.mean().item(),
         "score_std": scores.std(unbiased=False).item(),
-        "human_score_mean": total["human"] / n,
         "kl": total["kl"] / n,
         "entropy": total["entropy"] / tokens,
         "value_mean": total["value"] / tokens,

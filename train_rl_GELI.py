@@ -41,9 +41,12 @@ from models import PPO, PPO_PRESETS, PPOConfig
 # Algorithms
 
 
-def train_ppo(policy, score, prompts: list[Prompt], recorder, accelerator, options, inputs: dict[str, str]) -> None:
-    """Trains by this project's PPO, with checkpoints. `inputs`: hashes of the data, which a resumed run must share."""
-    ppo = PPO(policy, score, options.ppo, accelerator, options.run.seed)
+def train_here(
+    policy, score, prompts: list[Prompt], recorder, accelerator, options, inputs: dict[str, str], loop: type[PPO]
+) -> None:
+    """Trains by a loop of this project, with checkpoints. `inputs`: hashes of the data, which a resumed run must
+    share."""
+    ppo = loop(policy, score, options.ppo, accelerator, options.run.seed)
     stage = PPOTraining(ppo, prompts, recorder, options)
     generators = {"prompts": stage.rng, "lengths": ppo.rng, "sampling": ppo.sampling}
     if isinstance(score, RandomScorer):
@@ -56,13 +59,23 @@ def train_ppo(policy, score, prompts: list[Prompt], recorder, accelerator, optio
     train_steps(stage, options.rl.steps, "", checkpointer)  # the recorder has a progress bar and logs
 
 
+def train_by_ppo(*run) -> None:
+    """Trains by this project's PPO."""
+    train_here(*run, loop=PPO)
+
+
+def distill(*run) -> None:
+    """Teaches the policy best-of-n of the reference."""
+    train_here(*run, loop=Distillation)
+
+
 def train_by_trl(
     policy, score, prompts: list[Prompt], recorder, accelerator, options, inputs: dict[str, str], algo: str
 ) -> None:
     """Trains by TRL's trainer of the algorithm `algo`."""
     trl_algorithms.train(
         algo, policy, prompts, score, recorder.step, steps=options.rl.steps, batch_size=options.ppo.batch_size,
-        learning_rate=options.ppo.learning_rate, seed=options.run.seed, generations=options.rl.num_generations,
+        learning_rate=options.ppo.learning_rate, seed=options.run.seed, generations=options.ppo.num_generations or 4,
         max_new_tokens=options.ppo.max_new_tokens, options=options.rl.trl or (), processes=accelerator.num_processes,
     )  # fmt: skip
 
@@ -86,13 +99,17 @@ class Algorithm(NamedTuple):
 
 # of PPO's updates
 _UPDATE = (
-    "stop_kl init_kl_coef target horizon gamma lam cliprange cliprange_value vf_coef ppo_epochs "
-    "gradient_accumulation_steps target_kl no_early_stopping"
+    "init_kl_coef target horizon gamma lam cliprange cliprange_value vf_coef target_kl no_early_stopping exact_kl "
+    "fixed_kl_coef critic"
 ).split()
+_LOOP = "stop_kl ppo_epochs gradient_accumulation_steps optimizer".split()  # of the loops of this project
 ALGORITHMS = {
-    "ppo": Algorithm(train_ppo, "this project's own loop", (*_UPDATE, "resume", "ppo_off"), shards=True),
-    "rloo": Algorithm(partial(train_by_trl, algo="rloo"), "TRL's RLOO trainer", ("trl", "num_generations")),
-    "grpo": Algorithm(partial(train_by_trl, algo="grpo"), "TRL's GRPO trainer", ("trl", "num_generations")),
+    "ppo": Algorithm(train_by_ppo, "this project's own loop", (*_UPDATE, *_LOOP, "resume", "ppo_off"), shards=True),
+    "distill": Algorithm(
+        distill, "teaches the best of --num_generations responses of the reference", (*_LOOP, "resume")
+    ),
+    "rloo": Algorithm(partial(train_by_trl, algo="rloo"), "TRL's RLOO trainer", ("trl",)),
+    "grpo": Algorithm(partial(train_by_trl, algo="grpo"), "TRL's GRPO trainer", ("trl",)),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,7 +138,6 @@ class RLOptions:
     val: bool = option(False, "measure the mean reward on held-out prompts, before and after")
     generate: bool = option(False, "write the base and the tuned policy's responses to held-out prompts")
     algo: str = option("ppo", "; ".join(f"{name}: {row.help}" for name, row in ALGORITHMS.items()), choices=ALGORITHMS)
-    num_generations: int = option(4, "rloo, grpo: responses to each prompt of a step", type=positive_int)
     trl: list[str] | None = option(
         None, "rloo, grpo: options of TRL's configuration, as use_vllm=true", nargs="+", metavar="NAME=VALUE"
     )
@@ -139,7 +155,8 @@ class RLOptions:
     steps: int = option(200, "PPO steps", type=positive_int)
     stop_kl: float | None = option(
         None,
-        "ppo: end before --steps when the mean KL of two steps reaches it, in nats a response (default: never)",
+        "ppo, distill: end before --steps when the mean KL of two steps reaches it, in nats a response (default: "
+        "never)",
         type=positive_float,
         metavar="NATS",
     )
@@ -181,6 +198,11 @@ class Options:
         """Whether it is trained by this project's PPO."""
         return self.trains and self.rl.algo == "ppo"
 
+    @property
+    def trains_here(self) -> bool:
+        """Whether it is trained by a loop of this project."""
+        return self.trains and "resume" in ALGORITHMS[self.rl.algo].takes
+
 
 class Effect(NamedTuple):
     """When some options have an effect. Given without it, they are refused.
@@ -199,17 +221,22 @@ EFFECTS = (
     Effect(["sft_learning_rate"], lambda o: o.rl.sft_steps, "without --sft_steps"),
     Effect(["resume"], lambda o: o.trains or o.rl.sft_steps, "without --train"),
     Effect(
-        ["steps", "save_steps", "learning_rate", "ppo_off", "trl", "num_generations", *_UPDATE],
+        "steps save_steps learning_rate ppo_off trl num_generations num_layers_unfrozen".split() + _UPDATE + _LOOP,
         lambda o: o.trains,
         "without RL, which takes --train and another --rf_model than base",
     ),
-    Effect(["learning_rate", *_UPDATE], lambda o: not o.rl.ppo_off, "with --ppo_off, which updates nothing"),
+    Effect(["learning_rate", *_UPDATE, *_LOOP], lambda o: not o.rl.ppo_off, "with --ppo_off, which updates nothing"),
     Effect(["target_kl"], lambda o: not o.ppo.no_early_stopping, "with --no_early_stopping"),
+    Effect(["target", "horizon"], lambda o: not o.ppo.fixed_kl_coef, "with --fixed_kl_coef"),
+    Effect(["vf_coef", "cliprange_value"], lambda o: o.ppo.critic == "head", "with --critic ridge"),
+    Effect(
+        ["lora_r", "lora_alpha"], lambda o: o.trains or o.rl.sft_steps, "without training: a checkpoint has its own"
+    ),
     Effect(["val_prompts"], lambda o: o.evaluates, "without --val or --generate"),
-    Effect(["min_new_tokens"], lambda o: o.trains_by_ppo or o.evaluates, "without PPO, --val or --generate"),
+    Effect(["min_new_tokens"], lambda o: o.trains_here or o.evaluates, "without PPO, --val or --generate"),
     Effect(
         ["mini_batch_size"],
-        lambda o: o.trains_by_ppo or o.evaluates or o.rl.sft_steps,
+        lambda o: o.trains_here or o.evaluates or o.rl.sft_steps,
         "without PPO, --val, --generate or --sft_steps",
     ),
     Effect(["gold_function"], lambda o: o.trains_by_ppo or o.evaluates, "without PPO, --val or --generate"),
@@ -226,6 +253,9 @@ _TRL_NAMES = {
     "max_steps": "steps", "per_device_train_batch_size": "batch_size", "max_completion_length": "max_new_tokens",
     "learning_rate": "learning_rate", "num_generations": "num_generations", "seed": "seed",
 }  # fmt: skip
+
+
+POLICY_PRESETS = {None: PolicyOptions(), "small": PolicyOptions(lora_r=4, lora_alpha=8, num_layers_unfrozen=1)}
 
 
 def chosen_preset(argv: Sequence[str] | None) -> str | None:
@@ -276,7 +306,8 @@ def complaints(options: Options, given: set[str]) -> Iterator[str]:
 
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """The options on the command line."""
-    defaults = Options(ppo=PPO_PRESETS[chosen_preset(argv)])
+    preset = chosen_preset(argv)
+    defaults = Options(policy=POLICY_PRESETS[preset], ppo=PPO_PRESETS[preset])
     parser = build_parser("Stage 3: align a language model with a reward head by PPO.", defaults)
     options = parse(parser, defaults, argv)
     for complaint in complaints(options, given_options(parser, argv)):
@@ -293,8 +324,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from geli.distill import Distillation
 from geli.heads import find_head, is_finished, load_reward_head, saved_heads
-from geli.nets.policy import Policy, load_policy, trained_as
+from geli.nets.policy import Policy, load_policy, lora_of, trained_as
 from geli.nets.smollm2 import PACKAGE, make_smollm2
 from geli.report.lineage import lineage_config
 from geli.report.policies import PolicyRun, finish_policy_run
@@ -482,7 +514,12 @@ def start_policy(options: Options, accelerator, names: OutputNames, resumed: boo
     if warmed:
         source = str(names.sft_model.resolve())
         seed_everything(options.run.seed)  # as `warm_start` does
-    policy = build_policy(options, accelerator, source, prompt_format)
+    if checkpoint:
+        adapter = lora_of(checkpoint, "the policy's checkpoint")
+    else:
+        layers = options.policy.num_layers_unfrozen if warmed or not options.rl.sft_steps else 0  # SFT adapts all
+        adapter = (*options.policy.lora, layers)
+    policy = build_policy(options, accelerator, source, prompt_format, adapter)
     if checkpoint:
         policy.load(checkpoint)
     return policy, checkpoint, warmed
@@ -506,11 +543,12 @@ def make_local_model(options: Options) -> None:
         PartialState().wait_for_everyone()
 
 
-def build_policy(options: Options, accelerator, source: str, prompt_format: str) -> Policy:
-    """The policy around the model `source` with a fresh adapter, on its device. Frozen weights are of the type that it
-    computes in."""
+def build_policy(options: Options, accelerator, source: str, prompt_format: str, adapter: tuple) -> Policy:
+    """The policy around the model `source` with a fresh `adapter` (rank, alpha, layers at the top), on its device.
+    Frozen weights are of the type that it computes in."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    policy = load_policy(source, *options.policy.lora, dtype, options.run.trust_remote_code, prompt_format)
+    rank, alpha, layers = adapter
+    policy = load_policy(source, rank, alpha, dtype, options.run.trust_remote_code, prompt_format, layers=layers)
     policy.limit_responses(options.ppo.max_new_tokens)
     policy = shard(policy, accelerator)
     if policy.is_sharded and (not ALGORITHMS[options.rl.algo].shards or options.rl.sft_steps):
@@ -543,7 +581,8 @@ def warm_start(
     first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
     print(f"SFT: {first:.2f} nats a token in the first tenth of its steps, {last:.2f} in the last: {folder}")
     seed_everything(options.run.seed)  # dropout drew differently in every process, and adapters must start the same
-    return build_policy(options, accelerator, str(folder.resolve()), policy.prompt_format)
+    adapter = (*options.policy.lora, options.policy.num_layers_unfrozen)
+    return build_policy(options, accelerator, str(folder.resolve()), policy.prompt_format, adapter)
 
 
 def hash_inputs(prompts: list[Prompt], head_path: Path | None) -> dict[str, str]:
@@ -564,21 +603,23 @@ class PPOTraining(Stage):
 
     def __init__(self, ppo: PPO, prompts: list[Prompt], recorder: Recorder, options: Options):
         self.ppo, self.prompts, self.recorder, self.options = ppo, prompts, recorder, options
-        gold = options.reward.gold_function
+        gold = options.trains_by_ppo and options.reward.gold_function
         self.gold = FunctionScorer(gold, "--gold_function") if gold else None
         self.rng = np.random.default_rng(options.run.seed)
         self.order: dict[str, list[int]] = {"order": []}  # prompts that come next
 
     def step(self, step: int) -> dict[str, float]:
         """One PPO step on the next prompts."""
-        while len(self.order["order"]) < self.options.ppo.batch_size:
+        size = self.options.ppo.batch_size // self.ppo.group
+        while len(self.order["order"]) < size:
             self.order["order"] = self.order["order"] + self.rng.permutation(len(self.prompts)).tolist()
-        size = self.options.ppo.batch_size
         taken, self.order["order"] = self.order["order"][:size], self.order["order"][size:]
-        self.batch = [self.prompts[i] for i in taken]
-        logged, texts = self.ppo.step(self.batch, update=not self.options.rl.ppo_off)
+        prompts = [self.prompts[i] for i in taken]
+        logged, texts = self.ppo.step(prompts, update=not self.options.rl.ppo_off)
+        self.batch = [prompt for prompt in prompts for _ in range(self.ppo.group)]
         if self.gold:
-            logged["gold_mean"] = self.gold(self.batch, texts).mean().item()
+            gold = self.gold(self.batch, texts)
+            logged |= {"gold_mean": gold.mean().item(), "gold_std": gold.std(unbiased=False).item()}
         if self.options.run.log_text:
             table = pd.DataFrame({"prompt": [prompt.text for prompt in self.batch], "response": texts})
             self.recorder.tracker.log_table("ppo/responses", table, step)

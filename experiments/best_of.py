@@ -4,7 +4,7 @@ It shows what a reward prefers without any training of a policy in between.
 """
 
 from collections.abc import Callable, Sequence
-from math import log
+from math import comb, log
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 
 from geli.nets.policy import Policy
 from geli.nets.prompts import Prompt
-from geli.rl.rollout import distinct, draw_length, draw_uniforms, ended_themselves, rollout
+from geli.rl.rollout import draw_length, draw_uniforms, rollout
 from geli.run.console import progress_bar
 from geli.run.files import read_json_or_empty, write_json
 from tools.hidden_reward import hidden_reward
@@ -25,53 +25,71 @@ BEST_OF = "best-of-"  # with N behind it, the name of what is compared with algo
 def sample_responses(
     policy: Policy, prompts: Sequence[Prompt], folder: Path, n: int, *, seed: int, batch_size: int,
     min_new_tokens: int, max_new_tokens: int,
-) -> list[dict]:  # fmt: skip
-    """n samples of a response to each prompt by the reference policy, with `texts` and `ended` (whether it ended with
-    the end token). Sample k is kept as `folder/k.json` and not drawn again."""
+) -> list[list[str]]:  # fmt: skip
+    """n times a response to each prompt by the reference policy. Sample k is kept as `folder/k.json` and not drawn
+    again."""
     folder.mkdir(parents=True, exist_ok=True)
     for k in progress_bar(range(n), desc="sampling", unit="sample"):
         if read_json_or_empty(folder / f"{k}.json"):
             continue
         rng, generator = np.random.default_rng([seed, k]), torch.Generator().manual_seed(1000 * seed + k + 1)
-        sample = {"texts": [], "ended": []}
+        texts = []
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
             uniforms = draw_uniforms(len(batch), draw_length(rng, min_new_tokens, max_new_tokens), generator)
             with policy.reference():
-                responses = rollout(policy, batch, uniforms)
-            sample["texts"] += responses.texts
-            sample["ended"] += ended_themselves(responses, policy.end).tolist()
-        write_json(folder / f"{k}.json", sample)
-    return [read_json_or_empty(folder / f"{k}.json") for k in range(n)]
+                texts += rollout(policy, batch, uniforms).texts
+        write_json(folder / f"{k}.json", {"texts": texts})
+    return [read_json_or_empty(folder / f"{k}.json")["texts"] for k in range(n)]
 
 
-def best_of(samples: Sequence[dict], score: Callable, prompts: Sequence[Prompt]) -> dict:
-    """The responses that a reward chooses.
+def kl_of_best(n: int) -> float:
+    """The KL of best-of-n to the reference, in nats: an upper bound, tight without ties (Beirami et al., 2024)."""
+    return log(n) - (n - 1) / n
+
+
+def expected_best(rewards: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
+    """(m,) expected values of the sample with the highest reward among n of the k samples of each of m prompts.
+
+    The average over all subsets of n, in closed form: the sample with the i-th lowest reward (from 0) is the best of
+    C(i, n - 1) of them. Samples with equal rewards share their chance.
 
     Args:
-        samples: n times the `texts` and `ended` of responses to m prompts. score: (prompts, responses) -> (m,) rewards.
+        rewards, values: (k, m).
+    """
+    k = len(rewards)
+    weights = np.array([comb(i, n - 1) / comb(k, n) for i in range(k)])
+    found = np.empty(rewards.shape[1])
+    for column in range(rewards.shape[1]):
+        order = np.argsort(rewards[:, column], kind="stable")
+        _, tie = np.unique(rewards[order, column], return_inverse=True)
+        shared = np.bincount(tie, weights) / np.bincount(tie)
+        found[column] = shared[tie] @ values[order, column]
+    return found
+
+
+def best_of(samples: Sequence[Sequence[str]], score: Callable, prompts: Sequence[Prompt]) -> dict:
+    """What a reward chooses.
+
+    Args:
+        samples: k times responses to m prompts. score: (prompts, responses) -> (m,) rewards.
 
     Returns:
-        `texts`, and the measures of `evaluate_policy` of them; `gold`, their hidden rewards; `order`, the rank
-        correlation of reward and hidden reward among the n responses to one prompt, in the mean of the prompts where
-        both differ. `kl` is the bound log n - (n - 1) / n (Beirami et al., 2024).
+        `points`: for n = 1, 2, 4, … k the `kl` of best-of-n and `gold`, the expected hidden reward for each prompt;
+        `texts`: the best of all k; `order`: the rank correlation of reward and hidden reward among the responses to
+        one prompt, in the mean of the prompts where both differ.
     """
-    n = len(samples)
-    rewards = np.array([np.asarray(score(prompts, sample["texts"]), dtype=float) for sample in samples])
-    hidden = np.array([[hidden_reward(text) for text in sample["texts"]] for sample in samples])
-    chosen = rewards.argmax(axis=0)
-    texts, ended = ([samples[k][key][i] for i, k in enumerate(chosen)] for key in ("texts", "ended"))
+    k = len(samples)
+    rewards = np.array([np.asarray(score(prompts, texts), dtype=float) for texts in samples])
+    hidden = np.array([[hidden_reward(text) for text in texts] for texts in samples])
+    sizes = [2**i for i in range(k.bit_length())]
     order = [
         spearmanr(rewards[:, i], hidden[:, i]).statistic
         for i in range(len(prompts))
         if np.ptp(rewards[:, i]) and np.ptp(hidden[:, i])
     ]
     return {
-        "texts": texts,
-        "gold": [hidden_reward(text) for text in texts],
+        "points": [{"n": n, "kl": kl_of_best(n), "gold": expected_best(rewards, hidden, n).tolist()} for n in sizes],
+        "texts": [samples[best][i] for i, best in enumerate(rewards.argmax(axis=0))],
         "order": float(np.mean(order)) if order else None,
-        "kl": log(n) - (n - 1) / n,
-        "response_words": float(np.mean([len(text.split()) for text in texts])),
-        "ended_share": float(np.mean(ended)),
-        "distinct_2": distinct(texts, 2),
     }

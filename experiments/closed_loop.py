@@ -2,9 +2,9 @@
 
     python experiments/closed_loop.py OUT --data_dir CORPUS --encoder FOLDER
 
-Plants a hidden reward on the corpus' sentences, trains LI, GE and GELI heads, aligns SmolLM2 with each of them, with
-the hidden reward itself and with a random one, and compares the hidden reward of its responses before and after. Run it
-again to continue where it stopped.
+Plants a hidden reward on the corpus' sentences, trains LI, GE and GELI heads, aligns a small policy with each of them,
+with the hidden reward itself and with a random one, and compares the hidden reward of its responses before and after,
+for the KL that was spent. Run it again to continue where it stopped; processes with different --seeds can share OUT.
 """
 
 import sys
@@ -26,10 +26,13 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("out", type=Path, help="folder of everything; what is finished there is not run again")
     parser.add_argument("--data_dir", required=True, help="corpus in CANDOR's layout, whose sentences are used")
     parser.add_argument("--encoder", required=True, help="hub id or folder of the heads' text encoder")
-    parser.add_argument("--policy", help="the policy, as --model_name of train_rl_GELI.py")
+    parser.add_argument("--policy", help="small: trained here; or as --model_name of train_rl_GELI.py")
+    parser.add_argument("--prompt_format", help="of another policy than small, as in train_rl_GELI.py")
+    parser.add_argument("--rewards", nargs="+", help="GELI, GE, LI, truth, random")
     parser.add_argument("--seeds", type=seed, nargs="+", help="seeds of training")
     parser.add_argument("--algorithms", nargs="+", help="as --algo of train_rl_GELI.py, or best-of-N")
-    parser.add_argument("--steps", type=positive_int, help="steps of each policy, at most")
+    parser.add_argument("--steps", type=positive_int, help="steps of each policy")
+    parser.add_argument("--save_steps", type=positive_int, help="steps between two checkpoints that are measured")
     parser.add_argument("--prompts", type=positive_int, help="held-out prompts of a seed")
     parser.add_argument("--target_kl", type=positive_float, help="nats a response at which policies are compared")
     parser.add_argument("--device", help="as in the commands")
@@ -50,7 +53,7 @@ from experiments.loop import PolicyRun, closed_loop, evaluate_run
 def main(options) -> None:
     """Runs the experiment, or evaluates one of its runs."""
     settings = {name: value for name, value in vars(options).items() if name != "evaluate"}
-    settings |= {"seeds": tuple(options.seeds), "algorithms": tuple(options.algorithms)}
+    settings |= {name: tuple(settings[name]) for name in ("seeds", "rewards", "algorithms")}
     loop = LoopOptions(**settings)
     if options.evaluate:
         reward, algo, number = options.evaluate

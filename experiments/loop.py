@@ -8,21 +8,20 @@ Everything is run by the commands that users run, in processes of their own. Wha
 not run again.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 
 from data_utils import DataOptions, load_prompts
 from experiments.best_of import BEST_OF, best_of, sample_responses
 from experiments.commands import finished_head, run_command
-from experiments.loop_options import LoopOptions
+from experiments.loop_options import SMALL, LoopOptions
 from experiments.loop_report import write_report
 from geli.nets.options import PolicyOptions
-from geli.nets.policy import load_policy
+from geli.nets.policy import Policy, load_policy, lora_of
 from geli.reward import GELIReward
 from geli.rl.evaluation import evaluate_policy
 from geli.rl.reward_functions import FunctionScorer
@@ -33,12 +32,10 @@ from models import PPO_PRESETS
 from tools.hidden_reward import hidden_reward
 
 HIDDEN = "tools.hidden_reward:score"
-HEADS = ("GELI", "GE", "LI")
-REWARDS = (*HEADS, "truth", "random")
 CONTEXT_TURNS = 2  # of heads and policies: on CaSiNo more turns cost time and help no head
 TRAIN_CONVERSATIONS = 980  # of the heads; CaSiNo has 1,030
-STOP_AT = 1.4  # times the target KL: PPO goes past it, so that checkpoints on both sides are known
-KL_WINDOW = 2  # training steps whose mean KL is taken for that of the checkpoint before them
+LENGTHS = {name: getattr(PPO_PRESETS["small"], name) for name in ("min_new_tokens", "max_new_tokens")}
+BATCH = 64  # prompts that are answered together when a policy is measured
 
 
 class PolicyRun(NamedTuple):
@@ -55,15 +52,10 @@ class PolicyRun(NamedTuple):
 
 
 def policy_runs(options: LoopOptions) -> Iterator[PolicyRun]:
-    """All runs, in an order that gives tables early: every reward with the first algorithm, then the other algorithms,
-    each seed by seed."""
-    first, *others = options.algorithms
-    for seed in options.seeds:
-        for reward in REWARDS:
-            yield PolicyRun(reward, first, seed)
-    for seed in options.seeds:
-        for algo in others:
-            for reward in REWARDS if algo.startswith(BEST_OF) else HEADS[:1]:
+    """All runs, in an order that gives tables early: each algorithm with every reward, seed by seed."""
+    for algo in options.algorithms:
+        for seed in options.seeds:
+            for reward in options.rewards:
                 yield PolicyRun(reward, algo, seed)
 
 
@@ -89,14 +81,24 @@ def policy_command(options: LoopOptions, run: PolicyRun) -> list:
     reward = {"truth": ["--reward_function", HIDDEN], "random": ["--reward", "random"]}.get(
         run.reward, ["--reward_path", finished_head(options.out / "rewards", f"{run.reward}-{run.seed}")]
     )
-    more = ["--resume", "--stop_kl", STOP_AT * options.target_kl, "--gold_function", HIDDEN]
+    here = {"ppo": ["--resume", "--gold_function", HIDDEN], "distill": ["--resume", "--num_generations", 16]}
     return [
-        "train_rl_GELI.py", "--train", "--preset", "small", "--prompt_format", "chat", "--model_name", options.policy,
-        "--exp_name", run.name, "--steps", options.steps, "--algo", run.algo, "--seed", run.seed, *reward,
-        "--data_dir", options.out / "candor", "--output_dir", options.out / "policies",
-        "--context_turns", CONTEXT_TURNS, "--save_steps", 1, "--device", options.device,
-        "--dtype", options.dtype, *(more if run.algo == "ppo" else []),
+        "train_rl_GELI.py", "--train", "--preset", "small", "--prompt_format", prompt_format(options),
+        "--model_name", policy_source(options), "--exp_name", run.name, "--steps", options.steps, "--algo", run.algo,
+        "--seed", run.seed, *reward, "--data_dir", options.out / "candor", "--output_dir", options.out / "policies",
+        "--context_turns", CONTEXT_TURNS, "--save_steps", options.save_steps, "--device", options.device,
+        "--dtype", options.dtype, *here.get(run.algo, []),
     ]  # fmt: skip
+
+
+def policy_source(options: LoopOptions) -> str:
+    """`--model_name` of the policies."""
+    return str(options.out / "models" / "policy") if options.policy == SMALL else options.policy
+
+
+def prompt_format(options: LoopOptions) -> str:
+    """`--prompt_format` of the policies."""
+    return "raw" if options.policy == SMALL else options.prompt_format
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,29 +106,38 @@ def policy_command(options: LoopOptions, run: PolicyRun) -> list:
 
 
 def closed_loop(options: LoopOptions) -> None:
-    """Runs what is not finished yet, and writes the table and the picture."""
+    """Runs what is not finished yet, and writes the tables and the picture."""
     if not (options.out / "candor" / "truth.csv").is_file():
         run_command(options.out, "tools/plant_truth.py", options.data_dir, options.out / "candor")
-    for seed in options.seeds:
-        for name, command in reward_commands(options, seed):
-            if not finished_head(options.out / "rewards", name):
-                print(f"reward head {name} …", flush=True)
-                run_command(options.out, *command, "--run_name", name)
+    if options.policy == SMALL and not Path(policy_source(options)).is_dir():
+        print("policy …", flush=True)
+        run_command(
+            options.out, "tools/tiny_models.py", options.out / "candor", options.out / "models", "--only", "policy"
+        )
     for run in policy_runs(options):
         if not result_path(options, run).is_file():
+            train_heads(options, run)
             print(f"policy {run.name} …", flush=True)
-            trained = options.out / "policies" / "rlmf_weights" / f"{run.name}_{policy_name(options)}.json"
-            if not (run.algo.startswith(BEST_OF) or trained.is_file()):
+            if not (run.algo.startswith(BEST_OF) or Path(f"{stem_of(options, run)}.json").is_file()):
                 run_command(options.out, *policy_command(options, run))
             run_command(options.out, "experiments/closed_loop.py", *evaluation_arguments(options, run))
     finished = [found for run in policy_runs(options) if (found := read_json_or_empty(result_path(options, run)))]
     references = {seed: read_json_or_empty(reference_path(options, seed)) for seed in options.seeds}
-    write_report(finished, references, options.out)
+    write_report(finished, references, options.target_kl, options.out)
 
 
-def policy_name(options: LoopOptions) -> str:
-    """How stage 3 names the policy in its files."""
-    return Path(options.policy).name
+def train_heads(options: LoopOptions, run: PolicyRun) -> None:
+    """Trains the heads of the run's seed that its reward needs and that are not there yet."""
+    needed = {"GELI": ("LI", "GELI"), "GE": ("GE",), "LI": ("LI",)}.get(run.reward, ())
+    for name, command in reward_commands(options, run.seed):
+        if name.partition("-")[0] in needed and not finished_head(options.out / "rewards", name):
+            print(f"reward head {name} …", flush=True)
+            run_command(options.out, *command, "--run_name", name)
+
+
+def stem_of(options: LoopOptions, run: PolicyRun) -> Path:
+    """How the paths of a policy's files begin."""
+    return options.out / "policies" / "rlmf_weights" / f"{run.name}_{Path(policy_source(options)).name}"
 
 
 def result_path(options: LoopOptions, run: PolicyRun) -> Path:
@@ -143,61 +154,70 @@ def evaluation_arguments(options: LoopOptions, run: PolicyRun) -> list:
     """Arguments of experiments/closed_loop.py that evaluate one run in a process of its own."""
     return [
         options.out, "--data_dir", options.data_dir, "--encoder", options.encoder, "--policy", options.policy,
-        "--prompts", options.prompts, "--target_kl", options.target_kl, "--steps", options.steps,
-        "--device", options.device, "--dtype", options.dtype, "--evaluate", run.reward, run.algo, run.seed,
+        "--prompt_format", options.prompt_format, "--prompts", options.prompts, "--device", options.device,
+        "--dtype", options.dtype, "--evaluate", run.reward, run.algo, run.seed,
     ]  # fmt: skip
 
 
-def checkpoint_at(steps: Sequence[dict], target: float) -> int:
-    """The step whose policy's KL is closest to `target`, judged by the mean KL of the next `KL_WINDOW` training steps,
-    whose responses it and its successors gave; that of the last step by its own."""
-    kl = [row["kl"] for row in steps]
-    means = [np.mean(kl[place + 1 : place + 1 + KL_WINDOW] or kl[-1:]) for place in range(len(kl))]
-    return steps[int(np.argmin(np.abs(np.array(means) - target)))]["step"]
-
-
 def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:
-    """Samples responses to held-out prompts by the run's checkpoint at the target KL (of best-of-N: lets its reward
-    choose), and by the reference policy if no run of this seed did yet; writes both results."""
+    """Samples responses to held-out prompts by each of the run's checkpoints (of best-of-N: lets its reward choose),
+    and by the reference policy if no run of this seed did yet; writes both results."""
     seed_everything(run.seed)
-    accelerator, preset = make_accelerator(options.device, options.dtype, "float32"), PPO_PRESETS["small"]
+    accelerator = make_accelerator(options.device, options.dtype, "float32")
     data = DataOptions(str(options.out / "candor"), context_turns=CONTEXT_TURNS, train_size=None)
     cache = options.out / "policies" / "cache"
     _, prompts, _ = load_prompts(
         data, cache=cache, seed=run.seed, val_prompts=options.prompts, needs_training=False, needs_held_out=True
     )
-    settings = PolicyOptions(model_name=options.policy)
+    stem = stem_of(options, run)
+    checkpoints = [] if run.algo.startswith(BEST_OF) else saved_steps(stem)
+    adapter = lora_of(f"{stem}_{checkpoints[-1]}", "the checkpoint") if checkpoints else (*PolicyOptions().lora, 0)
     frozen = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32  # as in stage 3
-    policy = load_policy(settings.source(cache), *settings.lora, frozen, prompt_format="chat")
+    source = PolicyOptions(model_name=policy_source(options)).source(cache)
+    policy = load_policy(source, *adapter[:2], frozen, prompt_format=prompt_format(options), layers=adapter[2])
     policy.to(accelerator.device)
-    lengths = {"min_new_tokens": preset.min_new_tokens, "max_new_tokens": preset.max_new_tokens}
 
     def evaluate() -> dict:
         metrics, texts, _ = evaluate_policy(
-            policy, None, prompts, accelerator, seed=run.seed, batch_size=64, mini_batch_size=8, **lengths
+            policy, None, prompts, accelerator, seed=run.seed, batch_size=BATCH, mini_batch_size=8, **LENGTHS
         )
-        names = [prompt.name for prompt in prompts]
-        return {**metrics, "prompts": names, "texts": texts, "gold": [hidden_reward(text) for text in texts]}
+        return {**metrics, "texts": texts, "gold": [hidden_reward(text) for text in texts]}
 
+    names = [prompt.name for prompt in prompts]
     reference = reference_path(options, run.seed)
     reference.parent.mkdir(exist_ok=True)
     if not reference.is_file():
         with policy.reference():
             human = [hidden_reward(prompt.human) for prompt in prompts]
-            write_json(reference, evaluate() | {"human": human})
+            write_json(reference, {**evaluate(), "prompts": names, "human": human})
     if run.algo.startswith(BEST_OF):
+        some = prompts[: (len(prompts) + 1) // 2]
         folder, n = options.out / "samples" / str(run.seed), int(run.algo.removeprefix(BEST_OF))
-        samples = sample_responses(policy, prompts, folder, n, seed=run.seed, batch_size=64, **lengths)
-        found = best_of(samples, load_score(options, run), prompts)
-        found["prompts"] = [prompt.name for prompt in prompts]
-        write_json(result_path(options, run), {**run._asdict(), **found})
-        return
-    stem = options.out / "policies" / "rlmf_weights" / f"{run.name}_{policy_name(options)}"
+        samples = sample_responses(policy, some, folder, n, seed=run.seed, batch_size=BATCH, **LENGTHS)
+        found = {"prompts": names[: len(some)], **best_of(samples, load_score(options, run), some)}
+    else:
+        found = {"prompts": names, **checkpoint_points(policy, stem, checkpoints, evaluate)}
+    write_json(result_path(options, run), {**run._asdict(), **found})
+
+
+def checkpoint_points(policy: Policy, stem: Path, checkpoints: list[int], evaluate: Callable) -> dict:
+    """`points`: each checkpoint's `step`, `kl`, `gold` of each response, and further metrics; the last one's `texts`;
+    and the `steps` of training."""
+    points = []
+    for step in checkpoints:
+        policy.load(f"{stem}_{step}")
+        points.append({"step": step, **evaluate()})
+    texts = [point.pop("texts") for point in points][-1]
     steps = pd.read_csv(f"{stem}_steps.csv").to_dict("records")
-    step = checkpoint_at(steps, options.target_kl)
-    policy.load(f"{stem}_{step}")
-    kept = [{key: row.get(key) for key in ("step", "kl", "score_mean", "score_std", "gold_mean")} for row in steps]
-    write_json(result_path(options, run), {**run._asdict(), "checkpoint": step, **evaluate(), "steps": kept})
+    kept = ("step", "kl", "score_mean", "score_std", "gold_mean", "gold_std", "efficiency", "seconds")
+    steps = [{key: row[key] for key in kept if key in row and pd.notna(row[key])} for row in steps]
+    return {"points": points, "texts": texts, "steps": steps}
+
+
+def saved_steps(stem: Path) -> list[int]:
+    """The steps after which a policy was saved, in order."""
+    names = [path.name.removeprefix(f"{stem.name}_") for path in stem.parent.glob(f"{stem.name}_*")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def load_score(options: LoopOptions, run: PolicyRun) -> Callable:

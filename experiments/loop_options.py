@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+SMALL = "small"  # the policy that the loop trains from scratch
+
 
 @dataclass(frozen=True)
 class LoopOptions:
@@ -10,21 +12,26 @@ class LoopOptions:
 
     Attributes:
         out: folder of everything. data_dir: corpus in CANDOR's layout. encoder: hub id or folder, of the heads.
-        policy: `--model_name`. seeds: of everything but the planted corpus. algorithms: of `--algo`, or best-of-N; all
-            rewards are tried with the first of them and with best-of-N, GELI with all.
-        steps: of training at most. prompts: held-out prompts. device: `--device`.
-        dtype: `--dtype` of the policies. target_kl: nats a response; of each run the checkpoint is
-            evaluated whose KL was closest to it.
+        policy: `small`, a Llama of 2.3 million weights that tools/tiny_models.py trains on the corpus, or as
+            `--model_name`. prompt_format: `--prompt_format` of another policy than `small`, which reads raw text.
+        seeds: of everything but the planted corpus and the policy. rewards: what policies are trained on.
+        algorithms: of `--algo`, or best-of-N.
+        steps: of training. save_steps: steps between two checkpoints, each of which is measured.
+        prompts: held-out prompts; of best-of-N half of them.
+        target_kl: nats a response at which policies are compared. device: `--device`. dtype: `--dtype` of the policies.
     """
 
     out: Path
     data_dir: str
     encoder: str
-    policy: str = "smollm2"
-    seeds: tuple[int, ...] = (0, 1, 2)
-    algorithms: tuple[str, ...] = ("ppo", "best-of-8", "rloo", "grpo")
-    steps: int = 16
+    policy: str = SMALL
+    prompt_format: str = "chat"
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)
+    rewards: tuple[str, ...] = ("GELI", "GE", "LI", "truth", "random")
+    algorithms: tuple[str, ...] = ("ppo", "distill", "best-of-64")
+    steps: int = 50
+    save_steps: int = 5
     prompts: int = 256
-    target_kl: float = 5.0
+    target_kl: float = 0.5
     device: str = "cpu"
     dtype: str = "auto"

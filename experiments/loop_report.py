@@ -40,24 +40,46 @@ class Gains(NamedTuple):
         return interval_over_seeds(values, samples.mean(axis=0), self.conversations)
 
 
-def gains(results: Sequence[dict], references: dict[int, dict]) -> Gains:
+def gains(results: Sequence[dict], references: dict[int, dict], golds: Sequence[Sequence[float]]) -> Gains:
     """Hidden reward of each response less that of the reference policy's response to the same prompt.
 
     Args:
-        results: of one setting, one a seed, with `seed`, `prompts` (named CONVERSATION/flip/turn) and `gold` of each
-            response. references: seed -> the same of the reference policy.
+        results: of one setting, one a seed, with `seed` and `prompts` (named CONVERSATION/flip/turn).
+        references: seed -> the same of the reference policy. golds: hidden rewards for each result's prompts.
     """
     names = [[prompt.partition("/")[0] for prompt in result["prompts"]] for result in results]
     places = {name: i for i, name in enumerate(sorted({name for of_seed in names for name in of_seed}))}
     weights = resample(len(places), REPETITIONS)
     values, samples = [], []
-    for of_seed, result in zip(names, results, strict=True):
-        gained = np.subtract(result["gold"], references[result["seed"]]["gold"])
+    for of_seed, result, gold in zip(names, results, golds, strict=True):
+        gained = np.subtract(gold, reference_gold(result, references))
         conversation = [places[name] for name in of_seed]
         sums, counts = (np.bincount(conversation, part, len(places)) for part in (gained, np.ones(len(gained))))
         values.append(gained.mean())
         samples.append((weights @ sums) / (weights @ counts))
     return Gains(np.array(values), np.array(samples), len(places))
+
+
+def reference_gold(result: dict, references: dict[int, dict]) -> np.ndarray:
+    """(m,) hidden rewards without any choice or training, for the prompts of a result: of best-of-n the means of all
+    samples, else of the reference policy's responses."""
+    if result["algo"].startswith(BEST_OF):
+        return np.array(result["points"][0]["gold"])
+    reference = references[result["seed"]]
+    found = dict(zip(reference["prompts"], reference["gold"], strict=True))
+    return np.array([found[name] for name in result["prompts"]])
+
+
+def gold_at(result: dict, references: dict[int, dict], kl: float) -> np.ndarray | None:
+    """(m,) hidden rewards at this KL: between the two checkpoints (or sizes n) around it, linear in the KL's root, as
+    gains grow; None if the run did not get there."""
+    before, before_kl = reference_gold(result, references), 0.0
+    for point in result["points"]:
+        if point["kl"] >= kl > before_kl:
+            weight = (kl**0.5 - before_kl**0.5) / (point["kl"] ** 0.5 - before_kl**0.5)
+            return (1 - weight) * before + weight * np.array(point["gold"])
+        before, before_kl = np.array(point["gold"]), max(point["kl"], 0.0)
+    return None
 
 
 def grouped(results: Sequence[dict]) -> dict[tuple[str, str], list[dict]]:
@@ -68,23 +90,48 @@ def grouped(results: Sequence[dict]) -> dict[tuple[str, str], list[dict]]:
     return groups
 
 
-def rows(results: Sequence[dict], references: dict[int, dict]) -> list[dict]:
-    """A row for each reward and algorithm: hidden reward before and after, with intervals over seeds and conversations,
-    and the difference from the gain of the algorithm's first reward."""
+def rows(results: Sequence[dict], references: dict[int, dict], target_kl: float) -> list[dict]:
+    """A row for each reward and algorithm: gains in hidden reward at the end of training (of best-of-N, with all N) and
+    at `target_kl`, with intervals over seeds and conversations; the differences from the gains of the algorithm's first
+    reward, on the seeds that have both; and what the reward's efficiency was."""
     found, first = [], {}
     for (reward, algo), runs in grouped(results).items():
-        gained, seeds = gains(runs, references), [run["seed"] for run in runs]
-        paired = first[algo][0] if algo in first and first[algo][1] == seeds else None
-        first.setdefault(algo, (gained, seeds))
-        before = np.mean([np.mean(references[run["seed"]]["gold"]) for run in runs])
-        row = {"reward": reward, "algorithm": algo, "seeds": len(runs), "hidden before": before}
-        row |= {"hidden after": before + gained.values.mean(), "gain": str(gained.interval())}
-        row["gain of its first reward less this"] = str(paired.interval(gained)) if paired else None
-        for name in ("kl", "response_words", "ended_share", "distinct_2"):
-            row[name] = float(np.mean([run[name] for run in runs]))
+        row: dict = {"reward": reward, "algorithm": algo, "seeds": len(runs)}
+        row["KL"] = float(np.mean([run["points"][-1]["kl"] for run in runs]))
+        at_end = {run["seed"]: (run, run["points"][-1]["gold"]) for run in runs}
+        at_kl = {run["seed"]: (run, gold_at(run, references, target_kl)) for run in runs}
+        for name, of_seed in {"gain": at_end, f"gain at {target_kl:g} nats": at_kl}.items():
+            kept = {seed: pair for seed, pair in of_seed.items() if pair[1] is not None}
+            row[name] = _gain(kept, references) if len(kept) == len(runs) else f"reached by {len(kept)}"
+            others = first.setdefault((algo, name), kept)
+            both = sorted(kept.keys() & others.keys()) if others is not kept else []
+            row[f"{name}: first reward's less this"] = _difference(kept, others, both, references) if both else None
+        row["efficiency"] = float(np.mean([efficiency_of(run, references) for run in runs]))
+        for name in ("response_words", "ended_share", "distinct_2"):
+            row[name] = float(np.mean([run["points"][-1].get(name, np.nan) for run in runs]))
         row["order"] = str(t_interval([run["order"] for run in runs])) if algo.startswith(BEST_OF) else None
         found.append(row)
     return found
+
+
+def _gain(of_seed: dict[int, tuple], references: dict[int, dict]) -> str:
+    runs, golds = zip(*of_seed.values(), strict=True)
+    return str(gains(runs, references, golds).interval())
+
+
+def _difference(ours: dict[int, tuple], first: dict[int, tuple], seeds: list[int], references: dict) -> str:
+    """The paired difference of the gains of two rewards on the same seeds."""
+    mine, theirs = (
+        gains([of[seed][0] for seed in seeds], references, [of[seed][1] for seed in seeds]) for of in (ours, first)
+    )
+    return str(theirs.interval(mine))
+
+
+def efficiency_of(run: dict, references: dict[int, dict]) -> float:
+    """Gain in hidden reward at the end, in standard deviations of the reference's, over sqrt(2 KL)."""
+    last, before = run["points"][-1], reference_gold(run, references)
+    spread = np.std(references[run["seed"]]["gold"])
+    return float((np.mean(last["gold"]) - before.mean()) / spread / (2 * max(last["kl"], 1e-9)) ** 0.5)
 
 
 def phrases(results: Sequence[dict], references: dict[int, dict]) -> list[dict]:
@@ -105,22 +152,27 @@ def _shares(texts: Sequence[str]) -> Counter:
     return Counter({word: count / len(texts) for word, count in counts.items()})
 
 
-def write_report(results: Sequence[dict], references: dict[int, dict], out: Path) -> None:
+def write_report(results: Sequence[dict], references: dict[int, dict], target_kl: float, out: Path) -> None:
     """Prints the tables, and writes them and the picture to `out`."""
-    tables = {"closed_loop": rows(results, references), "phrases": phrases(results, references)}
+    tables = {"closed_loop": rows(results, references, target_kl), "phrases": phrases(results, references)}
     paths = [out / f"{name}.csv" for name in tables]
     for path, table in zip(paths, tables.values(), strict=True):
         with atomic_path(path) as temporary:
             pd.DataFrame(table).to_csv(temporary, index=False, float_format="%.4f")
-    trained = [run for run in results if "steps" in run]
-    curves = {
-        reward: [run["steps"] for run in runs]
-        for (reward, algo), runs in grouped(trained).items()
-        if algo == trained[0]["algo"]
-    }
-    if curves:
-        paths += plots.closed_loop(curves, out / "closed_loop.png")
+    paths += plots.frontier(frontier_lines(results, references), out / "frontier.png")
     prompts = len(results[0]["prompts"])
     print(format_table(tables["closed_loop"], f"\nHidden reward of responses to {prompts} held-out prompts a seed"))
     print(format_table(tables["phrases"], "\nWords and marks by the change of their share of responses, in points"))
     print("\n".join(["Written:", *(f"  {path}" for path in paths)]))
+
+
+def frontier_lines(results: Sequence[dict], references: dict[int, dict]) -> dict[tuple[str, str], list[np.ndarray]]:
+    """(reward, algorithm) -> for each seed (points, 2): KL, and the gain in hidden reward in standard deviations of the
+    reference's."""
+    lines = {}
+    for key, runs in grouped(results).items():
+        for run in runs:
+            before, spread = reference_gold(run, references).mean(), np.std(references[run["seed"]]["gold"])
+            points = [(max(p["kl"], 0.0), (np.mean(p["gold"]) - before) / spread) for p in run["points"]]
+            lines.setdefault(key, []).append(np.array(points))
+    return lines

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from geli.report.plots import BLUE, GRAY, GREEN, OKABE_ITO, RED, moving_mean, new_figure, save, save_both
+import numpy as np
+
+from geli.report.plots import BLUE, GRAY, GREEN, OKABE_ITO, RED, new_figure, save, save_both
 
 
 def reading(rows: list[dict], published: float, path: Path) -> Path:
@@ -41,29 +43,35 @@ def curves(rewards: dict[str, list[list[float]]], target: float, path: Path) -> 
     return save(figure, path)
 
 
-def closed_loop(runs: dict[str, list[list[dict]]], path: Path, window: int = 3) -> list[Path]:
-    """Proxy reward (the one trained on) and hidden reward of the policy's responses in training, against the KL to the
-    reference (as Gao et al., ICML 2023, draw over-optimization); returns the paths of a PNG and a PDF.
+def frontier(lines: dict[tuple[str, str], list[np.ndarray]], path: Path) -> list[Path]:
+    """Gain in hidden reward against the KL to the reference, a panel for each algorithm, a color for each reward; thin
+    lines are seeds, the thick one is their mean. In every panel also best-of-n by the truth and the bound of a normal
+    reward, sqrt(2 KL). Returns the paths of a PNG and a PDF.
 
     Args:
-        runs: reward -> a list of steps (step, kl, score_mean, score_std, gold_mean) for each seed.
-        window: steps averaged.
+        lines: (reward, algorithm) -> for each seed (points, 2): KL, and the gain in standard deviations of the
+            reference's hidden reward.
     """
-    figure, axes = new_figure(1, 2, 9, 3.6)
-    hidden, proxy = axes[0]
-    for (name, seeds), color in zip(runs.items(), OKABE_ITO, strict=False):
-        for i, steps in enumerate(seeds):
-            kl, gold, score, spread = (
-                moving_mean([row[key] for row in steps], min(window, len(steps)))
-                for key in ("kl", "gold_mean", "score_mean", "score_std")
-            )
-            style = dict(color=color, lw=1.3, alpha=0.85, label=None if i else name)
-            hidden.plot(kl, gold, **style)
-            if name != "random" and spread[0] > 0:
-                proxy.plot(kl, (score - score[0]) / spread[0], **style)
-    hidden.set(xlabel="KL to the reference (nats a response)", ylabel="hidden reward")
-    proxy.set(xlabel="KL to the reference (nats a response)", ylabel="gain in proxy reward (standard deviations)")
-    hidden.legend(frameon=False, title="trained on")
+    algorithms = list(dict.fromkeys(algo for _, algo in lines))
+    figure, axes = new_figure(1, len(algorithms), 4.2 * len(algorithms), 3.8)
+    colors = dict(zip(dict.fromkeys(reward for reward, _ in lines), OKABE_ITO, strict=False))
+    most = max(points[:, 0].max() for seeds in lines.values() for points in seeds)
+    best = [seeds for (reward, algo), seeds in lines.items() if reward == "truth" and algo.startswith("best-of-")]
+    for axis, algo in zip(axes[0], algorithms, strict=True):
+        grid = np.linspace(0, most, 200)
+        axis.plot(grid, np.sqrt(2 * grid), ls=":", color=GRAY, label="sqrt(2 KL)")
+        if best:
+            axis.plot(*np.mean(best[0], axis=0).T, ls="--", color="black", label="best-of-n by the truth")
+        for (reward, of), seeds in lines.items():
+            if of == algo:
+                for points in seeds:
+                    axis.plot(*points.T, color=colors[reward], lw=0.6, alpha=0.4)
+                size = min(map(len, seeds))
+                mean = np.mean([points[:size] for points in seeds], axis=0)
+                axis.plot(*mean.T, "o-", ms=3, lw=1.6, color=colors[reward], label=reward)
+        axis.set(title=algo, xlabel="KL to the reference (nats a response)", xlim=(0, most))
+    axes[0, 0].set_ylabel("gain in hidden reward (standard deviations)")
+    axes[0, 0].legend(frameon=False, fontsize=8)
     return save_both(figure, path)
 
 

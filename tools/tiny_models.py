@@ -1,22 +1,24 @@
 """Trains a small BART and a small Llama from scratch on a corpus' training conversations, with their tokenizers.
 
-    python tools/tiny_models.py DATA_DIR OUT [--only bart|llama]
+    python tools/tiny_models.py DATA_DIR OUT [--only bart|llama|policy]
 
 They stand in for the published models where there is no network or no GPU: `OUT/bart` for `--lang_model_path`,
-`OUT/llama` for `--model_name`. They never see the validation conversations.
+`OUT/llama` for `--model_name`. `OUT/policy` is a larger Llama (2.3 million weights on CaSiNo, some ten minutes) for
+experiments of many seeds. They never see the validation conversations.
 """
 
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
 
 from geli.run.errors import UserError, run
 from geli.run.options import new_parser, positive_int, seed
 
-BUILT = ("bart", "llama")
+BUILT = ("bart", "llama")  # unless told otherwise
 
 
 def parse_options(argv: Sequence[str] | None = None):
@@ -24,8 +26,8 @@ def parse_options(argv: Sequence[str] | None = None):
     parser = new_parser("Train a small BART and a small Llama from scratch on a corpus' training conversations.")
     parser.add_argument("data_dir", help="folder with one folder a conversation, in CANDOR's layout")
     parser.add_argument("out", help="folder to write bart/ and llama/ to")
-    parser.add_argument("--only", choices=BUILT, help="train one of the two (default: both)")
-    parser.add_argument("--steps", type=positive_int, default=400, help="training steps of each")
+    parser.add_argument("--only", choices=(*BUILT, "policy"), help="train one of them (default: bart and llama)")
+    parser.add_argument("--steps", type=positive_int, help="training steps of each (default: 400; of policy 700)")
     parser.add_argument("--seed", type=seed, default=0, help="seed of every random choice")
     return parser.parse_args(argv)
 
@@ -46,25 +48,47 @@ from geli.run.console import progress_bar
 from geli.run.distributed import seed_everything
 from geli.run.files import atomic_folder
 
-VOCABULARY = {"bart": 2000, "llama": 4000}  # at most: a small corpus has fewer pieces
 MAX_TOKENS = 512
 FORMS = {  # of one text, and of a pair
     "bart": ("<s> $A </s>", "<s> $A </s> </s> $B </s>"),
     "llama": ("<s> $A", "<s> $A <s> $B"),
 }
+BART_PIECES = 2000  # of its vocabulary, at most: a small corpus has fewer
 
 
-def build(data_dir: Path, out: Path, which: tuple[str, ...], seed: int, steps: int = 400) -> None:
-    """Reads `data_dir` and writes `out/bart` and/or `out/llama`, each trained for `steps` steps."""
+class Recipe(NamedTuple):
+    """How a Llama is made: pieces of its vocabulary at most, turns of context at most, its shape, and its training."""
+
+    pieces: int
+    context_turns: int
+    hidden: int
+    inner: int
+    layers: int
+    batch: int
+    learning_rate: float
+    weight_decay: float
+    steps: int
+
+
+LLAMAS = {
+    "llama": Recipe(4000, 10, 128, 384, 3, 16, 2e-3, 0.01, 400),
+    "policy": Recipe(3000, 3, 192, 512, 4, 32, 3e-3, 0.1, 700),
+}
+
+
+def build(data_dir: Path, out: Path, which: tuple[str, ...], seed: int, steps: int | None = None) -> None:
+    """Reads `data_dir` and writes `out/NAME` of each model, trained for `steps` steps (None: what suits it)."""
     quiet_transformers()
     corpus = read_corpus(data_dir, "overall_affect")
     training, _ = split(corpus, len(corpus.conversations))
     if not training:
         raise UserError(f"{data_dir}: expected at least 2 conversations, to train on one and keep one for validation")
-    makers = {"bart": _train_bart, "llama": _train_llama}
     for name in which:
         seed_everything(seed)
-        loss = makers[name](training, out / name, seed, steps)
+        if name == "bart":
+            loss = _train_bart(training, out / name, seed, steps or 400)
+        else:
+            loss = _train_llama(training, out / name, seed, LLAMAS[name], steps or LLAMAS[name].steps)
         print(f"Wrote {out / name} (loss of its last 20 steps: {loss:.2f} nats a token)")
 
 
@@ -73,7 +97,7 @@ def _train_bart(training, folder: Path, seed: int, steps: int) -> float:
     which the turn before it held: what stages 1 and 2 read is then worth reading. The decoder stays untrained."""
     rng = np.random.default_rng(seed)
     texts = [turn_text(t.conversation, i, t.user, int(rng.integers(1, 5))) for t in training for i in t.agent_turns]
-    tokenizer = train_tokenizer(texts, VOCABULARY["bart"], FORMS["bart"])
+    tokenizer = train_tokenizer(texts, BART_PIECES, FORMS["bart"])
     config = BartConfig(
         vocab_size=len(tokenizer), d_model=128, encoder_layers=2, decoder_layers=1, encoder_ffn_dim=256,
         decoder_ffn_dim=256, encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=MAX_TOKENS,
@@ -102,31 +126,34 @@ def _train_bart(training, folder: Path, seed: int, steps: int) -> float:
     return _fit(model, tokenizer, batch_loss, folder, steps, 1e-3, heads)
 
 
-def _train_llama(training, folder: Path, seed: int, steps: int) -> float:
+def _train_llama(training, folder: Path, seed: int, recipe: Recipe, steps: int) -> float:
     """A Llama on stage 3's own prompts and the human answers to them."""
     rng = np.random.default_rng(seed)
     places = [(t, i) for t in training for i in t.agent_turns]
 
     def document(place) -> str:
         trajectory, index = places[place]
-        context, response = turn_text(trajectory.conversation, index, trajectory.user, int(rng.integers(0, 11)))
+        context, response = turn_text(
+            trajectory.conversation, index, trajectory.user, int(rng.integers(0, recipe.context_turns + 1))
+        )
         return prompt_text(context) + response.removeprefix("AI:") + "</s>"
 
-    tokenizer = train_tokenizer([document(i) for i in range(len(places))], VOCABULARY["llama"], FORMS["llama"])
+    tokenizer = train_tokenizer([document(i) for i in range(len(places))], recipe.pieces, FORMS["llama"])
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=recipe.inner,
+        num_hidden_layers=recipe.layers, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
 
     def batch_loss():
-        texts = [document(i) for i in rng.integers(len(places), size=16)]
+        texts = [document(i) for i in rng.integers(len(places), size=recipe.batch)]
         inputs = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
         labels = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
         return model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, labels=labels).loss
 
-    return _fit(model, tokenizer, batch_loss, folder, steps, 2e-3)
+    return _fit(model, tokenizer, batch_loss, folder, steps, recipe.learning_rate, weight_decay=recipe.weight_decay)
 
 
 def train_tokenizer(texts, vocabulary: int, forms: tuple[str, str]):
@@ -155,11 +182,11 @@ def train_tokenizer(texts, vocabulary: int, forms: tuple[str, str]):
     )
 
 
-def _fit(model, tokenizer, batch_loss, folder: Path, steps: int, learning_rate: float, heads=None) -> float:
+def _fit(model, tokenizer, batch_loss, folder: Path, steps: int, learning_rate: float, heads=None, weight_decay=0.01):
     """AdamW with warm-up and linear decay; writes the model (not the heads that only its training needs) and returns
     the mean loss of the last 20 steps."""
     parameters = [*model.parameters(), *(heads.parameters() if heads else ())]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     warm_up = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))

@@ -1,6 +1,5 @@
 """The policy that people talk to: loading it, and its replies as they grow, token by token."""
 
-import math
 import re
 import threading
 from collections.abc import Iterator
@@ -12,8 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from geli.nets.options import SMOLLM2, PolicyOptions
-from geli.nets.policy import Policy, load_policy, trained_as
-from geli.nets.pretrained import check_adapter, named_by_file, recorded_base
+from geli.nets.policy import Policy, load_policy, lora_of, trained_as
+from geli.nets.pretrained import named_by_file, recorded_base
 from geli.nets.prompts import Prompt
 from geli.nets.smollm2 import make_smollm2
 from geli.rl.rollout import MARKERS, cut_responses
@@ -163,17 +162,20 @@ def load_partner(
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     tuned, trained = is_checkpoint(weights), training_of(weights)
     if tuned:
-        base, scale = base_model or base_of_checkpoint(weights), lora_of(weights)
+        base = base_model or base_of_checkpoint(weights)
+        rank, alpha, layers = lora_of(weights, "--weights")
         recorded = trained_as(weights)
         prompt_format = prompt_format or recorded.prompt_format
     else:
         if base_model:
             raise UserError(f"--base_model is for a checkpoint with an adapter: {weights} has no adapter_config.json")
         options = PolicyOptions(model_name=weights)
-        base, scale = options.source(cache_dir), options.lora
+        base, (rank, alpha), layers = options.source(cache_dir), options.lora, 0
         if weights == SMOLLM2 and not Path(base).is_dir():
             make_smollm2(base)
-    policy = load_policy(base, *scale, dtype, trust_remote_code, prompt_format or "raw", option="--weights")
+    policy = load_policy(
+        base, rank, alpha, dtype, trust_remote_code, prompt_format or "raw", option="--weights", layers=layers
+    )
     if tuned:
         policy.load(weights)
         policy.limit_responses(recorded.max_new_tokens)
@@ -198,19 +200,3 @@ def base_of_checkpoint(weights: str) -> str:
         return named_by_file(base, Path(weights) / "adapter_config.json")
     except UserError as error:
         raise UserError(f"{error}; or name the model with --base_model") from None
-
-
-def lora_of(weights: str) -> tuple[int, float]:
-    """Rank and alpha of a checkpoint's adapter.
-
-    Raises:
-        UserError: if it scales its weights in another way than stage 3's adapters.
-    """
-    saved = check_adapter(weights, "--weights")
-    alpha = saved.get("lora_alpha")
-    if saved.get("use_rslora") or type(alpha) not in (int, float) or not (math.isfinite(alpha) and alpha > 0):
-        raise UserError(
-            f"--weights {weights}: adapter_config.json: expected an adapter of stage 3, with a positive lora_alpha and "
-            f"without use_rslora, found {str(alpha)[:40]} and {str(saved.get('use_rslora'))[:40]}"
-        )
-    return saved["r"], alpha

@@ -23,14 +23,16 @@ class CausalDecoder:
         model: the language model. query, query_mask: (n, Q) prompts, padded on the left. room: most new tokens.
         together: read all prompts in one forward pass, as a sharded model must. Otherwise prompts of similar lengths
             are read together, without the padding that the longest prompt causes.
+        copies: how many times in a row each prompt stands in `query`; it is then read once.
 
     Attributes:
         state: (n, hidden) the last hidden state of each row, from which its next token is predicted.
     """
 
     def __init__(
-        self, model: PreTrainedModel, query: torch.Tensor, query_mask: torch.Tensor, room: int, together: bool
-    ):
+        self, model: PreTrainedModel, query: torch.Tensor, query_mask: torch.Tensor, room: int, together: bool,
+        copies: int = 1,
+    ):  # fmt: skip
         self._body = getattr(model, model.base_model_prefix)
         self._mask, self._positions = query_mask, (query_mask.cumsum(dim=1) - 1).clamp(min=0)
         self._cache = DynamicCache(config=model.config)
@@ -39,7 +41,7 @@ class CausalDecoder:
         if together or not plain:
             self._read(query)
         else:
-            self._read_by_length(query, query_mask)
+            self._read_by_length(query, query_mask, copies)
 
     def _read(self, ids: torch.Tensor) -> None:
         """Reads (n, m) more tokens of every row."""
@@ -49,11 +51,11 @@ class CausalDecoder:
         )  # fmt: skip
         self.state = output.last_hidden_state[:, -1]
 
-    def _read_by_length(self, query: torch.Tensor, query_mask: torch.Tensor) -> None:
+    def _read_by_length(self, query: torch.Tensor, query_mask: torch.Tensor, copies: int) -> None:
         """Reads the prompts in groups of similar lengths, and moves their keys and values to the places where a batch
         that is padded on the left has them."""
-        lengths, states = query_mask.sum(dim=1), [None] * len(query)
-        aligned = left_aligned(query, query.shape[1] - lengths)
+        lengths, states = query_mask[::copies].sum(dim=1), [None] * len(query)
+        aligned = left_aligned(query[::copies], query.shape[1] - lengths)
         for rows in grouped_by_length(lengths.cpu().numpy(), query.device):
             chosen = torch.as_tensor(rows, device=query.device)
             output = self._body(
@@ -61,10 +63,12 @@ class CausalDecoder:
                 past_key_values=DynamicCache(config=self._body.config),
                 use_cache=True,
             )
-            for row, length, state in zip(rows, lengths[chosen].tolist(), output.last_hidden_state, strict=True):
-                states[row] = state[length - 1]
+            places = [range(row * copies, (row + 1) * copies) for row in rows]  # in the batch
+            for place, length, state in zip(places, lengths[chosen].tolist(), output.last_hidden_state, strict=True):
+                for row in place:
+                    states[row] = state[length - 1]
             for layer, read in zip(self._cache.layers, output.past_key_values.layers, strict=True):
-                layer.place(read.keys, read.values, rows, lengths[chosen].tolist(), query.shape)
+                layer.place(read.keys, read.values, places, lengths[chosen].tolist(), query.shape)
         self.state = torch.stack(states)
 
     def read(self, tokens: torch.Tensor) -> None:
@@ -108,14 +112,14 @@ class _RoomyLayer(DynamicLayer):
         self.lazy_initialization(keys, values)
         self._all = [new.new_zeros(n, new.shape[1], length + self._room, new.shape[3]) for new in (keys, values)]
 
-    def place(self, keys, values, rows, lengths: list[int], shape: tuple[int, int]) -> None:
-        """Stores keys and values (m, heads, tokens, width) of the prompts `rows`, which begin in column 0 and have
-        `lengths` tokens, at the right ends of their rows of the (n, Q) `shape` of all prompts."""
+    def place(self, keys, values, places: list[range], lengths: list[int], shape: tuple[int, int]) -> None:
+        """Stores keys and values (m, heads, tokens, width) of m prompts, which begin in column 0 and have `lengths`
+        tokens, at the right ends of their rows (`places` of each) of the (n, Q) `shape` of all prompts."""
         if not self.is_initialized:
             self._allocate(keys, values, *shape)
         for buffer, new in zip(self._all, (keys, values), strict=True):
-            for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-                buffer[row, :, shape[1] - length : shape[1]] = new[i, :, :length]
+            for i, (rows, length) in enumerate(zip(places, lengths, strict=True)):
+                buffer[rows.start : rows.stop, :, shape[1] - length : shape[1]] = new[i, :, :length]
         self.keys, self.values = (buffer[..., : shape[1], :] for buffer in self._all)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from geli.run.errors import UserError
-from geli.run.options import option, positive_int
+from geli.run.options import non_negative_int, option, positive_int
 
 MAX_NEW_TOKENS = 128  # of a response
 DONE_EVERY = 4  # tokens between two checks of whether a response can stop
@@ -89,6 +89,15 @@ class PolicyOptions:
         choices=("raw", "chat"),
     )
     no_accel: bool = option(False, "one device, with LoRA r=24 alpha=48 instead of r=16 alpha=32")
+    lora_r: int | None = option(None, "rank of the adapter (default: 16; with --no_accel 24)", type=positive_int)
+    lora_alpha: int | None = option(None, "its scale (default: 32; with --no_accel 48)", type=positive_int)
+    num_layers_unfrozen: int = option(
+        0,
+        "adapt so many layers at the top alone, in all their linear maps; those below are then computed once for "
+        "policy, reference and update; 0: the attention of all layers",
+        type=non_negative_int,
+        metavar="N",
+    )
     peft: bool = option(False, "accepted for the published commands; LoRA is always on")
 
     def source(self, cache_dir: Path | None = None) -> str:
@@ -111,4 +120,5 @@ class PolicyOptions:
     @property
     def lora(self) -> tuple[int, int]:
         """LoRA's rank and alpha (Hu et al., 2022)."""
-        return (24, 48) if self.no_accel else (16, 32)
+        rank, alpha = (24, 48) if self.no_accel else (16, 32)
+        return self.lora_r or rank, self.lora_alpha or alpha

@@ -1,6 +1,8 @@
 """The policy of stage 3: a language model with a LoRA adapter and a value head."""
 
 import json
+import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,7 @@ from geli.nets.decoding import CausalDecoder, EncoderDecoder, left_aligned
 from geli.nets.options import DONE_EVERY, MAX_NEW_TOKENS
 from geli.nets.pretrained import check_adapter, check_adapter_weights, check_vocabulary, load_pretrained
 from geli.nets.prompts import PROMPT_FORMATS, Prompt
+from geli.nets.trunk import Trunk
 from geli.run.console import is_main_process
 from geli.run.errors import UserError, first_line
 from geli.run.files import atomic_folder
@@ -39,7 +42,8 @@ class Policy(nn.Module):
 
     Args:
         model: PEFT model of a causal language model or an encoder-decoder. tokenizer: its tokenizer.
-        prompt_format: how it reads prompts, a key of `PROMPT_FORMATS`.
+        prompt_format: how it reads prompts, a key of `PROMPT_FORMATS`. layers: how many layers at the top have an
+            adapter; 0: all.
 
     Attributes:
         max_new_tokens: most tokens of a response, see `limit_responses`.
@@ -49,10 +53,11 @@ class Policy(nn.Module):
             not sharded, the number itself.
 
     Raises:
-        UserError: if the model computes its logits in a way that `_logits` does not know.
+        UserError: if the model computes its logits in a way that `_logits` does not know, or has no layers to choose
+            from.
     """
 
-    def __init__(self, model: PeftModel, tokenizer, prompt_format: str = "raw"):
+    def __init__(self, model: PeftModel, tokenizer, prompt_format: str = "raw", layers: int = 0):
         super().__init__()
         self.model, self.tokenizer, self.prompt_format = model, tokenizer, prompt_format
         self.format = PROMPT_FORMATS[prompt_format](tokenizer)
@@ -64,6 +69,7 @@ class Policy(nn.Module):
         nn.init.zeros_(self.value_head.bias)
         self.eval()
         self._check_logits()
+        self._trunk = self._split(layers) if layers else None
 
     @property
     def device(self) -> torch.device:
@@ -136,6 +142,7 @@ class Policy(nn.Module):
         query_mask: torch.Tensor,
         uniforms: torch.Tensor,
         done: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        copies: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples responses at temperature 1 from the full distribution, until all have ended.
 
@@ -144,12 +151,13 @@ class Policy(nn.Module):
             uniforms: (n, r) in [0, 1), which select each of at most r tokens by inverse transform sampling. A response
                 so depends only on its row, not on the rest of the batch.
             done: responses so far (n, R) -> (n,) bool, which of them can stop; called every `DONE_EVERY` tokens.
+            copies: how many times in a row each prompt stands in `query`.
 
         Returns:
             (n, R) token ids, padded after the end token or where `done` stopped a response, and (n, R, hidden) the
             states that they were sampled from, for `logprobs_from_hidden`.
         """
-        decoder = self.decoder(query, query_mask, room=uniforms.shape[1])
+        decoder = self.decoder(query, query_mask, uniforms.shape[1], copies)
         response = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
         ended, states = torch.zeros(len(query), dtype=torch.bool, device=query.device), []
         for step in range(1, uniforms.shape[1] + 1):
@@ -180,12 +188,14 @@ class Policy(nn.Module):
         token = torch.searchsorted(cumulative, goal, right=True)
         return torch.minimum(token, torch.searchsorted(cumulative, total)).squeeze(1)
 
-    def decoder(self, query: torch.Tensor, query_mask: torch.Tensor, room: int) -> CausalDecoder | EncoderDecoder:
+    def decoder(
+        self, query: torch.Tensor, query_mask: torch.Tensor, room: int, copies: int = 1
+    ) -> CausalDecoder | EncoderDecoder:
         """What reads the prompts (see `generate`), and then at most `room` tokens of their responses."""
         base = self.model.get_base_model()
         if self.has_encoder:
             return EncoderDecoder(base, query, query_mask)
-        return CausalDecoder(base, query, query_mask, room, together=self.is_sharded)
+        return CausalDecoder(base, query, query_mask, room, together=self.is_sharded, copies=copies)
 
     def forward(self, query, query_mask, response, response_mask):
         """The log-probability of each response token, and value and entropy of the state before it.
@@ -198,7 +208,7 @@ class Policy(nn.Module):
         Returns:
             logprobs, values, entropies: (n, R) float32, 0 where the mask is 0.
         """
-        hidden = self._states(query, query_mask, response, response_mask)
+        hidden = self.states(query, query_mask, response, response_mask)
         return self.logprobs_from_hidden(hidden, response, response_mask)
 
     def logprobs_from_hidden(self, hidden: torch.Tensor, response: torch.Tensor, response_mask: torch.Tensor):
@@ -210,13 +220,40 @@ class Policy(nn.Module):
         zeros = torch.zeros(response.shape, device=response.device)
         return tuple(zeros.masked_scatter(kept, x.float()) for x in (logprobs, values, entropies))
 
-    def _states(self, query, query_mask, response, response_mask) -> torch.Tensor:
+    def kl_from_hidden(
+        self, hidden: torch.Tensor, reference: torch.Tensor, response_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """(n, R) float32 KL of the next token's whole distribution from that of the reference, in nats; 0 where the
+        mask is 0.
+
+        It has no sampling noise, unlike log pi - log pi_ref of the token that was drawn.
+
+        Args:
+            hidden, reference: (n, R, hidden) states of the policy and of the reference before each response token.
+        """
+        kept = response_mask.bool()
+        kl = _state_kl(self._logits, self.model.config.vocab_size, hidden[kept], reference[kept])
+        return torch.zeros(kept.shape, device=hidden.device).masked_scatter(kept, kl)
+
+    def trunk(self, query, query_mask, response, response_mask) -> torch.Tensor | None:
+        """(n, width, hidden) states below the adapted layers, which adapter and reference share, for `states`. None
+        where all layers are adapted, or the model is sharded."""
+        if self._trunk is None or self.is_sharded:
+            return None
+        return self._trunk(self._ids(query, query_mask, response, response_mask))
+
+    def states(self, query, query_mask, response, response_mask, trunk: torch.Tensor | None = None) -> torch.Tensor:
         """(n, R, hidden) the last hidden state before each response token. For n = 0 it runs a dummy row, because every
-        process must take part in a sharded model's passes."""
+        process must take part in a sharded model's passes.
+
+        Args:
+            trunk: what `trunk` returned for these rows, or more columns of it, from where the pass continues; None: it
+                begins with the tokens.
+        """
         if not len(query):
             dummy = response.new_full((1, response.shape[1]), self.end)
             ones = torch.ones_like(dummy)
-            return self._states(dummy[:, :1], ones[:, :1], dummy, ones)[:0]
+            return self.states(dummy[:, :1], ones[:, :1], dummy, ones)[:0]
         base = self.model.get_base_model()
         if self.has_encoder:
             encoded = base.get_encoder()(input_ids=query, attention_mask=query_mask).last_hidden_state
@@ -227,14 +264,32 @@ class Policy(nn.Module):
                 encoder_attention_mask=query_mask,
                 use_cache=False,
             ).last_hidden_state
-        # Rows begin in column 0, without the prompts' padding, and end after the longest one's last kept token.
-        lengths, kept = query_mask.sum(dim=1), response_mask.sum(dim=1).long()
-        ids = left_aligned(torch.cat([query, response], dim=1), query.shape[1] - lengths)
-        ids = ids[:, : int((lengths + kept).max())]
-        hidden = getattr(base, base.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
-        places = lengths[:, None] - 1 + torch.arange(response.shape[1], device=ids.device)
+        ids = self._ids(query, query_mask, response, response_mask)
+        if trunk is not None:
+            hidden = self._trunk.top(trunk[:, : ids.shape[1]])
+        else:
+            hidden = getattr(base, base.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
+        places = query_mask.sum(dim=1)[:, None] - 1 + torch.arange(response.shape[1], device=ids.device)
         places = places.clamp(max=ids.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[2])
         return hidden.gather(1, places)
+
+    @staticmethod
+    def _ids(query, query_mask, response, response_mask) -> torch.Tensor:
+        """(n, width) prompts with their responses. Rows begin in column 0, without the prompts' padding, and end after
+        the longest one's last kept token."""
+        lengths, kept = query_mask.sum(dim=1), response_mask.sum(dim=1).long()
+        ids = left_aligned(torch.cat([query, response], dim=1), query.shape[1] - lengths)
+        return ids[:, : int((lengths + kept).max())]
+
+    def _split(self, layers: int) -> Trunk:
+        base = self.model.get_base_model()
+        try:
+            return Trunk(getattr(base, base.base_model_prefix), layers)
+        except ValueError as error:
+            raise UserError(
+                f"--num_layers_unfrozen {layers}: {error}; found one of the kind {self.model.config.model_type}: give "
+                "0, which adapts all layers"
+            ) from None
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         """(m, vocabulary) logits of states (m, hidden), equal to those of the model's own forward pass."""
@@ -259,7 +314,7 @@ class Policy(nn.Module):
             expected = self.model(input_ids=query, attention_mask=mask, decoder_input_ids=start).logits[:, -1]
         else:
             expected = self.model(input_ids=query, attention_mask=mask).logits[:, -1]
-        found = self._logits(self._states(query, mask, response, torch.ones_like(response))[:, 0])
+        found = self._logits(self.states(query, mask, response, torch.ones_like(response))[:, 0])
         if not torch.allclose(found.float(), expected.float(), atol=0.05, rtol=0.02):
             raise UserError(
                 f"--model_name: a model of the kind {self.model.config.model_type} changes its logits after its last "
@@ -298,8 +353,6 @@ class Policy(nn.Module):
             UserError: if they do not fit this policy.
         """
         saved, own = check_adapter(folder, "the policy's checkpoint"), self.model.peft_config["default"]
-        if saved["r"] != own.r:
-            raise UserError(f"{folder}: an adapter of rank {saved['r']}, the options ask for {own.r} (see --no_accel)")
         base = saved.get("base_model_name_or_path")
         if base != own.base_model_name_or_path:
             print(f"Warning: {folder} was trained on {base!r}, --model_name is {own.base_model_name_or_path}")
@@ -320,9 +373,24 @@ def _token_logprobs(logits_of: Callable, vocabulary: int, states: torch.Tensor, 
         log_p = logits_of(part).float().log_softmax(dim=-1)
         return log_p.gather(1, chosen[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=1)
 
-    size = max(1, LOGITS_PER_CHUNK // vocabulary)
-    parts = [chunk(states[i : i + size], tokens[i : i + size]) for i in range(0, max(len(states), 1), size)]
+    parts = [chunk(states[part], tokens[part]) for part in _chunks(len(states), vocabulary)]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _state_kl(logits_of: Callable, vocabulary: int, states: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """(m,) KL of the distributions of states (m, hidden) from those of `reference` (m, hidden), in chunks."""
+
+    def chunk(part, other):
+        log_p, log_q = (logits_of(x).float().log_softmax(dim=-1) for x in (part, other))
+        return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+    return torch.cat([chunk(states[part], reference[part]) for part in _chunks(len(states), vocabulary)])
+
+
+def _chunks(n: int, vocabulary: int) -> list[slice]:
+    """Slices of n states whose logits bound memory; one of no states for n = 0."""
+    size = max(1, LOGITS_PER_CHUNK // vocabulary)
+    return [slice(i, i + size) for i in range(0, max(n, 1), size)]
 
 
 def trained_as(folder: str | Path) -> TrainedAs:
@@ -350,6 +418,24 @@ def trained_as(folder: str | Path) -> TrainedAs:
     return found
 
 
+def lora_of(folder: str | Path, option: str) -> tuple[int, float, int]:
+    """Rank and alpha of a saved policy's adapter, and how many layers at the top it adapts (0: all).
+
+    Raises:
+        UserError: if it scales its weights in another way than stage 3's adapters, or adapts other layers.
+    """
+    saved = check_adapter(folder, option)
+    alpha, layers = saved.get("lora_alpha"), saved.get("layers_to_transform")
+    if saved.get("use_rslora") or type(alpha) not in (int, float) or not (math.isfinite(alpha) and alpha > 0):
+        raise UserError(
+            f"{option} {folder}: adapter_config.json: expected an adapter of stage 3, with a positive lora_alpha and "
+            f"without use_rslora, found {str(alpha)[:40]} and {str(saved.get('use_rslora'))[:40]}"
+        )
+    if layers is not None and not (isinstance(layers, list) and layers and all(type(i) is int for i in layers)):
+        raise UserError(f"{option} {folder}: adapter_config.json: layers_to_transform: expected a list of numbers")
+    return saved["r"], alpha, len(layers or ())
+
+
 def load_policy(
     name: str,
     rank: int,
@@ -358,13 +444,14 @@ def load_policy(
     trust_remote_code: bool = False,
     prompt_format: str = "raw",
     option: str = "--model_name",
+    layers: int = 0,
 ) -> Policy:
     """Loads a language model (hub id or folder) as a policy with a new adapter, which does not change its output yet.
 
     Args:
         rank, alpha: of LoRA (Hu et al., 2022). dtype: of the frozen weights; the adapter is float32.
         trust_remote_code: run code that the model brings along. prompt_format: a key of `PROMPT_FORMATS`.
-        option: the option that names it, for error messages.
+        option: the option that names it, for error messages. layers: see `adapt_policy`.
 
     Raises:
         UserError: if the model cannot be loaded, or its tokenizer lacks what the prompt format needs.
@@ -374,12 +461,28 @@ def load_policy(
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = load_pretrained(kind, name, option, trust_remote_code, config=config, dtype=dtype)
     check_vocabulary(tokenizer, model, name, option)
-    return adapt_policy(model, tokenizer, rank, alpha, prompt_format)
+    return adapt_policy(model, tokenizer, rank, alpha, prompt_format, layers)
 
 
-def adapt_policy(model, tokenizer, rank: int, alpha: int, prompt_format: str = "raw") -> Policy:
-    """A policy of a loaded language model with a new LoRA adapter of this rank and alpha."""
+def adapt_policy(model, tokenizer, rank: int, alpha: int, prompt_format: str = "raw", layers: int = 0) -> Policy:
+    """A policy of a loaded language model with a new LoRA adapter of this rank and alpha.
+
+    Args:
+        layers: adapt all linear maps of so many layers at the top; 0: the attention of all layers.
+
+    Raises:
+        UserError: if the model is not Llama-shaped, so that it has no top `layers` (see `Trunk`).
+    """
     config = model.config
+    if layers:
+        linear = re.compile(r"\.layers\.\d+\..*?(\w+)$")
+        names = {found[1] for n, m in model.named_modules() if isinstance(m, nn.Linear) and (found := linear.search(n))}
+        last = config.num_hidden_layers
+        adapter = LoraConfig(
+            r=rank, lora_alpha=alpha, task_type="CAUSAL_LM", target_modules=names or "all-linear",
+            layers_to_transform=list(range(max(last - layers, 0), last)),
+        )  # fmt: skip
+        return Policy(get_peft_model(model, adapter), tokenizer, prompt_format, layers)
     attention = {"q_proj", "v_proj"} if any(n.endswith("q_proj") for n, _ in model.named_modules()) else "all-linear"
     adapter = LoraConfig(
         r=rank,

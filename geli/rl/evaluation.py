@@ -13,14 +13,16 @@ from geli.rl.rollout import distinct, draw_length, draw_uniforms, ended_themselv
 from geli.run.distributed import gather_parts, local_part
 from geli.statistics import mean_interval
 
+LEAST_KL = 0.2  # nats a response
+
 
 class Evaluation(NamedTuple):
     """A policy's responses to n held-out prompts.
 
     Attributes:
-        metrics: `reward` with its 95% interval over conversations (`reward_low`, `reward_high`), `gold`, `kl` in nats a
-            response, `response_words`, `ended_share` of the responses that end with the end token, `empty_share`,
-            `distinct_1`, `distinct_2`.
+        metrics: `reward` with its 95% interval over conversations (`reward_low`, `reward_high`) and its standard
+            deviation over responses (`reward_std`), `gold` and `gold_std`, `kl` in nats a response, `response_words`,
+            `ended_share` of the responses that end with the end token, `empty_share`, `distinct_1`, `distinct_2`.
         texts: (n,) responses in the order of the prompts.
         rewards: (n,) of each; None where no reward was measured.
     """
@@ -37,8 +39,9 @@ class Comparison:
         evaluate: policy -> `Evaluation`. prompts: the held-out prompts.
 
     Attributes:
-        metrics: of the reference `before`, of the tuned policy `after`, their difference in reward `gain`, and of the
-            `human` answers, where measured. texts: responses of `base` and `tuned`.
+        metrics: of the reference `before`, of the tuned policy `after`, their difference in reward `gain` with its
+            `efficiency` (and `gold_efficiency`), and of the `human` answers, where measured.
+        texts: responses of `base` and `tuned`.
     """
 
     def __init__(self, evaluate: Callable, prompts: Sequence[Prompt]):
@@ -63,7 +66,13 @@ class Comparison:
         """Measures the tuned policy, after the reference."""
         self.metrics["after"], self.texts["tuned"], rewards = self.evaluate(policy)
         if rewards:
-            self.metrics["gain"] = reward_with_interval(np.subtract(rewards, self._rewards), self.prompts)
+            before, after = self.metrics["before"], self.metrics["after"]
+            gain = reward_with_interval(np.subtract(rewards, self._rewards), self.prompts)
+            for name in ("reward", "gold"):
+                if name in after:
+                    paid = efficiency(after[name] - before[name], before[f"{name}_std"], after["kl"])
+                    gain["efficiency" if name == "reward" else "gold_efficiency"] = paid
+            self.metrics["gain"] = gain
 
 
 @torch.no_grad()
@@ -99,9 +108,10 @@ def evaluate_policy(
     metrics, rewards = {}, None
     if score:
         rewards = score_together(score, prompts, texts, accelerator).tolist()
-        metrics |= reward_with_interval(rewards, prompts)
+        metrics |= {**reward_with_interval(rewards, prompts), "reward_std": float(np.std(rewards))}
     if gold:
-        metrics["gold"] = gold(prompts, texts).mean().item()
+        found = gold(prompts, texts)
+        metrics |= {"gold": found.mean().item(), "gold_std": found.std(unbiased=False).item()}
     metrics |= {
         "kl": float(np.mean(kls)),
         "response_words": float(np.mean([len(text.split()) for text in texts])),
@@ -116,12 +126,18 @@ def evaluate_policy(
 def _sample(
     policy: Policy, prompts: Sequence[Prompt], uniforms: torch.Tensor, mini_batch_size: int
 ) -> tuple[list[str], list[float], list[bool]]:
-    """A response to each prompt, the log-ratio of its probabilities under policy and reference in nats, and whether it
-    ends with the end token."""
+    """A response to each prompt, the KL of the policy's token distributions from the reference's summed over it, in
+    nats, and whether it ends with the end token."""
     sampled = rollout(policy, prompts, uniforms)
-    found = logprobs_and_values(policy, sampled, mini_batch_size)
-    kl = ((found["logprobs"] - found["ref_logprobs"]) * sampled.mask).sum(dim=1)
+    kl = logprobs_and_values(policy, sampled, mini_batch_size, exact_kl=True)["kl"].sum(dim=1)
     return sampled.texts, kl.tolist(), ended_themselves(sampled, policy.end).tolist()
+
+
+def efficiency(gain: float, std: float, kl: float) -> float | None:
+    """What a policy gained for the KL that it spent: `gain` / (`std` sqrt(2 `kl`)), where `std` is the standard
+    deviation of the reference's rewards. Of all policies with this KL, the best one's is 1 if they are normal (see
+    docs/method.md). None below `LEAST_KL`, where it is a ratio of two small numbers."""
+    return gain / (std * (2 * kl) ** 0.5) if kl >= LEAST_KL and std > 0 else None
 
 
 def reward_with_interval(rewards: Sequence[float], prompts: Sequence[Prompt]) -> dict[str, float | None]:

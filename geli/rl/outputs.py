@@ -10,6 +10,7 @@ import pandas as pd
 from geli.nets.policy import Policy
 from geli.nets.pretrained import recorded_base
 from geli.rl.diagnose import diagnose
+from geli.rl.evaluation import efficiency
 from geli.run.console import progress_bar
 from geli.run.errors import UserError
 from geli.run.files import atomic_path, read_json_or_empty, write_json
@@ -143,6 +144,7 @@ class Recorder:
         Raises:
             UserError: if some of them are not finite.
         """
+        metrics = metrics | self._efficiencies(metrics)
         self.rows.append({"step": step, **metrics})
         self._bar.update()
         self._bar.set_postfix(reward=f"{metrics['score_mean']:.3f}", kl=f"{metrics.get('kl', 0):.2f}", refresh=False)
@@ -158,6 +160,16 @@ class Recorder:
                 self._bar.write(f"Step {step}: {problem}.")
         if step % self.save_every == 0 or step == self.steps or last:
             self._save(step)
+
+    def _efficiencies(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The efficiency of a step (see `geli.rl.evaluation.efficiency`) in reward, and in the gold reward where it is
+        measured. The first step's responses are the reference's."""
+        first, found = self.rows[0] if self.rows else metrics, {}
+        for name, key in {"score": "efficiency", "gold": "gold_efficiency"}.items():
+            if f"{name}_mean" in metrics and f"{name}_std" in first:
+                gain = metrics[f"{name}_mean"] - first[f"{name}_mean"]
+                found[key] = efficiency(gain, first[f"{name}_std"], metrics.get("kl", 0.0))
+        return {key: value for key, value in found.items() if value is not None}
 
     def _save(self, step: int) -> None:
         if self.saves:

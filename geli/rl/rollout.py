@@ -64,18 +64,21 @@ def draw_uniforms(n: int, limit: int, generator: torch.Generator) -> torch.Tenso
     return torch.rand(n, limit, generator=generator, dtype=torch.float64)
 
 
-def rollout(policy: "Policy", prompts: Sequence[Prompt], uniforms: torch.Tensor) -> Rollout:
+def rollout(policy: "Policy", prompts: Sequence[Prompt], uniforms: torch.Tensor, copies: int = 1) -> Rollout:
     """Samples a response to each prompt and cuts it (see `cut_responses`).
 
     Args:
         prompts: n prompts. uniforms: (n, most new tokens), see `draw_uniforms`; row i alone determines response i.
+        copies: how many times in a row each prompt stands in `prompts`, so that it is read once.
     """
 
     def texts_of(tokens) -> list[str]:
         return policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     query, query_mask = policy.tokenize(prompts)
-    response, states = policy.generate(query, query_mask, uniforms, lambda so_far: reached_marker(so_far, texts_of))
+    response, states = policy.generate(
+        query, query_mask, uniforms, lambda so_far: reached_marker(so_far, texts_of), copies
+    )
     kept, texts = cut_responses(response, texts_of, policy.end)
     mask = (torch.arange(int(kept.max()), device=response.device) < kept[:, None].to(response.device)).float()
     width = mask.shape[1]
@@ -150,24 +153,34 @@ def minibatches(policy: "Policy", lengths: np.ndarray, size: int) -> list[np.nda
 
 
 @torch.no_grad()
-def logprobs_and_values(policy: "Policy", rollout: Rollout, mini_batch_size: int) -> dict[str, torch.Tensor]:
+def logprobs_and_values(
+    policy: "Policy", rollout: Rollout, mini_batch_size: int, exact_kl: bool = False
+) -> dict[str, torch.Tensor]:
     """Evaluates the sampled tokens under the policy and under the reference policy.
 
     Returns:
         `logprobs`, `values`, `entropies` of the policy and `ref_logprobs` of the reference: (n, R) float32, in nats
-        (values: normalized rewards), 0 on tokens that are not kept.
+        (values: normalized rewards), 0 on tokens that are not kept; the policy's `states` and the reference's
+        `ref_states` (n, R, hidden); with `exact_kl` also `kl` (n, R), that of the next token's whole distribution from
+        the reference's; and `trunk`, where the policy has one (see `Policy.trunk`).
     """
     columns, parts = defaultdict(list), minibatches(policy, rollout.lengths, mini_batch_size)
     for part in parts:
         inputs = rollout.rows(part)
-        if rollout.states is None:
-            outputs = policy(*inputs)
-        else:
-            outputs = policy.logprobs_from_hidden(rollout.states[part], *inputs[2:])
-        for name, value in zip(("logprobs", "values", "entropies"), outputs, strict=True):
-            columns[name].append(value)
+        trunk = policy.trunk(*inputs)
+        states = policy.states(*inputs, trunk) if rollout.states is None else rollout.states[part]
         with policy.reference():
-            columns["ref_logprobs"].append(policy(*inputs)[0])
+            ref_states = policy.states(*inputs, trunk)
+        outputs = policy.logprobs_from_hidden(states, *inputs[2:])
+        found = dict(zip(("logprobs", "values", "entropies"), outputs, strict=True))
+        found["ref_logprobs"] = policy.logprobs_from_hidden(ref_states, *inputs[2:])[0]
+        if exact_kl:
+            found["kl"] = policy.kl_from_hidden(states, ref_states, inputs[3])
+        if trunk is not None:
+            room = rollout.query.shape[1] + rollout.response.shape[1] - trunk.shape[1]
+            found["trunk"] = torch.nn.functional.pad(trunk, (0, 0, 0, room))
+        for name, value in {**found, "states": states, "ref_states": ref_states}.items():
+            columns[name].append(value)
     places = np.argsort(np.concatenate(parts))
     return {name: torch.cat(values)[places] for name, values in columns.items()}
 

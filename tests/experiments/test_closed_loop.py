@@ -1,9 +1,11 @@
 """The closed loop on a small corpus with small models: it runs, resumes, and its intervals are right."""
 
+import itertools
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import call_script
 from small_models import chat_model
@@ -11,10 +13,10 @@ from small_models import chat_model
 import train_rl_GELI
 from experiments import closed_loop as command
 from experiments import loop as closed_loop
-from experiments.best_of import best_of
-from experiments.loop import PolicyRun, checkpoint_at
+from experiments.best_of import best_of, expected_best
+from experiments.loop import PolicyRun
 from experiments.loop_options import LoopOptions
-from experiments.loop_report import gains, phrases
+from experiments.loop_report import gains, gold_at, phrases, rows
 from tools.hidden_reward import hidden_reward
 
 
@@ -24,12 +26,14 @@ def looped(sample, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("loop")
     chat_model(tiny / "llama", folder / "llama")
     arguments = ["experiments/closed_loop.py", folder / "out", "--data_dir", sample, "--encoder", tiny / "bart"]
-    arguments += ["--policy", folder / "llama", "--seeds", 0, "--steps", 2, "--prompts", 6]
-    arguments += ["--algorithms", "ppo", "best-of-2"]
+    arguments += ["--policy", folder / "llama", "--seeds", 0, "--steps", 2, "--save_steps", 1, "--prompts", 6]
+    arguments += ["--rewards", "GELI", "truth", "--algorithms", "ppo", "distill", "best-of-2"]
 
     def run_here(options, script, *more):
         """Runs a command in this process, with less work."""
-        lighter = {"--epochs": 1, "--train_size": 4, "--steps": 2}
+        lighter = {"--epochs": 1, "--train_size": 4, "--num_generations": 2}
+        if script == "train_rl_GELI.py":
+            more += ("--batch_size", 8)
         words = [lighter.get(before, word) for before, word in zip(("", *more), more, strict=False)]
         commands.append([script, *words])
         call_script(script, *words)
@@ -37,7 +41,6 @@ def looped(sample, tiny, tmp_path_factory):
     commands = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(closed_loop, "run_command", run_here)
-        patch.setattr(closed_loop, "REWARDS", ("GELI", "truth"))
         patch.setenv("WANDB_MODE", "disabled")
         printed = [call_script("experiments/closed_loop.py", *arguments[1:]).stdout for _ in range(2)]
     return folder / "out", printed, commands
@@ -45,22 +48,23 @@ def looped(sample, tiny, tmp_path_factory):
 
 def test_every_reward_is_in_the_table_and_nothing_is_run_twice(looped):
     out, printed, commands = looped
-    assert printed[0].count("policy ") == 4 and "policy " not in printed[1]
+    assert printed[0].count("policy ") == 6 and "policy " not in printed[1]
     table = (out / "closed_loop.csv").read_text().splitlines()
     assert [row.split(",")[:2] for row in table[1:]] == [
-        [r, a] for a in ("ppo", "best-of-2") for r in ("GELI", "truth")
+        [r, a] for a in ("ppo", "distill", "best-of-2") for r in ("GELI", "truth")
     ]
     scripts = [script for script, *_ in commands]
-    assert scripts.count("train_rl_GELI.py") == 2 and scripts.count("tools/plant_truth.py") == 1
-    assert (out / "closed_loop.png").stat().st_size > 5_000
+    assert scripts.count("train_rl_GELI.py") == 4 and scripts.count("tools/plant_truth.py") == 1
+    assert (out / "frontier.png").stat().st_size > 5_000
 
 
 def test_a_result_is_that_of_the_responses(looped):
     out, _, _ = looped
     reference = json.loads((out / "results" / "reference-0.json").read_text())
     found = json.loads((out / "results" / "truth-ppo-0.json").read_text())
-    assert len(found["gold"]) == len(found["texts"]) == len(reference["gold"]) == 6
-    assert found["prompts"] == reference["prompts"]
+    assert [point["step"] for point in found["points"]] == [1, 2]
+    assert found["points"][-1]["gold"] == [hidden_reward(text) for text in found["texts"]]
+    assert found["prompts"] == reference["prompts"] and len(found["texts"]) == len(reference["gold"]) == 6
     assert [row["step"] for row in found["steps"]] == [1, 2]
     first = found["steps"][0]
     assert first["gold_mean"] == pytest.approx(first["score_mean"], abs=1e-4)  # it is trained on the truth
@@ -70,41 +74,73 @@ def test_the_hidden_reward_chooses_the_best_of_n(looped):
     out, _, _ = looped
     samples = [json.loads((out / "samples" / "0" / f"{k}.json").read_text())["texts"] for k in (0, 1)]
     found = json.loads((out / "results" / "truth-best-of-2-0.json").read_text())
-    assert samples[0] != samples[1]
-    assert found["gold"] == [max(map(hidden_reward, both)) for both in zip(*samples, strict=True)]
+    both = [list(map(hidden_reward, texts)) for texts in zip(*samples, strict=True)]
+    assert samples[0] != samples[1] and len(both) == 3
+    one, two = found["points"]
+    assert (one["n"], one["gold"]) == (1, pytest.approx([sum(pair) / 2 for pair in both]))
+    assert (two["n"], two["gold"]) == (2, pytest.approx([max(pair) for pair in both]))
 
 
 def test_best_of_n_by_hand():
-    samples = [
-        {"texts": ["great", "no"], "ended": [True, True]},
-        {"texts": ["awful thing", "no"], "ended": [False, True]},
-    ]
+    samples = [["great", "no"], ["awful thing", "no"]]
     found = best_of(samples, lambda prompts, texts: [len(text) for text in texts], ["a", "b"])
-    assert found["texts"] == ["awful thing", "no"] and found["ended_share"] == 0.5 and found["response_words"] == 1.5
+    assert found["texts"] == ["awful thing", "no"]
     assert found["order"] == pytest.approx(-1)  # the longer text is the colder; the second prompt has no order
-    assert found["kl"] == pytest.approx(math.log(2) - 0.5)
+    assert [point["kl"] for point in found["points"]] == pytest.approx([0, math.log(2) - 0.5])
 
 
-def test_the_checkpoint_closest_to_the_kl_is_chosen():
-    steps = [{"step": i, "kl": float(i)} for i in range(1, 31)]
-    assert checkpoint_at(steps, 12.6) == 11  # steps 12 and 13 have the mean 12.5
-    assert checkpoint_at(steps, 100.0) == 29 and checkpoint_at(steps[:1], 5.0) == 1
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_the_expected_best_is_the_mean_over_all_subsets(n):
+    rng = np.random.default_rng(0)
+    rewards, values = rng.normal(size=(5, 4)), rng.normal(size=(5, 4))
+    subsets = [list(subset) for subset in itertools.combinations(range(5), n)]
+    bests = [values[subset][rewards[subset].argmax(axis=0), range(4)] for subset in subsets]
+    assert expected_best(rewards, values, n) == pytest.approx(np.mean(bests, axis=0))
+
+
+def test_equal_rewards_choose_by_chance():
+    rewards, values = np.array([[1.0], [1.0], [0.0]]), np.array([[2.0], [4.0], [9.0]])
+    assert expected_best(rewards, values, 3) == pytest.approx([3.0])
+    assert expected_best(np.zeros((3, 1)), values, 2) == pytest.approx([5.0])
+
+
+def test_a_gain_at_a_kl_lies_between_the_checkpoints_around_it():
+    reference = {0: {"prompts": ["a/0/1", "b/0/1"], "gold": [0.0, 0.2]}}
+    points = [{"kl": 0.25, "gold": [1.0, 0.2]}, {"kl": 1.0, "gold": [2.0, 0.4]}, {"kl": 0.8, "gold": [9.0, 9.0]}]
+    run = {"algo": "ppo", "seed": 0, "prompts": ["b/0/1", "a/0/1"], "points": points}
+    assert gold_at(run, reference, 0.25) == pytest.approx([1.0, 0.2])
+    assert gold_at(run, reference, 0.0625) == pytest.approx([0.6, 0.1])  # half way in the root
+    assert gold_at(run, reference, 0.5625) == pytest.approx([1.5, 0.3])
+    assert gold_at(run, reference, 1.1) is None
 
 
 def results(*golds, reference=(0.1, 0.2, 0.3)):
     """Results of seeds 0, 1, … with these hidden rewards, and their references."""
     shared = {"reward": "GELI", "algo": "ppo", "prompts": ["a/0/1", "a/1/2", "b/0/1"]}
     shared["texts"] = ["Nice!", "no", "so nice"]
-    runs = [{**shared, "seed": i, "gold": list(gold)} for i, gold in enumerate(golds)]
-    return runs, {i: {"gold": list(reference), "texts": ["no", "no", "so"]} for i in range(len(golds))}
+    runs = [{**shared, "seed": i, "points": [{"kl": 1.0, "gold": list(gold)}]} for i, gold in enumerate(golds)]
+    before = {"prompts": shared["prompts"], "gold": list(reference), "texts": ["no", "no", "so"]}
+    return runs, dict.fromkeys(range(len(golds)), before)
 
 
 def test_gains_are_paired_by_prompt():
-    found = gains(*results((0.2, 0.5, 0.1), (0.1, 0.2, 0.3)))
+    golds = (0.2, 0.5, 0.1), (0.1, 0.2, 0.3)
+    found = gains(*results(*golds), golds)
     assert found.values == pytest.approx([0.2 / 3, 0]) and found.conversations == 2
     # a conversation drawn twice: (0.1 + 0.3) / 2, or -0.2; one each: the mean over prompts
     assert set(found.samples[0].round(6)) == {0.2, -0.2, round(0.2 / 3, 6)} and not found.samples[1].any()
     assert found.interval().value == pytest.approx(0.1 / 3) and found.interval(found) == (0, 0, 0)
+
+
+def test_the_table_pairs_the_seeds_that_both_rewards_have():
+    geli, references = results((0.2, 0.5, 0.1), (0.1, 0.2, 0.3))
+    ge = [{**results((0.1, 0.2, 0.3))[0][0], "reward": "GE", "seed": 1}]
+    first, second = rows(geli + ge, references, 1.0)
+    assert (first["seeds"], second["seeds"], first["KL"]) == (2, 1, 1.0)
+    assert first["gain"] == first["gain at 1 nats"] and first["gain"].startswith("0.033 [")
+    assert second["gain: first reward's less this"].startswith("0.000 [")
+    spread = np.std((0.1, 0.2, 0.3))
+    assert first["efficiency"] == pytest.approx(0.1 / 3 / spread / 2**0.5)
 
 
 def test_words_are_listed_by_the_change_of_their_share():
@@ -119,7 +155,7 @@ def test_the_command_line_has_the_defaults_of_the_options(monkeypatch):
     assert seen == [LoopOptions(Path("out"), "d", "e")]
 
 
-@pytest.mark.parametrize("algo", ["ppo", "rloo", "grpo"])
+@pytest.mark.parametrize("algo", ["ppo", "distill", "rloo", "grpo"])
 def test_stage_3_takes_the_options_of_every_algorithm(algo, tmp_path):
     options = LoopOptions(out=tmp_path, data_dir="", encoder="")
     _, *words = closed_loop.policy_command(options, PolicyRun("random", algo, 0))
@@ -129,6 +165,5 @@ def test_stage_3_takes_the_options_of_every_algorithm(algo, tmp_path):
 def test_every_reward_is_tried_before_the_other_algorithms():
     options = LoopOptions(out=None, data_dir="", encoder="", seeds=(3, 4))
     runs = list(closed_loop.policy_runs(options))
-    assert len(runs) == 24 and runs[0] == PolicyRun("GELI", "ppo", 3) and runs[5] == PolicyRun("GELI", "ppo", 4)
-    assert [run.reward for run in runs[10:15]] == list(closed_loop.REWARDS) and runs[10].algo == "best-of-8"
-    assert runs[15:17] == [PolicyRun("GELI", "rloo", 3), PolicyRun("GELI", "grpo", 3)]
+    assert len(runs) == 30 and runs[0] == PolicyRun("GELI", "ppo", 3) and runs[5] == PolicyRun("GELI", "ppo", 4)
+    assert [run.reward for run in runs[10:15]] == list(options.rewards) and runs[10].algo == "distill"

@@ -19,6 +19,7 @@ from models import (
     gae,
     geli_loss,
     ircr_loss,
+    kl_ahead,
     length_of,
     li_loss,
     llm_loss,
@@ -225,6 +226,13 @@ def test_the_score_is_on_the_last_kept_token_and_kl_on_every_kept_one():
     rewards = token_rewards(torch.tensor([5.0, 7.0]), logprobs, reference, mask, beta=0.1)
     # -0.1 * (0, 1, 0) + (0, 0, 5), and -0.1 * 1 + 7
     assert rewards.tolist() == [[0, pytest.approx(-0.1), 5], [pytest.approx(6.9), 0, 0]]
+
+
+def test_a_token_is_charged_for_the_kl_of_the_states_that_follow_it():
+    mask = torch.tensor([[1.0, 1, 1], [1, 1, 0], [1, 0, 0]])
+    kl = torch.tensor([[0.5, 1, 2], [1, 3, 9], [4, 9, 9]])
+    # to come: (3, 2, 0), (3, 0), (0); their means by place: 2, 1, 0
+    assert kl_ahead(kl, mask).tolist() == [[1, 1, 0], [1, -1, 0], [-2, 0, 0]]
 
 
 def test_gae_by_hand():

@@ -1,5 +1,8 @@
 """The PPO step on a small Llama: what must hold exactly, and that it learns. (Rollouts are in rl/test_rollout.py.)"""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,7 @@ from geli.rl.rollout import cut_responses, draw_uniforms, logprobs_and_values, r
 from geli.run.distributed import make_accelerator
 from geli.run.errors import UserError
 from geli.run.gradients import NotFinite
-from models import PPO, PPOConfig, token_rewards
+from models import PPO, PPO_PRESETS, PPOConfig, leave_one_out, token_rewards
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(model):
         ppo.optimizer.step = lambda ppo=ppo, seen=seen: seen.update(
             gradient=torch.cat([p.grad.flatten() for p in ppo.policy.trainable() if p.grad is not None])
         )
-        ppo._optimizer_step(batch, old, advantages, returns, np.arange(8), 8)
+        ppo._optimizer_step(batch, partial(ppo._losses, batch, old, advantages, returns), np.arange(8), 8)
         gradients.append(seen["gradient"])
     assert gradients[0].abs().sum() > 0
     for other in gradients[1:]:
@@ -85,7 +88,7 @@ def test_what_is_behind_the_cut_has_no_part_in_an_update(model):
                 tokens[mask == 0] = torch.randint(4, 60, (int((mask == 0).sum()),))
         old = logprobs_and_values(ppo.policy, batch, 4)
         before = parameters(ppo)
-        ppo._update(batch, old, batch.mask * 0.5, batch.mask * 0.5, 8)
+        ppo._update(batch, partial(ppo._losses, batch, old, batch.mask * 0.5, batch.mask * 0.5), 8)
         changes.append(parameters(ppo) - before)
     assert changes[0].abs().sum() > 0
     torch.testing.assert_close(*changes, atol=1e-6, rtol=1e-5)
@@ -96,9 +99,111 @@ def test_an_update_makes_what_had_an_advantage_likelier(model):
     batch = sampled(ppo)
     old = logprobs_and_values(ppo.policy, batch, 4)
     advantages = batch.mask * torch.tensor([[1.0], [-1.0]]).repeat(4, 1)
-    ppo._update(batch, old, advantages, batch.mask * 0, 8)
+    ppo._update(batch, partial(ppo._losses, batch, old, advantages, batch.mask * 0), 8)
     change = (logprobs_and_values(ppo.policy, batch._replace(states=None), 4)["logprobs"] - old["logprobs"]).sum(dim=1)
     assert change[0::2].mean() > 0 > change[1::2].mean()
+
+
+def test_adamw_moves_every_parameter_by_the_learning_rate_at_first(model):
+    ppo = make_ppo(model, optimizer="adamw", learning_rate=1e-3, gradient_accumulation_steps=2)
+    before = parameters(ppo)
+    ppo.step(some_prompts())
+    moved = (parameters(ppo) - before).abs()
+    assert 0.9e-3 < moved.median() <= moved.max() < 1.001e-3
+
+
+def test_a_score_is_compared_with_the_others_of_its_group():
+    scores = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
+    assert leave_one_out(scores, 3).tolist() == pytest.approx([1 - 4, 2 - 3.5, 6 - 1.5, 0, 0, 0])
+    assert leave_one_out(scores, 1) is scores
+
+
+def test_a_group_of_responses_is_what_single_prompts_would_give(model):
+    """Each prompt is read once for its group, and the same random numbers choose the same tokens."""
+    alone, grouped = make_ppo(model), make_ppo(model, num_generations=4)
+    repeated = [prompt for prompt in some_prompts(2) for _ in range(4)]
+    (first, texts), (second, others) = alone.step(repeated, update=False), grouped.step(some_prompts(2), update=False)
+    assert texts == others and len(set(texts)) == 8
+    assert second["score_mean"] == first["score_mean"] and second["kl"] == pytest.approx(first["kl"], abs=1e-5)
+
+
+def test_a_human_answer_is_scored_once(model):
+    seen = []
+
+    def score(prompts, texts):
+        seen.extend(texts)
+        return share_of_good_words(prompts, texts)
+
+    ppo, answers = make_ppo(model, score), [prompt.human for prompt in some_prompts()]
+    first, second = (ppo.step(some_prompts(), update=False)[0] for _ in range(2))
+    assert (
+        first["human_score_mean"]
+        == second["human_score_mean"]
+        == pytest.approx(share_of_good_words(None, answers).mean().item())
+    )
+    assert len(seen) == 3 * 8
+    other = make_ppo(model, score)
+    other.load_state_dict(ppo.state_dict())
+    other.step(some_prompts(), update=False)
+    assert len(seen) == 4 * 8
+
+
+def test_without_a_value_loss_the_value_head_stays_at_zero(model):
+    ppo = make_ppo(model, num_generations=4, vf_coef=0.0)
+    with torch.no_grad():
+        [p.zero_() for p in ppo.policy.value_head.parameters()]
+    logged, _ = ppo.step(some_prompts(2))
+    assert logged["value_mean"] == 0 and not any(p.any() for p in ppo.policy.value_head.parameters())
+
+
+def test_with_equal_scores_the_exact_penalty_is_all_that_is_left_in_the_gradient(model):
+    ppo = make_ppo(
+        model, lambda _, texts: torch.zeros(len(texts)), exact_kl=True, vf_coef=0.0, init_kl_coef=0.3,
+        min_new_tokens=1, max_new_tokens=1, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    policy, seen = ppo.policy, {}
+    for p in policy.value_head.parameters():
+        p.data.zero_()
+    query, mask = policy.tokenize(some_prompts())
+    everything = (query, mask, torch.zeros_like(query[:, :1]), torch.ones_like(query[:, :1]))
+    with policy.reference(), torch.no_grad():
+        reference = policy.states(*everything)
+    kl = policy.kl_from_hidden(policy.states(*everything), reference, everything[3]).mean()
+    adapter = [p for name, p in policy.named_parameters() if p.requires_grad and "value_head" not in name]
+    expected = torch.autograd.grad(0.3 * kl, adapter)
+    ppo.optimizer.step = lambda: seen.update(gradients=[p.grad for p in adapter])
+    ppo.optimizer.zero_grad = lambda: None
+    logged, _ = ppo.step(some_prompts())
+    assert logged["kl"] == pytest.approx(kl.item(), rel=1e-5) and kl > 0.05
+    for found, wanted in zip(seen["gradients"], expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_the_ridge_critic_gives_the_values_and_is_restored(model):
+    ppo, other = (make_ppo(model, exact_kl=True, critic="ridge") for _ in range(2))
+    first, second = (ppo.step(some_prompts())[0] for _ in range(2))
+    assert first["value_mean"] == 0 != second["value_mean"]
+    other.load_state_dict(ppo.state_dict())
+    assert torch.equal(other.critic.squares, ppo.critic.squares) and ppo.critic.products.any()
+
+
+def test_with_a_shared_trunk_a_step_is_the_same(model):
+    """The top layers from the trunk's states, against whole passes: the same step to 1e-5."""
+    changes = []
+    for shared in (True, False):
+        torch.manual_seed(0)
+        policy = load_policy(str(model), 4, 8, torch.float32, layers=1)
+        if not shared:
+            policy._trunk = None
+        settings = replace(PPO_PRESETS["small"], batch_size=8, mini_batch_size=3)
+        ppo = PPO(policy, share_of_good_words, settings, make_accelerator("cpu", "float32"), 0)
+        before = parameters(ppo)
+        logged = [ppo.step(some_prompts(2))[0] for _ in range(2)][-1]
+        changes.append((parameters(ppo) - before, logged))
+    (first, logged), (second, other) = changes
+    assert first.abs().max() > 1e-3
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-3)
+    assert logged["kl"] == pytest.approx(other["kl"], rel=1e-4) and logged["kl"] > 0
 
 
 def test_an_update_stops_when_the_policy_has_moved_too_far(model):

@@ -59,12 +59,47 @@ def test_log_probabilities_are_those_of_the_whole_model(policy):
     torch.testing.assert_close(entropies, expected.entropy(), atol=1e-5, rtol=1e-5)
 
 
+def test_the_kl_of_whole_distributions_is_that_of_the_whole_models(policy):
+    query, query_mask = policy.tokenize(PROMPTS)
+    response, mask = responses_of(policy)
+    hidden = policy.states(query, query_mask, response, mask)
+    other = hidden + torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
+    ours, theirs = (torch.distributions.Categorical(logits=policy._logits(states)) for states in (hidden, other))
+    kl = policy.kl_from_hidden(hidden, other, mask)
+    assert kl[1].min() > 1e-3 and (kl[0, 5:] == 0).all()
+    torch.testing.assert_close(kl, torch.distributions.kl_divergence(ours, theirs) * mask, atol=1e-5, rtol=1e-5)
+
+
 def test_logits_in_chunks_are_the_same(policy, monkeypatch):
     inputs = (*policy.tokenize(PROMPTS), *responses_of(policy))
     whole = policy(*inputs)
     monkeypatch.setattr(policy_module, "LOGITS_PER_CHUNK", 3 * policy.model.config.vocab_size)
     for a, b in zip(whole, policy(*inputs), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_the_top_layers_alone_can_be_adapted(tiny):
+    policy = load_policy(str(tiny / "llama"), 4, 8, torch.float32, layers=1)
+    top = policy.model.config.num_hidden_layers - 1
+    names = [name for name, p in policy.model.named_parameters() if p.requires_grad]
+    assert len(names) == 2 * 7 and all(f".layers.{top}." in name for name in names)
+
+
+def test_the_trunk_and_the_top_layers_are_the_whole_pass(tiny):
+    policy = load_policy(str(tiny / "llama"), 4, 8, torch.float32, layers=2)
+    with torch.no_grad():
+        [p.add_(0.1) for p in policy.trainable()]
+    inputs = (*policy.tokenize(PROMPTS), *responses_of(policy))
+    whole, trunk = policy.states(*inputs), policy.trunk(*inputs)
+    torch.testing.assert_close(policy.states(*inputs, trunk), whole, atol=1e-5, rtol=1e-5)
+    with policy.reference():
+        assert (policy.states(*inputs, trunk) - whole).abs().max() > 1e-2
+    assert not trunk.requires_grad
+
+
+def test_models_of_another_shape_have_no_top_layers(tmp_path, tiny):
+    with pytest.raises(UserError, match="--num_layers_unfrozen 9: expected a Llama-shaped model of at least 9 layers"):
+        load_policy(str(tiny / "llama"), 4, 8, torch.float32, layers=9)
 
 
 def test_with_its_adapter_off_the_policy_is_the_base_model(policy, tiny):

@@ -1,0 +1,52 @@
+"""Best-of-n distilled."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from experiments.known_optimum import make_model, prompts, share_of_good_words
+from geli.distill import Distillation, chance_of_best
+from geli.nets.policy import load_policy
+from geli.run.distributed import make_accelerator
+from models import PPO_PRESETS
+
+
+def test_the_chance_of_being_best_by_hand():
+    # of two drawn from two with replacement, the better one is the best in 3 of 4 draws
+    assert chance_of_best(torch.tensor([[0.0, 1.0], [5.0, 5.0]])).tolist() == [[0.5, 1.5], [1, 1]]
+    three = chance_of_best(torch.tensor([[3.0, 1.0, 3.0]]))  # 1: 1/27 of the draws; the others share the rest
+    assert three.tolist()[0] == pytest.approx([13 / 9, 1 / 9, 13 / 9])
+
+
+@pytest.fixture
+def loop(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.manual_seed(0)
+    policy = load_policy(str(make_model(tmp_path / "llama", seed=0)), 4, 8, torch.float32, layers=1)
+    settings = replace(
+        PPO_PRESETS["small"], batch_size=32, num_generations=8, mini_batch_size=32, gradient_accumulation_steps=1,
+        min_new_tokens=8, max_new_tokens=8,
+    )  # fmt: skip
+    return Distillation(policy, share_of_good_words, settings, make_accelerator("cpu", "float32"), 0)
+
+
+def some_prompts(rng_seed):
+    return [p._replace(name=str(i)) for i, p in enumerate(prompts(np.random.default_rng(rng_seed), 4))]
+
+
+def test_it_learns_to_give_what_the_reward_likes(loop):
+    first = loop.step(some_prompts(0))[0]
+    assert first["kl"] == pytest.approx(0, abs=1e-5) and first["effective_share"] == pytest.approx(1, abs=1e-4)
+    rows = [loop.step(some_prompts(i))[0] for i in range(1, 30)]
+    last = rows[-5:]
+    gain = sum(row["score_mean"] for row in last) / 5 - first["score_mean"]
+    assert gain > 0.5 * first["score_std"] and 0.05 < last[-1]["kl"] < 2.1 - 7 / 8
+
+
+def test_with_equal_scores_nothing_is_learned(loop):
+    loop.score = lambda prompts, texts: torch.zeros(len(texts))
+    logged, texts = loop.step(some_prompts(0))
+    assert logged["gradient_norm"] == pytest.approx(0, abs=1e-6) and len(texts) == 32
