@@ -16,15 +16,12 @@ Functions take the group that they need, and tests and benchmarks make groups wi
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from geli.run.errors import program_name
-
-SERVER_URL = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:(?P<port>\d{1,5}))?(/[^\s?#]*)?", re.ASCII)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Types of option values
@@ -97,14 +94,6 @@ def file_name(text: str) -> str:
     return text
 
 
-def server_url(text: str) -> str:
-    """The address of an OpenAI-compatible server, up to `/v1`."""
-    match = SERVER_URL.fullmatch(text)
-    if not match or int(match["port"] or 1) >= 2**16:
-        raise argparse.ArgumentTypeError("an address such as https://host/v1 is expected, without a user or key in it")
-    return text
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Declaring options, and parsing them
 
@@ -146,17 +135,6 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         explained = action.default is None or "default" in (action.help or "")
         return action.help if explained else super()._get_help_string(action)
-
-
-def add_head_options(parser: argparse.ArgumentParser) -> None:
-    """Options of commands that compute the rewards of a saved head: where it and its encoder are, and on what."""
-    parser.add_argument("--lang_model_path", help="encoder of a published head, which records none")
-    parser.add_argument("--output_dir", default=".", help="folder of the runs, for names of reward heads")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="as in training")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as in training")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run code that a model's folder or hub repository brings along"
-    )
 
 
 def new_parser(description: str) -> argparse.ArgumentParser:
