@@ -16,8 +16,9 @@ from geli.report.checks import conversations_seen, warn_of_leaks
 from geli.report.metrics import HeldOut, Metric, metrics
 from geli.reward import GELIReward
 from geli.run.errors import UserError
-from geli.statistics import interval_over_seeds, resample
+from geli.statistics import resample
 from models import RewardHead, head_rewards, predicted_returns
+from tools.seeds import interval_over_seeds
 from tools.tables import Row
 
 
