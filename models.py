@@ -298,26 +298,6 @@ def _relu_stack(*widths: int, normalize: bool = False) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def default_head(hidden: int) -> nn.Sequential:
-    """h-768-128-32-1 with ReLU between the layers."""
-    return _relu_stack(hidden, 768, 128, 32, 1)
-
-
-def hard_shrink_head(hidden: int) -> nn.Sequential:
-    """The default head with a GELU at the end."""
-    return nn.Sequential(*default_head(hidden), nn.GELU())
-
-
-def batch_norm_head(hidden: int) -> nn.Sequential:
-    """The default head with LayerNorm after each hidden layer."""
-    return _relu_stack(hidden, 768, 128, 32, 1, normalize=True)
-
-
-def small_head(hidden: int) -> nn.Sequential:
-    """h-128-32-1 with ReLU between the layers."""
-    return _relu_stack(hidden, 128, 32, 1)
-
-
 def shrink_head(hidden: int) -> nn.Sequential:
     """h-128-1 with dropout 0.2 and ReLU between the layers, tanh at the end.
 
@@ -358,11 +338,6 @@ class RudderCells(nn.Module):
         return torch.stack(outputs, dim=-2)
 
 
-def rudder_head(hidden: int) -> nn.Sequential:
-    """RUDDER: 16 LSTM cells, and a prediction of the return before the first turn and after every turn."""
-    return nn.Sequential(RudderCells(hidden), nn.Linear(16, 1))
-
-
 class Head(NamedTuple):
     """A kind of reward head.
 
@@ -380,15 +355,25 @@ class Head(NamedTuple):
     rewards: Callable[..., torch.Tensor] | None = None
 
 
+_WIDTHS = (768, 128, 32, 1)  # of the default head's layers
 HEADS = {
-    "default": Head(default_head, "h-768-128-32-1, ReLU", selectable=False),
+    "default": Head(lambda hidden: _relu_stack(hidden, *_WIDTHS), "h-768-128-32-1, ReLU", selectable=False),
     "small_model_shrink": Head(shrink_head, "h-128-1, dropout 0.2 and ReLU, tanh at the end"),
-    "small_model": Head(small_head, "h-128-32-1, ReLU"),
-    "batch_norm": Head(batch_norm_head, "the default head with LayerNorm after each hidden layer"),
-    "hard_shrink": Head(hard_shrink_head, "the default head with a GELU at the end"),
+    "small_model": Head(lambda hidden: _relu_stack(hidden, 128, 32, 1), "h-128-32-1, ReLU"),
+    "batch_norm": Head(
+        lambda hidden: _relu_stack(hidden, *_WIDTHS, normalize=True),
+        "the default head with LayerNorm after each hidden layer",
+    ),
+    "hard_shrink": Head(
+        lambda hidden: nn.Sequential(*_relu_stack(hidden, *_WIDTHS), nn.GELU()),
+        "the default head with a GELU at the end",
+    ),
     "published": Head(published_head, "small_model_shrink with dropout 0.2 of the output", selectable=False),
-    "rudder": Head(rudder_head, "16 LSTM cells", selectable=False, rewards=rudder_rewards),
-}
+    "rudder": Head(  # a prediction of the return before the first turn and after every turn
+        lambda hidden: nn.Sequential(RudderCells(hidden), nn.Linear(16, 1)),
+        "16 LSTM cells", selectable=False, rewards=rudder_rewards,
+    ),
+}  # fmt: skip
 
 
 def _chosen_head(options) -> str:
@@ -436,7 +421,7 @@ class RewardHeadConfig:
         """Raises a ValueError for values that no head of this program records."""
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
-            if (type(value) not in get_args(kind)) if get_args(kind) else type(value) is not kind:
+            if type(value) not in (get_args(kind) or (kind,)):
                 raise ValueError(f"{field.name}: expected {getattr(kind, '__name__', kind)}, found {value!r}"[:200])
         allowed = {
             "head": HEADS,
@@ -450,9 +435,7 @@ class RewardHeadConfig:
                 raise ValueError(f"{name}: unknown: {getattr(self, name)!r}"[:200])
         for name in ("hidden", "max_length", "context_turns", "ep_len"):
             value = getattr(self, name)
-            if value == "actual" and name == "ep_len":
-                continue
-            if isinstance(value, str) or not 1 <= value < 1 << 31:
+            if value != "actual" and (isinstance(value, str) or not 1 <= value < 1 << 31):
                 raise ValueError(f"{name}: expected at least 1 and less than 2**31, found {value}"[:200])
         if self.encoder is not None and not (self.encoder.isprintable() and self.encoder):
             raise ValueError(f"encoder: expected a hub id or a folder, found {self.encoder!r}"[:200])

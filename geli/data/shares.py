@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from geli.run.errors import UserError
 
-# share: of the score, in points; those of a trajectory sum to its score. data: `data_utils.fingerprint` of the trajectory
-# that the model read. status, tokens, seconds: how it was found, and what that took; they are not read.
+# share: of the score, in points; those of a trajectory sum to its score. data: `data_utils.fingerprint` of the
+# trajectory that the model read. status, tokens, seconds: how it was found, and what that took; they are not read.
 COLUMNS = ("conversation_id", "flip", "turn_id", "share", "status", "tokens", "seconds", "data")
 
 

@@ -16,6 +16,7 @@ Functions take the group that they need, and tests and benchmarks make groups wi
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,59 +28,28 @@ from geli.run.errors import program_name
 # Types of option values
 
 
-def positive_int(text: str) -> int:
-    """An integer of at least 1."""
-    value = int(text) if text.removeprefix("+").isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is expected, not {text!r}")
-    return value
+def _number(kind: type, expected: str, allowed: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """The type of an option whose value is a number: a function that reads a text, or says what is `expected`."""
+
+    def read(text: str):
+        try:
+            value = kind(text) if kind is float or text.removeprefix("+").isdecimal() else math.nan
+        except ValueError:
+            value = math.nan
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"{expected} is expected, not {text!r}")
+        return value
+
+    return read
 
 
-def non_negative_int(text: str) -> int:
-    """An integer of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"a whole number of at least 0 is expected, not {text!r}")
-    return int(text)
-
-
-def positive_float(text: str) -> float:
-    """A finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"a number above 0 is expected, not {text!r}")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    """A finite number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"a number of at least 0 is expected, not {text!r}")
-    return value
-
-
-def fraction(text: str) -> float:
-    """A number in [0, 1]."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"a number from 0 to 1 is expected, not {text!r}")
-    return value
-
-
-def seed(text: str) -> int:
-    """A seed that Python, NumPy and torch all accept."""
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"a whole number from 0 to 2**32 - 1 is expected, not {text!r}")
-    return int(text)
+positive_int = _number(int, "a whole number of at least 1", lambda value: value >= 1)
+non_negative_int = _number(int, "a whole number of at least 0", lambda value: value >= 0)
+positive_float = _number(float, "a number above 0", lambda value: 0 < value < math.inf)
+non_negative_float = _number(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
+fraction = _number(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+# as Python, NumPy and torch all accept it
+seed = _number(int, "a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
 
 
 def episode_length(text: str) -> int | str:
