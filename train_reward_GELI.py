@@ -139,6 +139,7 @@ import torch
 from geli.data.shares import read_shares
 from geli.heads import (
     STAGE_1_FOLDERS,
+    encoder_of_head,
     encoder_reference,
     find_head,
     load_encoder_of_head,
@@ -236,8 +237,7 @@ def load_saved(options: Options) -> tuple[RewardHead | None, Path | None]:
     else:
         raise UserError("--val without --train evaluates a saved head: name it with --reward_path RUN")
     saved = load_reward_head(path)
-    if options.encoder.lang_model_path and saved.config.encoder is not None:
-        raise UserError(f"--lang_model_path: {path} records its own encoder, {saved.config.encoder}: leave it out")
+    encoder_of_head(saved.config, path, options.encoder.lang_model_path)  # mistakes in it are answered at once
     if training.affect_path and saved.config.stage != 1:
         raise UserError(f"--affect_path {training.affect_path}: expected a stage-1 head, {path} is of stage 2")
     learned = saved.config.reward_class

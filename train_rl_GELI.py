@@ -323,8 +323,7 @@ def main(options: Options) -> None:
     if rl.train and not options.trains:
         print(f"--rf_model base is the reference policy: {'no RL' if rl.sft_steps else 'nothing is trained'}")
     names = OutputNames.of(options.run.output_dir, rl.exp_name, options.policy.model_name, rl.ppo_off)
-    lock = lock_names(arguments, names) if options.run.resume else None
-    started = broadcast_object_list([lock.description if lock else {}])[0]  # of a run that is resumed; else empty
+    lock, started = run_to_resume(arguments, names)
     head_path = find_reward(options, started.get("arguments", {}).get("reward_head")) if options.scores else None
     prompts, held_out, counts = load_prompts(
         options.data, cache=options.run.cache_dir, seed=options.run.seed, val_prompts=rl.val_prompts,
@@ -404,10 +403,15 @@ def check_processes(options: Options, accelerator) -> None:
         )
 
 
-def lock_names(arguments: dict, names: OutputNames) -> RunLock | None:
-    """The lock on the unfinished run that `--resume` continues; None if there is none."""
-    end = "_base.json" if arguments["rf_model"] == BASE else ".json"
-    return lock_to_resume(arguments, names.folder, outputs_of, lambda stem: names.folder / f"{stem}{end}", names.stem)
+def run_to_resume(arguments: dict, names: OutputNames) -> tuple[RunLock | None, dict]:
+    """The lock on the unfinished run that `--resume` continues, which the main process has, and how that run was
+    described when it was started; None and {} if there is none."""
+    lock, end = None, "_base.json" if arguments["rf_model"] == BASE else ".json"
+    if arguments["resume"]:
+        lock = lock_to_resume(
+            arguments, names.folder, outputs_of, lambda stem: names.folder / f"{stem}{end}", names.stem
+        )
+    return lock, broadcast_object_list([lock.description if lock else {}])[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -165,23 +165,31 @@ def find_head(name: str, output_dir: str | Path, folders: str = "*") -> Path:
 # The encoder of a saved head
 
 
-def encoder_of_head(config: RewardHeadConfig, path: str | Path) -> str:
+def encoder_of_head(config: RewardHeadConfig, path: str | Path, named: str | None = None) -> str:
     """The hub id or folder of the encoder that the head at `path` was trained on.
 
-    A published head records none. Its encoder is `lang_model_{run}` beside the head, or else `PUBLISHED_ENCODER` in one
-    of the stage-1 folders beside the head's folder.
+    A published head records none. Its encoder is the one that is `named`, or `lang_model_{run}` beside the head, or else
+    `PUBLISHED_ENCODER` in one of the stage-1 folders beside the head's folder.
+
+    Args:
+        named: `--lang_model_path`.
 
     Raises:
-        UserError: if the encoder of a published head is in neither place; if a hub id is not on this machine.
+        UserError: if one is `named` and the head records its own; if the encoder of a published head is in neither
+            place; if a hub id is not on this machine.
     """
     path = Path(path)
     if config.encoder is not None:
+        if named:
+            raise UserError(
+                f"--lang_model_path {named}: {path} records its own encoder, {config.encoder}: leave it out"
+            )
         if config.encoder_is_folder:
             return os.path.normpath(path.parent / config.encoder)
         return named_by_file(config.encoder, path)
     own = path.parent / f"lang_model_{path.name.removeprefix('reward1_')}"
-    if own.is_dir():
-        return str(own)
+    if named or own.is_dir():
+        return named or str(own)
     found = sorted(path.resolve().parent.parent.glob(f"*reward_function_*/{PUBLISHED_ENCODER}"))
     if len(found) == 1:
         return str(found[0])
@@ -200,30 +208,17 @@ def encoder_reference(encoder: str | Path, head_folder: Path) -> dict:
 
 
 def load_encoder_of_head(
-    config: RewardHeadConfig,
-    path: str | Path,
-    max_length: int,
-    named: str | None,
-    dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
-) -> TurnEncoder:
-    """Loads the encoder that the head at `path` was trained on.
-
-    Args:
-        named: `--lang_model_path`. It is used for a published head, which records no encoder; for others, if it names a
-            different encoder, a message says that it is not used.
+    config: RewardHeadConfig, path: str | Path, max_length: int, named: str | None,
+    dtype: torch.dtype = torch.float32, trust_remote_code: bool = False,
+) -> TurnEncoder:  # fmt: skip
+    """Loads the encoder that the head at `path` was trained on (see `encoder_of_head`).
 
     Raises:
         UserError: if it cannot be loaded or does not fit the head.
     """
-    if named and config.encoder is None:
-        name = named
-    else:
-        name = encoder_of_head(config, path)
-        if named and Path(named).resolve() != Path(name).resolve():
-            print(f"--lang_model_path {named} is not used: {path} was trained on {name}, which is loaded instead")
-        if config.encoder_is_folder and not Path(name).is_dir():  # else it would be looked up on the hub
-            raise UserError(f"{path}: expected the encoder that it was trained on in {name}, found no such folder")
+    name = encoder_of_head(config, path, named)
+    if config.encoder_is_folder and not Path(name).is_dir():  # else it would be looked up on the hub
+        raise UserError(f"{path}: expected the encoder that it was trained on in {name}, found no such folder")
     option = f"the encoder that {path} was trained on,"
     encoder = load_encoder(name, max_length, option, dtype=dtype, trust_remote_code=trust_remote_code)
     if encoder.hidden_size != config.hidden:

@@ -171,7 +171,7 @@ class Scorer:
         key = (config.encoder, where, config.max_length, config.context_turns)
         if key not in self._features:
             encoder = GELIReward.load(
-                path, device=self.accelerator.device.type, lang_model_path=self.named,
+                path, device=self.accelerator.device.type, lang_model_path=None if config.encoder else self.named,
                 dtype="bfloat16" if self.accelerator.mixed_precision == "bf16" else "float32",
                 max_length=config.max_length, trust_remote_code=self.trust_remote_code,
             ).encoder  # fmt: skip
