@@ -168,8 +168,8 @@ def find_head(name: str, output_dir: str | Path, folders: str = "*") -> Path:
 def encoder_of_head(config: RewardHeadConfig, path: str | Path, named: str | None = None) -> str:
     """The hub id or folder of the encoder that the head at `path` was trained on.
 
-    A published head records none. Its encoder is the one that is `named`, or `lang_model_{run}` beside the head, or else
-    `PUBLISHED_ENCODER` in one of the stage-1 folders beside the head's folder.
+    A published head records none. Its encoder is the one that is `named`, or `lang_model_{run}` beside the head, or
+    else `PUBLISHED_ENCODER` in one of the stage-1 folders beside the head's folder.
 
     Args:
         named: `--lang_model_path`.
