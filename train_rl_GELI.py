@@ -352,7 +352,10 @@ def main(options: Options) -> None:
         measured.human(score, gold, accelerator)
     clock.lap("evaluation before")
     if options.trains:
-        recorder = new_recorder(options, policy, tracker, names.folder, stem)
+        recorder = Recorder(
+            policy, tracker, names.folder, stem, steps=rl.steps, algo=rl.algo, save_every=options.run.save_steps,
+            target_kl_response=options.ppo.target, saves=not rl.ppo_off,
+        )  # fmt: skip
         inputs = hash_inputs(prompts, head_path)
         ALGORITHMS[rl.algo].train(policy, score, prompts, recorder, accelerator, options, inputs)
         paths, steps = paths + recorder.finish(), recorder.rows
@@ -362,8 +365,8 @@ def main(options: Options) -> None:
     clock.lap("evaluation after")
     report = PolicyRun(
         stem=names.folder / stem, algo=rl.algo, arguments=arguments, defaults=flat(Options()), counts=counts,
-        reward=reward_name(options, head_path) if options.scores else "not measured", head=head_path,
-        held_out=held_out, metrics=measured.metrics, texts=measured.texts, steps=steps, paths=paths,
+        reward=head_path.name if head_path else options.reward.chosen.name if options.scores else "not measured",
+        head=head_path, held_out=held_out, metrics=measured.metrics, texts=measured.texts, steps=steps, paths=paths,
         seconds=clock.seconds,
     )  # fmt: skip
     finish_policy_run(report, tracker)
@@ -376,20 +379,6 @@ def evaluate(options: Options, score, gold, held_out: list[Prompt], accelerator,
         batch_size=options.ppo.batch_size, mini_batch_size=options.ppo.mini_batch_size,
         min_new_tokens=options.ppo.min_new_tokens, max_new_tokens=options.ppo.max_new_tokens, gold=gold,
     )  # fmt: skip
-
-
-def new_recorder(options: Options, policy: Policy, tracker: Tracker, folder: Path, stem: str) -> Recorder:
-    """What records the training run."""
-    return Recorder(
-        policy, tracker, folder, stem, steps=options.rl.steps, algo=options.rl.algo,
-        save_every=options.run.save_steps, target_kl_response=options.ppo.target,
-        saves=not options.rl.ppo_off,
-    )  # fmt: skip
-
-
-def reward_name(options: Options, head_path: Path | None) -> str:
-    """What the reward is, for reports."""
-    return head_path.name if head_path else options.reward.chosen.name
 
 
 def check_processes(options: Options, accelerator) -> None:
@@ -477,11 +466,16 @@ def start_policy(options: Options, accelerator, names: OutputNames, resumed: boo
     """The policy that the run starts from; the checkpoint that was loaded into it, for an evaluation without training;
     and whether it is the SFT model that a resumed run has made already."""
     source, checkpoint = options.policy.source(options.run.cache_dir), None
-    prompt_format = options.policy.prompt_format or "raw"
+    given = options.policy.prompt_format
+    prompt_format = given or "raw"
     if options.has_tuned_policy and not options.trains:
         checkpoint = newest_checkpoint(names.folder, names.stem)
         source = base_of(checkpoint, names.sft_model) or source
-        prompt_format = check_prompt_format(options.policy.prompt_format, checkpoint)
+        prompt_format = trained_as(checkpoint).prompt_format
+        if given not in (None, prompt_format):
+            raise UserError(
+                f"--prompt_format {given}: {checkpoint} was trained with {prompt_format}: give that, or neither"
+            )
     warmed = bool(resumed and options.rl.sft_steps and names.sft_model.is_dir())
     if warmed:
         source = str(names.sft_model.resolve())
@@ -490,14 +484,6 @@ def start_policy(options: Options, accelerator, names: OutputNames, resumed: boo
     if checkpoint:
         policy.load(checkpoint)
     return policy, checkpoint, warmed
-
-
-def check_prompt_format(given: str | None, checkpoint: Path) -> str:
-    """The prompt format of a checkpoint, which must be the `given` one unless that is None."""
-    recorded = trained_as(checkpoint).prompt_format
-    if given not in (None, recorded):
-        raise UserError(f"--prompt_format {given}: {checkpoint} was trained with {recorded}: give that, or neither")
-    return recorded
 
 
 def make_local_model(options: Options) -> None:

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -61,6 +61,11 @@ def split_key(conversation_id: str) -> str:
 def by_count(reasons: Iterable[str]) -> dict[str, int]:
     """Reason -> how often, the most frequent first."""
     return dict(sorted(Counter(reasons).items(), key=lambda item: (-item[1], item[0])))
+
+
+def listed(dropped: Mapping[str, str]) -> str:
+    """The five most frequent reasons in name -> reason, each with how often."""
+    return "; ".join(f"{reason} ({n})" for reason, n in list(by_count(dropped.values()).items())[:5])
 
 
 def printable(name: str) -> str:
@@ -138,11 +143,7 @@ def _folders(data_dir: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def _nothing_usable(data_dir: Path, dropped: dict[str, str], transcript: str) -> str:
-    if not dropped:
-        found = "found no folder in it"
-    else:
-        examples = "; ".join(f"{reason} ({n})" for reason, n in list(by_count(dropped.values()).items())[:3])
-        found = f"found {len(dropped)} folders, none usable: {examples}"
+    found = f"found {len(dropped)} folders, none usable: {listed(dropped)}" if dropped else "found no folder in it"
     return (
         f"--data_dir {data_dir}: expected <conversation>/transcription/transcript_{transcript}.csv, {SURVEY_FILE} and, "
         f"for faces, {FEATURES_FILE}; {found}; {_HOW_TO_GET_DATA}"

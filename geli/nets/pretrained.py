@@ -186,7 +186,7 @@ def named_by_file(name: str, file: str | Path) -> str:
     Raises:
         UserError: otherwise, with what to do.
     """
-    if _is_folder(name) or name in {alias.hub_id for alias in ENCODERS.values()}:
+    if Path(name).is_dir() or name in {alias.hub_id for alias in ENCODERS.values()}:
         return name
     if not HUB_ID.fullmatch(name) or ".." in name:
         raise UserError(f"{file}: names the model {name[:120]!r}: expected a hub id or an existing folder")
@@ -276,16 +276,9 @@ def check_adapter_weights(model: PeftModel, folder: str | Path) -> dict[str, tor
 # Files
 
 
-def _is_folder(name: str) -> bool:
-    try:
-        return Path(name).is_dir()
-    except ValueError:  # a null character
-        return False
-
-
 def _find(name: str, file: str, local: bool = False) -> str | None:
     """The path of a file in a model's folder or hub repository (fetched unless `local`); None if there is none."""
-    if _is_folder(name):
+    if Path(name).is_dir():
         path = Path(name) / file
         return str(path) if path.is_file() else None
     try:
