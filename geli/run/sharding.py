@@ -61,7 +61,8 @@ def shard(owner: nn.Module, accelerator: Accelerator) -> nn.Module:
     over the processes by the backward pass, and those of whole weights by `sum_gradients`.
 
     All processes must make the same number of forward and backward passes through sharded layers. For that purpose
-    `owner.is_sharded` and `owner.largest` are set, as its class says.
+    `owner.is_sharded` is set, and `owner.largest`, a function that returns the largest of the numbers that the
+    processes call it with (of an owner that is not sharded, the number itself).
 
     Raises:
         UserError: if no layers are found in the model.

@@ -232,14 +232,15 @@ def test_an_encoder_is_placed_with_its_options(tiny, monkeypatch):
     encoder, accelerator = load_encoder(str(tiny / "bart")), SimpleNamespace(device=torch.device("cpu"))
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda module, **options: compiled.append((module, options)) or module)
-    assert place_encoder(encoder, accelerator, tokens_per_batch=200).token_budget() == 200 and not compiled
-    place_encoder(encoder, accelerator, compile=True)
+    placed = place_encoder(encoder, accelerator, EncoderOptions(tokens_per_batch=200))
+    assert placed.token_budget() == 200 and not compiled
+    place_encoder(encoder, accelerator, EncoderOptions(compile=True))
     assert compiled == [(encoder.encoder, {"dynamic": True})]
     pairs = encoder.tokenize([TURN])
     assert torch.equal(encoder.encode(pairs), load_encoder(str(tiny / "bart")).encode(pairs))
     encoder.is_sharded, encoder.largest = True, lambda n: n
     with pytest.raises(UserError, match="--compile does not work on a sharded encoder"):
-        place_encoder(encoder, accelerator, compile=True)
+        place_encoder(encoder, accelerator, EncoderOptions(compile=True))
 
 
 def test_tokens_per_batch_bounds_each_forward_pass(tiny, monkeypatch):
