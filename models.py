@@ -38,38 +38,23 @@ from geli.run.options import episode_length, fraction, non_negative_float, optio
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses of reward training
+#
+# `rewards` (k,) are r_t of some turns of a trajectory, `score` is its R in points, and `length` its L in turns.
 
 
 def predicted_return(rewards: torch.Tensor, length: float) -> torch.Tensor:
-    """The return R_GE of a trajectory, estimated from the rewards of a subset I of its turns: (L/|I|) sum_{t in I} r_t.
-
-    Args:
-        rewards: (k,) r_t of the turns in I. length: L, in turns.
-
-    Returns:
-        () in points.
-    """
+    """() R_GE in points, the return estimated from the rewards of a subset I of the turns: (L/|I|) sum_{t in I} r_t."""
     return length * rewards.mean()
 
 
 def rrd_loss(rewards: torch.Tensor, score: float, length: float) -> torch.Tensor:
-    """Randomized return decomposition (Ren et al., ICLR 2022, eq. 6): squared error of the subset's return estimate.
-
-    Args:
-        rewards: (k,) r_t of a random subset of distinct turns. score: R in points. length: L in turns.
-
-    Returns:
-        () in points squared.
-    """
+    """Randomized return decomposition (Ren et al., ICLR 2022, eq. 6): () squared error of the return that a random
+    subset of distinct turns predicts, in points squared."""
     return (score - predicted_return(rewards, length)) ** 2
 
 
 def li_loss(rewards: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-modal distillation: mean squared error of r_t against the listener's affect f_t.
-
-    Args:
-        rewards: (n,). targets: (n,) in [-1, 1].
-    """
+    """Cross-modal distillation: () mean squared error of r_t (n,) against the listener's affect f_t (n,) in [-1, 1]."""
     return ((rewards - targets) ** 2).mean()
 
 
@@ -80,41 +65,27 @@ def geli_loss(ge: torch.Tensor, li: torch.Tensor, weight: float, ge_scale: float
 
 
 def ircr_loss(rewards: torch.Tensor, score: float, length: float) -> torch.Tensor:
-    """Every turn regresses to its even share R/L of the score (Gangwani et al., NeurIPS 2020).
-
-    Args:
-        rewards: (T,). score: R in points. length: L in turns.
-
-    Returns:
-        () in (points a turn) squared.
-    """
+    """Every turn regresses to its even share R/L of the score (Gangwani et al., NeurIPS 2020): () in (points a turn)
+    squared."""
     return ((rewards - score / length) ** 2).mean()
 
 
 def llm_loss(rewards: torch.Tensor, score: float, length: float, shares: torch.Tensor) -> torch.Tensor:
     """Every turn regresses to the share of the score that a language model gave it (as in Lee et al., Findings of EMNLP
-    2025), and the predicted return to R, to which the shares sum.
+    2025), and the predicted return to R, to which the shares sum: () in (points a turn) squared.
 
     Args:
-        rewards: (k,) r_t of a random subset of distinct turns. score: R in points. length: L in turns.
         shares: (k,) T times the turns' shares, in points: what R would be if all turns were worth as much.
-
-    Returns:
-        () in (points a turn) squared.
     """
     return li_loss(rewards, shares / length) + rrd_loss(rewards, score, length) / length**2
 
 
 def rudder_loss(predictions: torch.Tensor, score: float, length: float) -> torch.Tensor:
     """Squared error of the return predicted after the last turn, plus 0.5 * the mean squared error of all predictions
-    (RUDDER, Arjona-Medina et al., NeurIPS 2019, auxiliary task of section A8).
+    (RUDDER, Arjona-Medina et al., NeurIPS 2019, auxiliary task of section A8): () in points squared.
 
     Args:
-        predictions: (T + 1,) of the return, before the first turn and after every turn. score: R in points. length:
-            not used.
-
-    Returns:
-        () in points squared.
+        predictions: (T + 1,) of the return, before the first turn and after every turn. length: not used.
     """
     errors = (score - predictions) ** 2
     return errors[-1] + 0.5 * errors.mean()
@@ -127,11 +98,8 @@ def rudder_rewards(predictions: torch.Tensor, length: float, n_turns: float) -> 
     out evenly, they are on the scale of the other decompositions: L times their mean is the predicted return g_T.
 
     Args:
-        predictions: (..., t + 1) the first predictions of a trajectory. length: L. n_turns: T, or a tensor that
-            broadcasts with the rewards.
-
-    Returns:
-        (..., t) rewards.
+        predictions: (..., t + 1) the first predictions of a trajectory, for (..., t) rewards. n_turns: T, or a tensor
+            that broadcasts with the rewards.
     """
     return (n_turns * predictions.diff(dim=-1) + predictions[..., :1]) / length
 
@@ -221,12 +189,8 @@ def length_of(ep_len: int | str, n_turns: int) -> float:
 def predicted_returns(
     turns: TurnSet, rewards: np.ndarray, ep_len: int | str, chosen: np.ndarray | None = None
 ) -> np.ndarray:
-    """(n,) returns in points that the turn rewards of n trajectories predict.
-
-    Args:
-        turns: n trajectories with N agent turns. rewards: (N,). ep_len: `--ep_len`.
-        chosen: (N,) bool, the turns to use; None: all.
-    """
+    """(n,) returns in points that the rewards (N,) of n trajectories' turns predict. `chosen`: (N,) bool, the turns to
+    use; None: all."""
     rewards = np.asarray(rewards, dtype=np.float64)
     chosen = np.ones(len(turns), dtype=bool) if chosen is None else chosen
     parts = [turns.turns_of(i) for i in range(len(turns.trajectories))]
@@ -240,10 +204,8 @@ def loss_scales(loss_scale: str, redist_type: str, ep_len: int | str, training: 
         return 1.0, 1.0
     row, turns = DECOMPOSITIONS[redist_type], np.diff(training.offsets)
     lengths = np.array([length_of(ep_len, n) for n in turns])
-    if row.uses_shares:
-        ge_targets = row.target(training.shares, np.repeat(lengths, turns))
-    else:
-        ge_targets = row.target(training.scores, lengths)
+    of_turns = (training.shares, np.repeat(lengths, turns)) if row.uses_shares else (training.scores, lengths)
+    ge_targets = row.target(*of_turns)
     return float(ge_targets.var()) or 1.0, float(training.targets.var()) or 1.0
 
 

@@ -43,7 +43,7 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
         return _load_published_head(path).to(device)
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            config = (file.metadata() or {}).get("config", "")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a handle, not a dict)
     except FileNotFoundError:
         raise UserError(f"{path}: no such reward head") from None
@@ -51,10 +51,10 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
         raise UserError(
             f"{path}: expected a reward head (a safetensors file), found something else ({error})"
         ) from None
-    if f'"{_HEAD_FORMAT}"' not in metadata.get("config", ""):
+    if f'"{_HEAD_FORMAT}"' not in config:
         raise UserError(f"{path}: a safetensors file, but not a reward head: its metadata has no format {_HEAD_FORMAT}")
     try:
-        head = _head_of(json.loads(metadata["config"]), state)
+        head = _head_of(json.loads(config), state)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, RecursionError) as error:
         reason = first_line(error)
         raise UserError(f"{path}: a reward head that does not fit its own configuration ({reason})") from None
@@ -94,21 +94,15 @@ def _load_published_head(path: Path) -> RewardHead:
     except NotPublished as error:
         raise UserError(f"{path}: expected a reward head, refused: {error}") from None
     folder = path.resolve().parent.name
-    parts = folder.split("_baseline_")
-    head = RewardHead(
-        RewardHeadConfig(
-            head="published",
-            hidden=tensors.fc1_weight.shape[1],
-            encoder=None,
-            encoder_is_folder=False,
-            max_length=1024,
-            context_turns=20,
-            stage=1 if "reward_function" in folder else 2,
-            reward_class=next((name for name in QUESTIONS if f"_{name}_" in f"{folder}_"), None),
-            redist_type=next((name for name in DECOMPOSITIONS if parts[-1].startswith(f"{name}_")), None),
-            li=not folder.startswith("baselines_"),
-        )
-    )
+    ending = folder.split("_baseline_")[-1]
+    config = RewardHeadConfig(
+        head="published", hidden=tensors.fc1_weight.shape[1], encoder=None, encoder_is_folder=False, max_length=1024,
+        context_turns=20, stage=1 if "reward_function" in folder else 2,
+        reward_class=next((name for name in QUESTIONS if f"_{name}_" in f"{folder}_"), None),
+        redist_type=next((name for name in DECOMPOSITIONS if ending.startswith(f"{name}_")), None),
+        li=not folder.startswith("baselines_"),
+    )  # fmt: skip
+    head = RewardHead(config)
     names = ("layers.0.weight", "layers.0.bias", "layers.3.weight", "layers.3.bias")
     head.load_state_dict(dict(zip(names, tensors, strict=True)))
     return head.eval()

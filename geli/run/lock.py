@@ -114,21 +114,19 @@ def lock_to_resume(
     arguments: dict, folder: Path, outputs: Callable[[str], re.Pattern], record: Callable[[str], Path], name: str | None
 ) -> RunLock | None:
     """Locks the run that `--resume` resumes: the run `name`, else the newest unfinished one in `folder` that was
-    started with the same options. Prints a line and returns None if there is no such run.
+    started with the same options. If there is none, prints a line; ends the program if the run `name` is finished.
 
     Args:
         arguments: option name -> value. folder: where runs write. outputs: run name -> matches the names of its files.
         record: run name -> the file that exists once the run is finished.
 
     Returns:
-        The lock in the main process, None in the others.
+        The lock in the main process, None in the others and without such a run.
 
     Raises:
         UserError: if the run `name` was started with other options, or is being trained.
-        SystemExit: if it is finished.
     """
-    found = _find_run(arguments, folder, outputs, record, name) if is_main_process() else (None, False)
-    lock, finished = found
+    lock, finished = _find_run(arguments, folder, outputs, record, name) if is_main_process() else (None, False)
     if broadcast_object_list([finished])[0]:
         raise SystemExit(0)
     return lock
