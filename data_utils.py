@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from geli.data.candor import HAPPINESS, NEGATIVE, TRANSCRIPTS, Conversation, Dropped, Turn
-from geli.data.corpus import by_count, listed, printable, read_conversations
+from geli.data.corpus import by_count, common_reasons, printable, read_conversations
 from geli.data.questions import QUESTIONS
 from geli.data.shares import TrajectoryShares
 from geli.nets.prompts import Prompt, context_text, prompt_text
@@ -349,7 +349,7 @@ def read_corpus(
     if not any(trajectories.values()):
         off_scale = corpus.off_scale()
         hint = f". {_said_of_off_scale(reward_class, off_scale[reward_class])}" if reward_class in off_scale else ""
-        reasons = listed(dropped_trajectories) + hint
+        reasons = common_reasons(dropped_trajectories) + hint
         raise UserError(f"--reward_class {reward_class}: no trajectory under {data_dir} can be used: {reasons}")
     return corpus
 
@@ -548,7 +548,9 @@ def load_turns(
         corpus.dropped_trajectories.update(dropped)
     print(corpus.describe())
     if shares is not None and dropped and not trajectories:
-        raise UserError(f"--llm_shares: expected shares of training trajectories, found none to use: {listed(dropped)}")
+        raise UserError(
+            f"--llm_shares: expected shares of training trajectories, found none to use: {common_reasons(dropped)}"
+        )
     training, validation = (
         TurnSet.from_trajectories(part, data.context_turns, signal, trust_remote_code)
         for part in (trajectories, held_out)

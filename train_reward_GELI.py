@@ -318,14 +318,9 @@ def title_of(head: RewardHead) -> str:
 
 
 def train(
-    options: Options,
-    head: RewardHead,
-    features: TurnFeatures,
-    training: TurnSet,
-    validation: TurnSet,
-    tracker: Tracker,
-    paths: list[Path],
-) -> dict:
+    options: Options, head: RewardHead, features: TurnFeatures, training: TurnSet, validation: TurnSet,
+    tracker: Tracker, paths: list[Path],
+) -> dict:  # fmt: skip
     """Trains the head (with `--unfreeze` also the encoder), saves the best by GE loss to `paths` (of the head, of a
     trained encoder), and returns {"steps", "best_epoch", "best_ge_loss"}."""
     encoder = features.encoder
@@ -392,16 +387,9 @@ class GELITraining(Stage):
     """
 
     def __init__(
-        self,
-        head: RewardHead,
-        features: TurnFeatures,
-        training: TurnSet,
-        validation: TurnSet | None,
-        options: GELITrainingOptions,
-        accelerator,
-        seed: int,
-        save: Callable[[], None],
-    ):
+        self, head: RewardHead, features: TurnFeatures, training: TurnSet, validation: TurnSet | None,
+        options: GELITrainingOptions, accelerator, seed: int, save: Callable[[], None],
+    ):  # fmt: skip
         self.head, self.features, self.training, self.validation = head, features, training, validation
         self.options, self.accelerator, self.save = options, accelerator, save
         self.rng = np.random.default_rng(seed)

@@ -134,15 +134,9 @@ def project_name(options: Options) -> str:
 
 
 def train(
-    options: Options,
-    encoder: TurnEncoder,
-    training: TurnSet,
-    validation: TurnSet,
-    tracker: Tracker,
-    paths: list[Path],
-    accelerator,
-    clock: Clock,
-) -> dict:
+    options: Options, encoder: TurnEncoder, training: TurnSet, validation: TurnSet, tracker: Tracker,
+    paths: list[Path], accelerator, clock: Clock,
+) -> dict:  # fmt: skip
     """Trains the encoder and a new head, saves the best by LI loss to `paths` (of the head, of the encoder).
 
     Returns:
@@ -187,16 +181,9 @@ class LITraining(Stage):
     """
 
     def __init__(
-        self,
-        encoder: TurnEncoder,
-        head: RewardHead,
-        training: TurnSet,
-        validation: TurnSet | None,
-        options: LITrainingOptions,
-        accelerator,
-        seed: int,
-        save: Callable[[], None],
-    ):
+        self, encoder: TurnEncoder, head: RewardHead, training: TurnSet, validation: TurnSet | None,
+        options: LITrainingOptions, accelerator, seed: int, save: Callable[[], None],
+    ):  # fmt: skip
         self.encoder, self.head, self.training, self.validation = encoder, head, training, validation
         self.options, self.accelerator, self.save = options, accelerator, save
         self.rng = np.random.default_rng(seed)

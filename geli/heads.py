@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -64,8 +64,7 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
 def _head_of(config: dict, state: dict[str, torch.Tensor]) -> RewardHead:
     """The head with this recorded configuration and these weights. Raises a ValueError, among others, if they do not
     fit; a head that claims to be huge is refused before memory is allocated for it."""
-    known = {field.name for field in fields(RewardHeadConfig)}
-    config = RewardHeadConfig(**{name: value for name, value in config.items() if name in known})
+    config = RewardHeadConfig(**{name: value for name, value in config.items() if name != "format"})
     config.check()
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in RewardHead(config).state_dict().items()}

@@ -178,12 +178,8 @@ def conversation_or_reason(folder: Path, transcript: str) -> Conversation | str:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """The content of a file of UTF-8 text, without its byte order mark.
-
-    Raises:
-        Dropped: if it is not a regular file of at most `MOST_BYTES`, or not UTF-8 text without NUL bytes (`Missing` if
-            there is none).
-    """
+    """The content of a regular file of at most `MOST_BYTES` of UTF-8 text without NUL bytes; its byte order mark is cut
+    off. Raises `Missing` if there is none."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a FIFO blocks, and /dev/zero has no end
@@ -206,12 +202,8 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _read_rows(path: Path) -> list[list[str]]:
-    """The rows of a CSV file, header first.
-
-    Raises:
-        Dropped: if quotes stand elsewhere than around whole cells, or rows differ in length (`Missing` if there is no
-            row).
-    """
+    """The rows of a CSV file, header first, of one length, in which quotes stand around whole cells only. Raises
+    `Missing` if there is no row."""
     csv.field_size_limit(MOST_BYTES)  # a column that is not used may have cells of any length
     reader = csv.reader(io.StringIO(_read_bytes(path).decode(), newline=""), strict=True)
     rows = []
@@ -266,11 +258,7 @@ def _number(cell: str) -> float:
 
 
 def _read_transcript(path: Path) -> tuple[list[Turn], Counter]:
-    """The turns in the order of their ids, with neutral affects, and how many rows were skipped, by reason.
-
-    Raises:
-        Dropped: if there is no turn, or no valid table.
-    """
+    """The turns in the order of their ids, with neutral affects, and how many rows were skipped, by reason."""
     names = ("turn_id", "speaker", "start", "stop", "utterance")
     columns = _read_csv(path, names, ("n_words",), id_column="speaker")
     words = columns.get("n_words") or [""] * len(columns["speaker"])
@@ -306,11 +294,7 @@ _Frames = tuple[np.ndarray, np.ndarray]  # (m,) ascending seconds, (m, 8) face p
 
 
 def _read_faces(path: Path, speakers: tuple[str, str]) -> tuple[dict[str, _Frames], str]:
-    """Speaker -> the frames without an invalid value; and why there is none of either speaker, empty if there is one.
-
-    Raises:
-        Dropped: if there is something in the file that cannot be read.
-    """
+    """Speaker -> the frames without an invalid value; and why neither speaker has one, empty if one has."""
     try:
         users, times, probabilities = _fast_faces(path) or _careful_faces(path, speakers)
     except Missing as reason:
@@ -356,11 +340,7 @@ def _fast_faces(path: Path) -> tuple[pa.Array, pa.Array, np.ndarray] | None:
 
 
 def _careful_faces(path: Path, speakers: Iterable[str] = ()) -> tuple[pa.Array, pa.Array, np.ndarray]:
-    """As `_fast_faces`, of any file that can be read.
-
-    Raises:
-        Dropped: if it cannot.
-    """
+    """As `_fast_faces`, of any file that can be read."""
     columns = _read_csv(path, ("user_id", "timedelta", *_PROBABILITIES), ids=speakers)
     probabilities = np.array([[_number(cell) for cell in columns[name]] for name in _PROBABILITIES]).T
     return pa.array(columns["user_id"], pa.string()), pa.array(columns["timedelta"], pa.string()), probabilities

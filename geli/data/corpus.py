@@ -63,7 +63,7 @@ def by_count(reasons: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(reasons).items(), key=lambda item: (-item[1], item[0])))
 
 
-def listed(dropped: Mapping[str, str]) -> str:
+def common_reasons(dropped: Mapping[str, str]) -> str:
     """The five most frequent reasons in name -> reason, each with how often."""
     return "; ".join(f"{reason} ({n})" for reason, n in list(by_count(dropped.values()).items())[:5])
 
@@ -115,11 +115,7 @@ def _main_module_hidden() -> Iterator[None]:
 
 def _folders(data_dir: Path) -> tuple[list[Path], dict[str, str]]:
     """The conversations' folders in the order of `split_key`, and name -> reason of links to one of them, which are
-    dropped: a conversation that is there twice could be in training and in validation.
-
-    Raises:
-        UserError: if `data_dir` is not a folder.
-    """
+    dropped: a conversation that is there twice could be in training and in validation."""
     try:
         listed = [data_dir / name for name in os.listdir(data_dir) if not name.startswith(".")]
     except OSError as error:
@@ -143,7 +139,9 @@ def _folders(data_dir: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def _nothing_usable(data_dir: Path, dropped: dict[str, str], transcript: str) -> str:
-    found = f"found {len(dropped)} folders, none usable: {listed(dropped)}" if dropped else "found no folder in it"
+    found = (
+        f"found {len(dropped)} folders, none usable: {common_reasons(dropped)}" if dropped else "found no folder in it"
+    )
     return (
         f"--data_dir {data_dir}: expected <conversation>/transcription/transcript_{transcript}.csv, {SURVEY_FILE} and, "
         f"for faces, {FEATURES_FILE}; {found}; {_HOW_TO_GET_DATA}"

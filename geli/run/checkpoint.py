@@ -127,11 +127,7 @@ class Checkpointer:
 
     def done(self, step: int, save: bool = False) -> None:
         """Call after each step. Saves every `every` steps, after the last one, after a signal, or if `save` is set, as
-        it must be when the step wrote a new best model.
-
-        Raises:
-            Stopped: after a signal.
-        """
+        it must be when the step wrote a new best model. After a signal it ends the run (`Stopped`)."""
         self._keep(step)
         number = max(gather_object([self._signal]))
         if step % self.every == 0 or step == self.total or number or save:
@@ -143,14 +139,8 @@ class Checkpointer:
             )
 
     def not_finite(self, what: str, step: int, ids: Sequence[str]) -> None:
-        """Saves the state before `step` and ends the run, because `what` is NaN or infinite.
-
-        Args:
-            ids: names of the items in the batch, written to `not_finite.json`; the message shows three.
-
-        Raises:
-            UserError: always.
-        """
+        """Saves the state before `step` and ends the run by a `UserError`, because `what` is NaN or infinite. The names
+        `ids` of the items in the batch are written to `not_finite.json`; the message shows three."""
         if self.saved != self._good[0]:
             self._save()
         path = self.folder / "not_finite.json"
