@@ -466,15 +466,10 @@ class TurnSet:
         affects[faceless] = NO_FACE
         if li_signal.needs_faces:
             targets[faceless] = np.nan
-        return cls(
-            trajectories=trajectories,
-            offsets=np.concatenate([[0], np.cumsum([len(t.agent_turns) for t in trajectories])]).astype(int),
-            texts=[text for t in trajectories for text in turn_texts(t, context_turns)],
-            affects=affects,
-            targets=targets,
-            labels=reactions.labels,
-            scores=np.array([t.score for t in trajectories]),
-        )
+        offsets = np.concatenate([[0], np.cumsum([len(t.agent_turns) for t in trajectories])]).astype(int)
+        texts = [text for t in trajectories for text in turn_texts(t, context_turns)]
+        scores = np.array([t.score for t in trajectories])
+        return cls(trajectories, offsets, texts, affects, targets, reactions.labels, scores)
 
     def with_shares(self, shares: Mapping[str, TrajectoryShares]) -> "TurnSet":
         """These turns with a language model's shares, which they all must have (see `split_by_shares`)."""

@@ -409,15 +409,10 @@ def head_config(options, encoder, /, **values) -> RewardHeadConfig:
     """The configuration of a head that a stage with these `options` trains on the features of `encoder`; `values` are
     those that only the stage knows."""
     return RewardHeadConfig(
-        hidden=encoder.hidden_size,
-        max_length=encoder.max_length,
-        context_turns=options.data.context_turns,
-        reward_class=options.data.reward_class,
-        li_signal=options.signal.li_signal,
-        sentiment_model=options.signal.sentiment_model,
-        ep_len=options.training.ep_len,
-        **values,
-    )
+        hidden=encoder.hidden_size, max_length=encoder.max_length, context_turns=options.data.context_turns,
+        reward_class=options.data.reward_class, li_signal=options.signal.li_signal,
+        sentiment_model=options.signal.sentiment_model, ep_len=options.training.ep_len, **values,
+    )  # fmt: skip
 
 
 class RewardHead(nn.Module):

@@ -16,11 +16,9 @@ BACKCHANNEL_COLUMNS = "backchannel backchannel_count backchannel_speaker backcha
 
 
 def write_conversation_of_frames(
-    folder: Path,
-    turns: Sequence[tuple[str, float, float, str]],
-    frames: Mapping[str, Sequence[Sequence[float] | None]] | None,
-    answers: Mapping[str, Mapping[str, float]],
-) -> None:
+    folder: Path, turns: Sequence[tuple[str, float, float, str]],
+    frames: Mapping[str, Sequence[Sequence[float] | None]] | None, answers: Mapping[str, Mapping[str, float]],
+) -> None:  # fmt: skip
     """Writes transcripts, faces and survey of one conversation.
 
     Args:

@@ -69,16 +69,9 @@ def file_name(text: str) -> str:
 
 
 def option(
-    default,
-    help: str,
-    *,
-    type: Callable[[str], Any] | None = None,
-    choices: Iterable[str] | None = None,
-    metavar: str | None = None,
-    flag: str | None = None,
-    nargs: str | None = None,
-    exclusive: str | None = None,
-):
+    default, help: str, *, type: Callable[[str], Any] | None = None, choices: Iterable[str] | None = None,
+    metavar: str | None = None, flag: str | None = None, nargs: str | None = None, exclusive: str | None = None,
+):  # fmt: skip
     """A field of an option group.
 
     Args:
