@@ -136,9 +136,8 @@ from geli.run.checkpoint import Checkpointer
 from geli.run.distributed import frozen_dtype, gather_parts, local_part, make_accelerator, seed_everything
 from geli.run.gradients import apply_gradients, decaying_adamw
 from geli.run.lock import reward_run_to_resume
-from geli.run.timing import Clock
 from geli.run.tracking import Tracker
-from geli.run.training import Stage, train_steps
+from geli.run.training import Clock, Stage, train_steps
 from models import contrastive_term, geli_loss, length_of, li_loss, loss_scales, predicted_return, sample_turns
 
 
@@ -373,13 +372,8 @@ class GELITraining(Stage):
 
     Args:
         head: trained in place; its configuration says whether it learns LI. features: of turns; trains the encoder too
-            unless it is frozen.
-        training: turns to train on. validation: turns to choose the best epoch by; None: the last epoch is saved.
-        options: of training. accelerator: `accelerate.Accelerator`. seed: of the order of conversations and of subsets.
-        save: called when the head is the best so far.
-
-    Attributes:
-        steps: optimizer steps. best: {"best_epoch", "best_ge_loss", "steps"}.
+            unless it is frozen. validation: turns to choose the best epoch by; None: the last epoch is saved.
+        seed: of the order of conversations and of subsets. save: called when the head is the best so far.
     """
 
     def __init__(

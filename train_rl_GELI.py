@@ -308,9 +308,8 @@ from geli.run.console import is_main_process
 from geli.run.distributed import make_accelerator, seed_everything
 from geli.run.lock import RunLock, lock_to_resume
 from geli.run.sharding import shard
-from geli.run.timing import Clock
 from geli.run.tracking import Tracker
-from geli.run.training import Stage, train_steps
+from geli.run.training import Clock, Stage, train_steps
 
 
 def main(options: Options) -> None:

@@ -130,14 +130,8 @@ def _window_sums(values: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.n
 
 
 def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversation:
-    """Reads one conversation's folder. Faces may be missing (see `Conversation.no_faces`).
-
-    Args:
-        transcript: one of `TRANSCRIPTS`.
-
-    Raises:
-        Dropped: if something is missing, unreadable or contradictory.
-    """
+    """Reads one conversation's folder, with one of the `TRANSCRIPTS`. Faces may be missing (see
+    `Conversation.no_faces`); raises `Dropped` if anything else is, or if something is unreadable or contradictory."""
     turns, speakers, skipped = read_turns(folder, transcript)
     faces, no_faces = _read_faces(folder / FEATURES_FILE, speakers)
     answers, off_scale, questions = _read_survey(folder / SURVEY_FILE, speakers)
@@ -155,11 +149,8 @@ def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversa
 
 def read_turns(folder: Path, transcript: str = "cliffhanger") -> tuple[list[Turn], tuple[str, str], Counter]:
     """The turns in a conversation's folder, with neutral affects; its speakers, first the one who speaks first; and
-    how many rows of the transcript were skipped, by reason. Faces and survey are not read.
-
-    Raises:
-        Dropped: if the transcript is missing or unreadable, or has not two speakers.
-    """
+    how many rows of the transcript were skipped, by reason. Faces and survey are not read. Raises `Dropped` if the
+    transcript is missing or unreadable, or has not two speakers."""
     if not folder.name.isprintable():  # such an id could neither be printed nor written to every file
         raise Dropped("the folder's name has characters that cannot be printed")
     turns, skipped = _read_transcript(folder / "transcription" / f"transcript_{transcript}.csv")

@@ -14,14 +14,8 @@ class NotFinite(Exception):
 
 
 def decaying_adamw(groups: list[dict], steps: int):
-    """AdamW (Loshchilov & Hutter, 2019) whose learning rates decay linearly to 0.
-
-    Args:
-        groups: parameters and their learning rates, as {"params", "lr"}. steps: of the optimizer until 0.
-
-    Returns:
-        The optimizer and its schedule.
-    """
+    """AdamW (Loshchilov & Hutter, 2019) of `groups` {"params", "lr"}, and the schedule by which their learning rates
+    decay linearly to 0 in `steps`."""
     sharded = any(is_part(p) for group in groups for p in group["params"])
     # foreach cannot mix sharded parameters with whole ones
     optimizer = torch.optim.AdamW(groups, foreach=False if sharded else None)
@@ -30,11 +24,7 @@ def decaying_adamw(groups: list[dict], steps: int):
 
 def apply_gradients(optimizer, accelerator, schedule=None) -> float:
     """Sums gradients over processes, makes an optimizer step (and one of the learning rate's `schedule`), and clears
-    the gradients. Returns the gradient norm.
-
-    Raises:
-        NotFinite: if the norm is not finite; no parameter was changed.
-    """
+    the gradients. Returns the gradient norm. If that is not finite, raises `NotFinite` and changes no parameter."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = sum_gradients(parameters, accelerator)
     if not math.isfinite(norm):

@@ -79,15 +79,8 @@ class RunLock:
 
 
 def lock_new_run(folder: Path, name: str | None = None, or_another: bool = False) -> RunLock:
-    """Locks the name of a new run of stage 1 or 2.
-
-    Args:
-        folder: where the run writes. name: of the run; None: a random one. or_another: use a random name if `name` is
-            taken.
-
-    Raises:
-        UserError: if `name` is taken.
-    """
+    """Locks the `name` of a new run of stage 1 or 2 that writes to `folder`; without one, or if it is taken and
+    `or_another` is set, a random name. Raises a `UserError` if `name` is taken."""
     while True:
         run_name, created, lock = name or new_run_name(folder), True, None
         try:
