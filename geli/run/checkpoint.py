@@ -211,8 +211,9 @@ class Checkpointer:
         saved = checkpoint["optimizer"]
         if saved["state"]:
             set_optimizer_state_dict(self.model, self.optimizer, saved, options=_OPTIMIZER_LOADED)
-            for name, parameter in self._optimizer_names().items():
-                if name not in saved["state"]:  # it was given a zero state
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+                if names[parameter] not in saved["state"]:  # it was given a zero state
                     self.optimizer.state.pop(parameter, None)
         else:
             self.optimizer.load_state_dict(saved)
@@ -221,11 +222,6 @@ class Checkpointer:
                 value.update(checkpoint["values"][name])
             else:
                 value.load_state_dict(checkpoint["values"][name])
-
-    def _optimizer_names(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter, in the optimizer's order."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        return {names[p]: p for group in self.optimizer.param_groups for p in group["params"]}
 
     def _random_states(self) -> dict:
         """The states of all random generators of this process."""
