@@ -6,7 +6,7 @@ the agent, whose turns are the actions. So every turn is an agent turn in exactl
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -105,9 +105,9 @@ class Reactions(NamedTuple):
     labels: np.ndarray
 
 
-def reactions_of_faces(affects: Sequence[int], happy_shares: Sequence[float]) -> Reactions:
+def reactions_of_faces(affects: np.ndarray, happy_shares: np.ndarray) -> Reactions:
     """Reactions from the listener's affects (n,), as indices into `FACES`, and shares (n,) of happy frames."""
-    affects = np.asarray(affects, dtype=int)
+    affects = np.asarray(affects)
     polarity = (affects == HAPPINESS).astype(int) - np.isin(affects, NEGATIVE)
     return Reactions(polarity, np.asarray(happy_shares, dtype=np.float64), affects)
 
@@ -124,7 +124,8 @@ def reactions_of_sentiments(sentiments: np.ndarray) -> Reactions:
 def face_reactions(trajectories: list[Trajectory], *_) -> Reactions:
     """The LI signal of the paper: the listener's face during each agent turn."""
     turns = _agent_turns(trajectories)
-    return reactions_of_faces([turn.affect for turn in turns], [turn.happy_share for turn in turns])
+    affects = np.array([turn.affect for turn in turns], dtype=int)
+    return reactions_of_faces(affects, np.array([turn.happy_share for turn in turns], dtype=np.float64))
 
 
 def sentiment_reactions(
@@ -140,7 +141,7 @@ def sentiment_reactions(
     else:
         sentiments = lexicon_sentiment(texts)
     answered = np.array([bool(text) for text in texts], dtype=bool)  # nobody reacts to a last turn
-    return reactions_of_sentiments(np.where(answered, sentiments, 0.0))
+    return reactions_of_sentiments(np.where(answered, np.asarray(sentiments, dtype=np.float64), 0.0))
 
 
 class LISignal(NamedTuple):
@@ -466,10 +467,15 @@ class TurnSet:
         affects[faceless] = NO_FACE
         if li_signal.needs_faces:
             targets[faceless] = np.nan
-        offsets = np.concatenate([[0], np.cumsum([len(t.agent_turns) for t in trajectories])]).astype(int)
-        texts = [text for t in trajectories for text in turn_texts(t, context_turns)]
-        scores = np.array([t.score for t in trajectories])
-        return cls(trajectories, offsets, texts, affects, targets, reactions.labels, scores)
+        return cls(
+            trajectories=trajectories,
+            offsets=np.concatenate([[0], np.cumsum([len(t.agent_turns) for t in trajectories])]).astype(int),
+            texts=[text for t in trajectories for text in turn_texts(t, context_turns)],
+            affects=affects,
+            targets=targets,
+            labels=reactions.labels,
+            scores=np.array([t.score for t in trajectories]),
+        )
 
     def with_shares(self, shares: Mapping[str, TrajectoryShares]) -> "TurnSet":
         """These turns with a language model's shares, which they all must have (see `split_by_shares`)."""

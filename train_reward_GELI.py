@@ -45,7 +45,9 @@ class GELITrainingOptions(RewardTrainingOptions):
     affect_path: str | None = option(
         None, "stage-1 run (name, or path of reward1_RUN) to start from; adds the LI loss", metavar="RUN"
     )
-    ge_weight: float = option(0.5, "weight of GE; 1 - L is LI's", type=fraction, flag="--lambda", metavar="L")
+    ge_weight: float | None = option(
+        None, "weight of GE; 1 - L is LI's (default: 0.5)", type=fraction, flag="--lambda", metavar="L"
+    )
     loss_scale: str = option(
         "raw",
         "normalized divides each loss by the variance of its own target over the training set",
@@ -114,6 +116,8 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         unused("llm_shares", "is for --redist_type LLM")
     elif not training.llm_shares:
         parser.error(f"--redist_type {training.redist_type} learns from a language model's shares: give --llm_shares")
+    if training.ge_weight is None:
+        options = replace(options, training=replace(training, ge_weight=0.5))
     return options
 
 

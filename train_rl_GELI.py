@@ -351,10 +351,7 @@ def main(options: Options) -> None:
         measured.human(score, gold, accelerator)
     clock.lap("evaluation before")
     if options.trains:
-        recorder = Recorder(
-            policy, tracker, names.folder, stem, steps=rl.steps, algo=rl.algo, save_every=options.run.save_steps,
-            target_kl_response=options.ppo.target, saves=not rl.ppo_off,
-        )  # fmt: skip
+        recorder = new_recorder(options, policy, tracker, names.folder, stem)
         inputs = hash_inputs(prompts, head_path)
         ALGORITHMS[rl.algo].train(policy, score, prompts, recorder, accelerator, options, inputs)
         paths, steps = paths + recorder.finish(), recorder.rows
@@ -364,8 +361,8 @@ def main(options: Options) -> None:
     clock.lap("evaluation after")
     report = PolicyRun(
         stem=names.folder / stem, algo=rl.algo, arguments=arguments, defaults=flat(Options()), counts=counts,
-        reward=head_path.name if head_path else options.reward.chosen.name if options.scores else "not measured",
-        head=head_path, held_out=held_out, metrics=measured.metrics, texts=measured.texts, steps=steps, paths=paths,
+        reward=reward_name(options, head_path) if options.scores else "not measured", head=head_path,
+        held_out=held_out, metrics=measured.metrics, texts=measured.texts, steps=steps, paths=paths,
         seconds=clock.seconds,
     )  # fmt: skip
     finish_policy_run(report, tracker)
@@ -378,6 +375,20 @@ def evaluate(options: Options, score, gold, held_out: list[Prompt], accelerator,
         batch_size=options.ppo.batch_size, mini_batch_size=options.ppo.mini_batch_size,
         min_new_tokens=options.ppo.min_new_tokens, max_new_tokens=options.ppo.max_new_tokens, gold=gold,
     )  # fmt: skip
+
+
+def new_recorder(options: Options, policy: Policy, tracker: Tracker, folder: Path, stem: str) -> Recorder:
+    """What records the training run."""
+    return Recorder(
+        policy, tracker, folder, stem, steps=options.rl.steps, algo=options.rl.algo,
+        save_every=options.run.save_steps, target_kl_response=options.ppo.target,
+        saves=not options.rl.ppo_off,
+    )  # fmt: skip
+
+
+def reward_name(options: Options, head_path: Path | None) -> str:
+    """What the reward is, for reports."""
+    return head_path.name if head_path else options.reward.chosen.name
 
 
 def check_processes(options: Options, accelerator) -> None:

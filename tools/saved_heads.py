@@ -13,7 +13,7 @@ from data_utils import Corpus, DataOptions, Trajectory, TurnSet, read_corpus, sp
 from geli.heads import find_head, load_reward_head
 from geli.nets.features import TurnFeatures
 from geli.report.checks import conversations_seen, warn_of_leaks
-from geli.report.metrics import HeldOut, Metric, metrics, spearman
+from geli.report.metrics import HeldOut, Metric, metrics
 from geli.reward import GELIReward
 from geli.run.errors import UserError
 from geli.statistics import resample
@@ -190,7 +190,7 @@ def compare(evaluation: Evaluation, predictions: dict[str, list[Predictions]]) -
         predictions: label of a setting -> predictions of its heads.
     """
     turns = TurnSet.from_trajectories(evaluation.validation, 1)
-    data, truth = HeldOut.from_turns(turns), evaluation.truth and truth_of(turns, evaluation.truth)
+    data = HeldOut.from_turns(turns, evaluation.truth and truth_of(turns, evaluation.truth))
     scores = evaluation.training_scores
     constants = {"mean": float(scores.mean()), "mode": float(pd.Series(scores).mode()[0])}
     for name, value in constants.items():
@@ -199,20 +199,12 @@ def compare(evaluation: Evaluation, predictions: dict[str, list[Predictions]]) -
     weights = resample(data.conversations, evaluation.repetitions, evaluation.seed)
     rows, first = [], {}
     for label, heads in predictions.items():
-        of_heads = [_metrics(data, head, constants["mean"], truth) for head in heads]
+        of_heads = [metrics(data, *head, constants["mean"]) for head in heads]
         for name in of_heads[0]:
             measured = _measure([of_head[name] for of_head in of_heads], weights)
             first.setdefault(name, measured)
             rows.append(_row(label, name, measured, first[name], data.conversations))
     return rows
-
-
-def _metrics(data: HeldOut, head: Predictions, baseline: float, truth: np.ndarray | None) -> dict[str, Metric]:
-    """The metrics of a head, with `truth_correlation`, Spearman's of turn rewards and hidden rewards (N,), if known."""
-    found = metrics(data, *head, baseline)
-    if truth is not None:
-        found["truth_correlation"] = spearman(head.rewards.astype(np.float64), truth, data.of_turn)
-    return found
 
 
 class _Measured(NamedTuple):

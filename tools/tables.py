@@ -6,22 +6,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from geli.report import metrics
-from geli.report.metrics import Column, cell
+from geli.report.metrics import COLUMNS, cell
 from geli.run.console import format_table
 from geli.run.files import atomic_path, write_json
 from geli.statistics import Estimate
-
-COLUMNS = {
-    **metrics.COLUMNS,
-    "truth_correlation": Column("ρ truth", "rank correlation of turn reward and hidden reward"),
-}
-LATEX = {  # names with the better direction
-    "ge_loss": r"$\mathcal{L}_{GE}\downarrow$", "ge_share": r"of mean's $\downarrow$",
-    "delta_li": r"$\Delta\hat{r}_{LI}\uparrow$", "roc_auc": r"ROC AUC $\uparrow$",
-    "average_precision": r"AP $\uparrow$", "return_correlation": r"$\rho_R\uparrow$",
-    "truth_correlation": r"$\rho_{r^*}\uparrow$",
-}  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -75,7 +63,7 @@ def markdown(lines: list[dict[str, str]]) -> str:
 def latex(rows: list[Row], caption: str) -> str:
     """A booktabs table in the form of the paper's Table 1: rewards by metric, the better direction at each metric."""
     frame = pd.DataFrame(wide(rows)).set_index("reward")
-    names = {column.name: LATEX[metric] for metric, column in COLUMNS.items()}
+    names = {column.name: column.latex for column in COLUMNS.values()}
     frame = frame.rename(columns=names).rename(index=_escape).rename_axis(index=None)
     styled = frame.style.to_latex(hrules=True, column_format="l" + "r" * frame.shape[1])
     return f"% {caption}\n{styled}"

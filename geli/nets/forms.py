@@ -22,6 +22,8 @@ _MARKUP = (
         r"<\|start_header_id\|>(?P<role>\w+)<\|end_header_id\|>\n\n(?P<content>.*?)(?:<\|eot_id\|>|\Z)", re.DOTALL
     ),
 )
+_FIRST_TOKEN = re.compile(r"<[^<>\s]+>")  # as <s>, which tokenizers put before a text
+_END_TOKEN = re.compile(r"<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>|<end_of_turn>|<eos>|</s>")
 
 
 def read_messages(messages: Sequence[Message]) -> Turns:
@@ -78,11 +80,11 @@ def read_prompt(prompt: Prompt | str | Sequence[Message], context_turns: int) ->
         return prompt
     if not isinstance(prompt, str):
         return prompt_of_turns(read_messages(prompt), context_turns)
-    context = published_context(prompt)
+    context = _published_context(prompt)
     if context is not None:
         turns = _published_turns(context)
         return prompt_of_turns(turns, context_turns)._replace(text=prompt, context=context)
-    turns = template_turns(prompt)
+    turns = _template_turns(prompt)
     if turns is None:
         return prompt_of_turns([(False, prompt.strip())], context_turns)
     return prompt_of_turns(turns[:-1] if turns[-1:] == [(True, "")] else turns, context_turns)
@@ -95,7 +97,32 @@ def read_completion(completion: str | Sequence[Message]) -> str:
     return " ".join(utterance for is_agent, utterance in read_messages(completion) if is_agent)
 
 
-def published_context(text: str) -> str | None:
+def split_query(query: str, prompt: str | None = None) -> tuple[str | list[Message], str]:
+    """The prompt and the response that a query of OpenRLHF consists of.
+
+    Args:
+        query: the prompt and the response as one text, with special tokens.
+        prompt: the prompt alone; without it (or if the query does not begin with it, because it was cut), the query
+            must be in the published form or written by a chat template that `read_prompt` knows.
+
+    Raises:
+        UserError: if it cannot be told where the response begins.
+    """
+    first = _FIRST_TOKEN.match(query)
+    for text in (query, query[first.end() :]) if first else (query,):
+        if prompt is not None and text.startswith(prompt):
+            return prompt, _END_TOKEN.split(text[len(prompt) :], maxsplit=1)[0]
+    turns = _template_turns(query)
+    if turns and turns[-1][0]:
+        messages = [{"role": "assistant" if is_agent else "user", "content": text} for is_agent, text in turns]
+        return messages[:-1], messages[-1]["content"]
+    before, marker, response = query.rpartition(" AI:")
+    if marker and _published_context(before + marker) is not None:
+        return before + marker, _END_TOKEN.split(response, maxsplit=1)[0]
+    raise UserError("it is not seen where the response begins: send the prompts, too, with which the queries begin")
+
+
+def _published_context(text: str) -> str | None:
     """The state in a prompt of the published form; None for another form."""
     text = text.rstrip()
     if not text.endswith(" AI:"):
@@ -113,7 +140,7 @@ def _published_turns(context: str) -> Turns:
     return [(name == "AI", text.strip()) for name, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def template_turns(text: str) -> Turns | None:
+def _template_turns(text: str) -> Turns | None:
     """The turns in a text that a chat template wrote, the last of them perhaps empty; None for another form."""
     for markup in _MARKUP:
         found = [(match["role"], match["content"].strip()) for match in markup.finditer(text)]

@@ -163,7 +163,7 @@ def check_vocabulary(tokenizer, model, name: str, option: str) -> None:
 def named_by_file(name: str, file: str | Path) -> str:
     """`name`, the id or folder of a model that `file` names. Raises a `UserError` unless it is on this machine, or one
     of `ENCODERS`: the content of a file never starts a download."""
-    if Path(name).is_dir() or name in {alias.hub_id for alias in ENCODERS.values()}:
+    if _is_folder(name) or name in {alias.hub_id for alias in ENCODERS.values()}:
         return name
     if not HUB_ID.fullmatch(name) or ".." in name:
         raise UserError(f"{file}: names the model {name[:120]!r}: expected a hub id or an existing folder")
@@ -250,9 +250,16 @@ def check_adapter_weights(model: PeftModel, folder: str | Path) -> dict[str, tor
 # Files
 
 
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except ValueError:  # a null character
+        return False
+
+
 def _find(name: str, file: str, local: bool = False) -> str | None:
     """The path of a file in a model's folder or hub repository (fetched unless `local`); None if there is none."""
-    if Path(name).is_dir():
+    if _is_folder(name):
         path = Path(name) / file
         return str(path) if path.is_file() else None
     try:

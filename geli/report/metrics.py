@@ -28,6 +28,7 @@ class HeldOut:
         conversations: C. of_turn: (N,) the conversation of each turn. of_trajectory: (n,) that of each trajectory.
         happy, others: (N,) bool, whether the listener was happy, and whether not; both are False without faces.
         scores: (n,) R in points.
+        truth: (N,) hidden rewards; None where they are not known.
     """
 
     conversations: int
@@ -36,16 +37,17 @@ class HeldOut:
     happy: np.ndarray
     others: np.ndarray
     scores: np.ndarray
+    truth: np.ndarray | None = None
 
     @classmethod
-    def from_turns(cls, turns: TurnSet):
+    def from_turns(cls, turns: TurnSet, truth: np.ndarray | None = None):
         """What the turns of some trajectories are measured against."""
         places: dict[str, int] = {}
         of_trajectory = np.array([places.setdefault(t.conversation.id, len(places)) for t in turns.trajectories])
         of_turn = np.repeat(of_trajectory, np.diff(turns.offsets))
         happy = turns.affects == HAPPINESS
         others = ~happy & (turns.affects != NO_FACE)
-        return cls(len(places), of_turn, of_trajectory, happy, others, turns.scores)
+        return cls(len(places), of_turn, of_trajectory, happy, others, turns.scores, truth)
 
 
 def metrics(data: HeldOut, rewards: np.ndarray, returns: np.ndarray, baseline: float) -> dict[str, Metric]:
@@ -58,14 +60,15 @@ def metrics(data: HeldOut, rewards: np.ndarray, returns: np.ndarray, baseline: f
     Returns:
         `ge_loss`: mean of (R - return)², points². `ge_share`: as a share of the baseline's. `delta_li`: mean reward of
         turns with a happy listener less that of the others (the paper's Δr_LI). `roc_auc`, `average_precision`: of
-        happy listeners. `return_correlation`: Spearman's, of returns and R.
+        happy listeners. `return_correlation`: Spearman's, of returns and R. `truth_correlation`: Spearman's, of turn
+        rewards and hidden rewards; absent without truth.
     """
     rewards, returns = np.asarray(rewards, dtype=np.float64), np.asarray(returns, dtype=np.float64)
     errors, constant = (_Sums(data, (data.scores - value) ** 2, data.of_trajectory) for value in (returns, baseline))
     happy, others = (_Sums(data, rewards, data.of_turn, chosen) for chosen in (data.happy, data.others))
     seen = data.happy | data.others
     judged = data.happy[seen], rewards[seen], data.of_turn[seen]
-    return {
+    found = {
         "ge_loss": errors.mean,
         "ge_share": lambda weights: _divide(errors.mean(weights), constant.mean(weights)),
         "delta_li": lambda weights: happy.mean(weights) - others.mean(weights),
@@ -73,6 +76,9 @@ def metrics(data: HeldOut, rewards: np.ndarray, returns: np.ndarray, baseline: f
         "average_precision": average_precision(*judged),
         "return_correlation": spearman(returns, data.scores, data.of_trajectory),
     }
+    if data.truth is not None:
+        found["truth_correlation"] = spearman(rewards, data.truth, data.of_turn)
+    return found
 
 
 def estimates(
@@ -193,20 +199,28 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 class Column(NamedTuple):
-    """How a metric is shown: name, what it is, decimals."""
+    """How a metric is shown: name, name in LaTeX with the better direction, what it is, decimals."""
 
     name: str
+    latex: str
     meaning: str
     decimals: int = 3
 
 
 COLUMNS = {
-    "ge_loss": Column("L_GE", "L_GE: squared error of the predicted return, points²", 1),
-    "ge_share": Column("of mean's", "L_GE as a share of the mean baseline's"),
-    "delta_li": Column("Δr_LI", "Δr_LI: reward of turns with a happy listener less that of the others"),
-    "roc_auc": Column("ROC AUC", "area under the ROC curve: happy listeners by reward"),
-    "average_precision": Column("AP", "average precision: happy listeners by reward"),
-    "return_correlation": Column("ρ return", "rank correlation of predicted return and score"),
+    "ge_loss": Column(
+        "L_GE", r"$\mathcal{L}_{GE}\downarrow$", "L_GE: squared error of the predicted return, points²", 1
+    ),
+    "ge_share": Column("of mean's", r"of mean's $\downarrow$", "L_GE as a share of the mean baseline's"),
+    "delta_li": Column(
+        "Δr_LI", r"$\Delta\hat{r}_{LI}\uparrow$", "Δr_LI: reward of turns with a happy listener less that of the others"
+    ),
+    "roc_auc": Column("ROC AUC", r"ROC AUC $\uparrow$", "area under the ROC curve: happy listeners by reward"),
+    "average_precision": Column("AP", r"AP $\uparrow$", "average precision: happy listeners by reward"),
+    "return_correlation": Column("ρ return", r"$\rho_R\uparrow$", "rank correlation of predicted return and score"),
+    "truth_correlation": Column(
+        "ρ truth", r"$\rho_{r^*}\uparrow$", "rank correlation of turn reward and hidden reward"
+    ),
 }
 
 

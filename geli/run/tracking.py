@@ -142,12 +142,15 @@ def _init(project: str, folder: Path, arguments: dict, name: str | None, mode: s
     """A wandb run with settings that send nothing but what is logged; offline if the server cannot be reached."""
     import wandb
 
-    # console: responses are printed, and conversations must not leave the machine. meta: command line, paths, host and
-    # user name. init_timeout: seconds; after that the run is offline.
     settings = wandb.Settings(
-        console="off", disable_git=True, save_code=False, x_save_requirements=False, x_disable_meta=True, silent=True,
-        init_timeout=30,
-    )  # fmt: skip
+        console="off",  # responses are printed, and conversations must not leave the machine
+        disable_git=True,
+        save_code=False,
+        x_save_requirements=False,
+        x_disable_meta=True,  # command line, paths, host and user name
+        silent=True,
+        init_timeout=30,  # seconds; after that the run is offline
+    )
     config = {key: _without_folders(value) for key, value in arguments.items()}
     call = dict(project=project, name=name, dir=str(folder.parent), config=config, settings=settings)
     if resumed_id:
