@@ -57,11 +57,8 @@ class Trajectory:
 
 
 def make_trajectory(conversation: Conversation, flip: bool, reward_class: str) -> Trajectory:
-    """The trajectory whose user is the transcript's first speaker (flip: the other one).
-
-    Raises:
-        Dropped: if the user did not answer `reward_class`.
-    """
+    """The trajectory whose user is the transcript's first speaker (flip: the other one). Raises `Dropped` if the user
+    did not answer `reward_class`."""
     user, agent = conversation.speakers[::-1] if flip else conversation.speakers
     answers = conversation.answers.get(user)
     if answers is None:
@@ -167,15 +164,11 @@ LI_SIGNALS = {
 
 
 def li_targets(reactions: Reactions, reaction_type: str = "class", negative_affect: str = "zero") -> np.ndarray:
-    """The targets f_t of the LI loss, by which a turn's reward follows the user's reaction.
+    """(n,) float32 f_t in [-1, 1], the targets of the LI loss, by which a turn's reward follows the user's reaction.
 
     Args:
-        reactions: to n turns.
         reaction_type: `class`: 1 if pleased, else 0; `mean`: how pleased (of faces, the share of happy frames).
         negative_affect: `negative`: -1 if displeased; `zero`: no difference for displeased reactions.
-
-    Returns:
-        (n,) float32 targets in [-1, 1].
     """
     targets = reactions.strength if reaction_type == "mean" else reactions.polarity == 1
     if negative_affect == "negative":
@@ -592,10 +585,7 @@ def load_prompts(
     data: DataOptions, *, cache: Path | None, seed: int, val_prompts: int, needs_training: bool, needs_held_out: bool
 ) -> tuple[list[Prompt], list[Prompt], dict[str, int]]:
     """Training prompts, at most `val_prompts` held-out prompts (drawn by `seed`), and the counts of what was read.
-
-    Raises:
-        UserError: if there are no prompts of a kind that is needed.
-    """
+    Raises a `UserError` if there are no prompts of a kind that is needed."""
     corpus = read_corpus(data.data_dir, data.reward_class, data.transcript, cache)
     print(corpus.describe())
     parts = split(corpus, data.train_size or len(corpus.conversations))

@@ -123,15 +123,8 @@ def is_finished(path: Path) -> bool:
 
 
 def find_head(name: str, output_dir: str | Path, folders: str = "*") -> Path:
-    """The file of a head.
-
-    Args:
-        name: the path of the file, the name of a run in a folder of `output_dir` that matches `folders`, or a folder
-            with one head in it.
-
-    Raises:
-        UserError: if there is none, or several runs have that name.
-    """
+    """The file of a head. `name` is its path, the name of a run in a folder of `output_dir` that matches `folders`, or
+    a folder with one head in it. Raises a `UserError` if there is none, or several runs have that name."""
     path = Path(name)
     if path.is_file():
         return path
@@ -204,11 +197,7 @@ def load_encoder_of_head(
     config: RewardHeadConfig, path: str | Path, max_length: int, named: str | None,
     dtype: torch.dtype = torch.float32, trust_remote_code: bool = False,
 ) -> TurnEncoder:  # fmt: skip
-    """Loads the encoder that the head at `path` was trained on (see `encoder_of_head`).
-
-    Raises:
-        UserError: if it cannot be loaded or does not fit the head.
-    """
+    """Loads the encoder that the head at `path` was trained on (see `encoder_of_head`), which must fit the head."""
     name = encoder_of_head(config, path, named)
     if config.encoder_is_folder and not Path(name).is_dir():  # else it would be looked up on the hub
         raise UserError(f"{path}: expected the encoder that it was trained on in {name}, found no such folder")

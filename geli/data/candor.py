@@ -142,19 +142,9 @@ def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversa
     for i, listener in enumerate(speakers[::-1]):
         rows = np.flatnonzero(who == i)
         affect[rows], share[rows] = affect_of_turns(start[rows], stop[rows], n_words[rows], *faces[listener])
-    return Conversation(
-        id=folder.name,
-        speakers=speakers,
-        turns=tuple(
-            turn._replace(affect=face, happy_share=happy)
-            for turn, face, happy in zip(turns, affect.tolist(), share.tolist(), strict=True)
-        ),
-        answers=answers,
-        questions=questions,
-        skipped_turns=skipped,
-        off_scale=off_scale,
-        no_faces=no_faces,
-    )
+    seen = zip(turns, affect.tolist(), share.tolist(), strict=True)
+    turns = tuple(turn._replace(affect=face, happy_share=happy) for turn, face, happy in seen)
+    return Conversation(folder.name, speakers, turns, answers, questions, skipped, off_scale, no_faces)
 
 
 def read_turns(folder: Path, transcript: str = "cliffhanger") -> tuple[list[Turn], tuple[str, str], Counter]:

@@ -29,16 +29,11 @@ _HOW_TO_GET_DATA = (
 def read_conversations(
     data_dir: str | Path, transcript: str = "cliffhanger", cache: str | Path | None = None
 ) -> tuple[list[Conversation], dict[str, str]]:
-    """Reads every conversation folder in `data_dir`.
+    """The conversations in the folders in `data_dir`, in the order of `split_key`, and folder name -> reason of those
+    dropped. Raises a `UserError` if `data_dir` is not a folder, or has no usable conversation.
 
     Args:
         transcript: one of `candor.TRANSCRIPTS`. cache: folder of a `ConversationCache`; None for no cache.
-
-    Returns:
-        The conversations in the order of `split_key`, at least one; and folder name -> reason of those dropped.
-
-    Raises:
-        UserError: if `data_dir` is not a folder, or has no usable conversation.
     """
     data_dir = Path(data_dir)
     folders, dropped = _folders(data_dir)

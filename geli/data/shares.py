@@ -24,11 +24,7 @@ class TrajectoryShares(NamedTuple):
 
 
 def read_shares(path: str | Path) -> dict[str, TrajectoryShares]:
-    """`conversation/flip` -> its shares.
-
-    Raises:
-        UserError: if the file is missing, or is not a table of `COLUMNS` with a number in each `share`.
-    """
+    """`conversation/flip` -> its shares, of a file with these `COLUMNS` and a number in each `share`."""
     found: dict[str, TrajectoryShares] = {}
     try:
         with open(path, encoding="utf-8", newline="") as file:

@@ -28,9 +28,8 @@ def write_conversation_of_frames(
             lost (empty cells). None: nothing is known of faces, and their file is not written.
         answers: user id -> question of `QUESTIONS` -> answer; questions left out are empty cells.
 
-    Raises:
-        ValueError: for anything but eight probabilities, a question that CANDOR does not have, or an answer out of the
-            question's range.
+    Raises a ValueError for anything but eight probabilities, a question that CANDOR does not have, or an answer out of
+    the question's range.
     """
     _check(frames or {}, answers)
     (folder / "transcription").mkdir(parents=True, exist_ok=True)

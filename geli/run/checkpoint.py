@@ -69,12 +69,9 @@ class Checkpointer:
         self._good: tuple[int, dict | None, dict | None] = (0, None, None)  # step, random states, copy of the state
 
     def restore(self) -> int:
-        """Restores the newest readable checkpoint. Returns its step, 0 if there is none.
-
-        Raises:
-            UserError: if the inputs or the number of processes differ from those of the checkpoint, if it does not fit
-                the run, or if the processes see different checkpoints.
-        """
+        """Restores the newest readable checkpoint. Returns its step, 0 if there is none. Raises a `UserError` if the
+        inputs or the number of processes differ from the checkpoint's, if it does not fit the run, or if the processes
+        see different ones."""
         step = self._restore()
         if len(set(gather_object([step]))) > 1:
             raise UserError(

@@ -46,18 +46,14 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], accelerator: Acceler
     parameters = list(parameters)
     sharded, whole = ([p for p in parameters if is_part(p) == kind] for kind in (True, False))
     if accelerator.num_processes > 1:
-        _sum_whole_gradients(whole, accelerator)
+        for p in whole:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        flat = torch.cat([p.grad.flatten().to(accelerator.device) for p in whole])  # one message instead of many
+        total = accelerator.reduce(flat, "sum")
+        for p, gradient in zip(whole, total.split([p.numel() for p in whole]), strict=True):
+            p.grad.copy_(gradient.view_as(p))
     squared = torch.nn.utils.get_total_norm([p.grad for p in whole if p.grad is not None]).cpu().double() ** 2
     if sharded:
         mine = torch.nn.utils.get_total_norm([p.grad.to_local() for p in sharded]) ** 2
         squared += accelerator.reduce(mine, "sum").cpu().double()
     return squared.sqrt().item()
-
-
-def _sum_whole_gradients(parameters: list, accelerator: Accelerator) -> None:
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    flat = torch.cat([p.grad.flatten().to(accelerator.device) for p in parameters])  # one message instead of many
-    total = accelerator.reduce(flat, "sum")
-    for p, gradient in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
-        p.grad.copy_(gradient.view_as(p))

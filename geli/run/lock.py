@@ -35,9 +35,7 @@ class RunLock:
     Attributes:
         folder: `state_{name}/`. description: the content of `run.json` if the run is resumed, else empty.
 
-    Raises:
-        FileExistsError: if the run exists and `resume` is not set.
-        UserError: if another process is training the run.
+    Raises a FileExistsError if the run exists and `resume` is not set, a `UserError` if another process trains it.
     """
 
     def __init__(self, folder: Path, name: str, outputs: re.Pattern, resume: bool = False):
@@ -114,10 +112,8 @@ def lock_to_resume(
         record: run name -> the file that exists once the run is finished.
 
     Returns:
-        The lock in the main process, None in the others and without such a run.
-
-    Raises:
-        UserError: if the run `name` was started with other options, or is being trained.
+        The lock in the main process, None in the others and without such a run. Raises a `UserError` if the run `name`
+        was started with other options, or is being trained.
     """
     lock, finished = _find_run(arguments, folder, outputs, record, name) if is_main_process() else (None, False)
     if broadcast_object_list([finished])[0]:

@@ -55,10 +55,8 @@ def train_steps(
 
     Args:
         stage: does a step. steps: the run's last step; the first is 1. description: of the progress bar; empty: no bar.
-        checkpointer: saves and restores; None: the run cannot be resumed. tracker: gets what is logged; None: nobody.
-
-    Raises:
-        UserError: if a step fails; the message says which checkpoint was kept.
+        checkpointer: saves and restores, and says which checkpoint was kept if a step fails; None: the run cannot be
+            resumed. tracker: gets what is logged; None: nobody.
     """
     first = checkpointer.restore() if checkpointer else 0
     bar = progress_bar(
