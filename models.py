@@ -432,11 +432,8 @@ class RewardHead(nn.Module):
     @torch.no_grad()
     def init_constant(self, value: float) -> None:
         """Makes an untrained head predict `value` everywhere (or the closest that its last activation can give), by
-        zero weights and a fitting bias in its last linear layer.
-
-        A random initialisation differs more between turns than training at stage 1's learning rate changes, and much
-        of the training would go into shifting the mean.
-        """
+        zero weights and a fitting bias in its last linear layer. A random initialisation differs more between turns
+        than training at stage 1's learning rate changes, and much of it would go into shifting the mean."""
         last, ending = self.layers[self._last], self.layers[self._last + 1 :]
         nn.init.zeros_(last.weight)
         if not any(isinstance(layer, (nn.Tanh, nn.GELU)) for layer in ending):
@@ -460,11 +457,7 @@ class RewardHead(nn.Module):
 
     def rewards(self, outputs: torch.Tensor, n_turns) -> torch.Tensor:
         """Rewards (..., t) of a trajectory's first t turns from the head's outputs, of which a sequential head has one
-        more.
-
-        Args:
-            n_turns: T of the trajectory, or a tensor that broadcasts with the rewards.
-        """
+        more. `n_turns`: T of the trajectory, or a tensor that broadcasts with the rewards."""
         of_outputs = HEADS[self.config.head].rewards
         length = n_turns if self.config.ep_len == "actual" else float(self.config.ep_len)
         return of_outputs(outputs, length, n_turns) if of_outputs else outputs

@@ -73,11 +73,8 @@ class TurnEncoder(nn.Module):
 
     def token_budget(self, gradients: bool = False) -> int:
         """Padded tokens to encode at once: `tokens_per_batch`, or what fits into a part of the memory that the machine,
-        or the container, has.
-
-        It does not depend on what else is in memory, so that results do not either, and has an upper limit above which
-        larger batches are no faster.
-        """
+        or the container, has. It does not depend on what else is in memory, so that results do not either, and has an
+        upper limit above which larger batches are no faster."""
         if self.tokens_per_batch:
             return self.tokens_per_batch
         layer = 4 * 24 * self.hidden_size  # bytes a token: one layer's activations, with a feed-forward 4 times as wide

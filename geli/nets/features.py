@@ -36,11 +36,8 @@ def weights_digest(tensors: dict[str, torch.Tensor], label: str = "") -> str:
 
 
 def encoder_fingerprint(encoder: TurnEncoder, numerics: str) -> str:
-    """A hash of all that features depend on besides the tokens: weights, architecture, adapter, library versions.
-
-    Args:
-        numerics: device and type of the forward pass.
-    """
+    """A hash of all that features depend on besides the tokens: weights, architecture, adapter, library versions, and
+    `numerics`, the device and type of the forward pass."""
     adapters = getattr(encoder.model, "peft_config", {})
     label = (
         numerics,
@@ -132,11 +129,8 @@ def encode_together(
     encoder: TurnEncoder, pairs: Sequence[TokenPair], accelerator: Accelerator,
     encode: Callable[[Sequence[TokenPair]], torch.Tensor] | None = None, progress: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """(n, hidden) features of n pairs, of which each process encodes its part.
-
-    Args:
-        encode: pairs -> features, if not `encoder.encode`. progress: description of a progress bar.
-    """
+    """(n, hidden) features of n pairs, of which each process encodes its part: by `encode`, a function of pairs, or else
+    by `encoder.encode` with a progress bar that says `progress`."""
     mine = local_part(pairs, accelerator)
     features = encode(mine) if encode else encoder.encode(mine, accelerator.autocast, progress=progress)
     if accelerator.num_processes == 1:
@@ -164,12 +158,8 @@ class TurnFeatures:
             self._cache = FeatureCache(cache_dir / "features", fingerprint, encoder.hidden_size)
 
     def prepare(self, texts: Sequence[tuple[str, str]], rated_texts: Sequence[tuple[str, str]] | None = None) -> None:
-        """Tokenizes the training turns and, if the encoder is frozen, encodes them.
-
-        Args:
-            texts: (context, response) of N turns.
-            rated_texts: the same N turns with the user's answer to the survey appended, if training shows it.
-        """
+        """Tokenizes the training turns (context, response) and, if the encoder is frozen, encodes them. `rated_texts`:
+        the same turns with the user's answer to the survey appended, if training shows it."""
         self._pairs = [self.encoder.tokenize(part) for part in (texts, rated_texts) if part is not None]
         if self.frozen:
             self._features = [self._encode(pairs, "training") for pairs in self._pairs]
@@ -196,10 +186,8 @@ class TurnFeatures:
         return torch.stack([torch.zeros(()), *(self.training(none, none, 1).sum() for _ in range(n))]).sum()
 
     def held_out(self, texts: Sequence[tuple[str, str]]) -> torch.Tensor:
-        """(N, hidden) features of held-out turns (context, response).
-
-        The texts that were given last are not tokenized again, nor encoded again while the encoder is frozen.
-        """
+        """(N, hidden) features of held-out turns (context, response). The texts that were given last are not tokenized
+        again, nor encoded again while the encoder is frozen."""
         known, pairs, features = self._held_out
         if texts != known:
             pairs, features = self.encoder.tokenize(texts), None

@@ -97,11 +97,8 @@ def returns(true: np.ndarray, predicted: np.ndarray, path: Path) -> list[Path]:
 
 
 def affects(table, path: Path) -> list[Path]:
-    """The distribution of predicted rewards by the listener's affect, as boxes; returns the paths of a PNG and a PDF.
-
-    Args:
-        table: as in `val_turn_rewards_{run}.csv`.
-    """
+    """The distribution of predicted rewards by the listener's affect, as boxes, of the `table` of `turn_rewards`;
+    returns the paths of a PNG and a PDF."""
     groups = {name: table["reward"][table["affect"] == name].to_numpy() for name in AFFECT_COLORS}
     groups = {name: rewards for name, rewards in groups.items() if len(rewards)}
     figure, [[axis]] = new_figure(1, 1, 5.4, 0.9 + 0.42 * len(groups))
@@ -125,11 +122,7 @@ LEARNING = {  # title of a panel -> training and validation metric, as logged
 
 
 def learning(rows: list[dict], path: Path) -> list[Path]:
-    """Losses of stage 1 or 2 by step; returns the paths of a PNG and a PDF.
-
-    Args:
-        rows: what was logged, each with `step`.
-    """
+    """Losses of stage 1 or 2 by `step`, from the `rows` that were logged; returns the paths of a PNG and a PDF."""
     shown = {title: names for title, names in LEARNING.items() if any(names[0] in row for row in rows)}
     figure, axes = new_figure(1, len(shown), 3.1 * len(shown), 3)
     for axis, (title, (training, validation)) in zip(axes[0], shown.items(), strict=True):
@@ -152,12 +145,8 @@ def learning(rows: list[dict], path: Path) -> list[Path]:
 
 def ppo(steps, path: Path) -> list[Path]:
     """How a policy changed in training: reward, KL, one against the other, length and diversity; returns the paths of a
-    PNG and a PDF.
-
-    Args:
-        steps: table with the columns step and score_mean, and optionally human_score_mean, kl, response_length_mean and
-            distinct_2.
-    """
+    PNG and a PDF. `steps`: a table with the columns step and score_mean, and optionally human_score_mean, kl,
+    response_length_mean and distinct_2."""
     rows = 2 if "kl" in steps else 1
     figure, axes = new_figure(rows, 2, 9, 3 * rows)
     score, *free = axes.flat

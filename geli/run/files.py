@@ -25,8 +25,11 @@ def temporary_name(path: Path) -> Path:
 @contextmanager
 def atomic_path(path: str | Path, every_process: bool = False) -> Iterator[Path]:
     """Yields a temporary path to write to. On success the file is flushed to disk and renamed to `path`; on failure it
-    is removed. In a run of several processes only the main process' file is kept, unless `every_process` is set. Raises
-    a `UserError` if it cannot be written, as on a full disk."""
+    is removed. In a run of several processes only the main process' file is kept, unless `every_process` is set.
+
+    Raises:
+        UserError: if it cannot be written, as on a full disk.
+    """
     path = Path(path)
     temporary = temporary_name(path)
     try:
