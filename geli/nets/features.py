@@ -129,8 +129,8 @@ def encode_together(
     encoder: TurnEncoder, pairs: Sequence[TokenPair], accelerator: Accelerator,
     encode: Callable[[Sequence[TokenPair]], torch.Tensor] | None = None, progress: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """(n, hidden) features of n pairs, of which each process encodes its part: by `encode`, a function of pairs, or else
-    by `encoder.encode` with a progress bar that says `progress`."""
+    """(n, hidden) features of n pairs, of which each process encodes its part: by `encode`, a function of pairs, or by
+    `encoder.encode` with a progress bar that says `progress`."""
     mine = local_part(pairs, accelerator)
     features = encode(mine) if encode else encoder.encode(mine, accelerator.autocast, progress=progress)
     if accelerator.num_processes == 1:
