@@ -4,8 +4,9 @@
 
 Work: 24 prompts, one PPO epoch, minibatches of 8, float32, LoRA (r=16, query and value projections). A Llama of 6
 layers x 256 with 48 new tokens: (a) prompts of 96 tokens and a vocabulary of 4,000, (b) of 512 and 32,000. (c) An
-untrained model of SmolLM2's shape, prompts of 300 tokens in the mean, 80 new tokens. Both score by the same small
-network. TRL runs in a virtual environment of its own, which this script makes (`trl_ppo.py`). The two do their steps
+untrained model of SmolLM2's shape, prompts of 300 tokens in the mean, 80 new tokens. All score by the same small
+network. Ours is measured twice: with TRL's adapter, and with one in the top third of the layers alone, over a shared
+trunk (`--num_layers_unfrozen`). TRL runs in a virtual environment of its own, which this script makes (`trl_ppo.py`). They do their steps
 alternately, or in (c), for which TRL needs 22 GiB, one after the other. Prints medians of seconds a step, peaks of
 memory above what a process held before it built its models, their ratios, and where our time goes.
 """
@@ -47,14 +48,16 @@ TRL = "TRL 1.12.0"
 TRL_PACKAGES = ["trl==1.12.0", "transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0"]
 
 
-def work(shape: Shape) -> None:
-    """Does PPO steps of this repository."""
+def work(shape: Shape, top_third: bool) -> None:
+    """Does PPO steps of this repository, with an adapter in the top third of the layers alone or in all."""
     seed_everything(0)
     meter = Meter()
     with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(llama_config(shape.vocabulary, **shape.model)).save_pretrained(folder)
+        config = llama_config(shape.vocabulary, **shape.model)
+        LlamaForCausalLM(config).save_pretrained(folder)
         tokenizer_of(shape.vocabulary).save_pretrained(folder)
-        policy = load_policy(folder, RANK, ALPHA, torch.float32)
+        layers = config.num_hidden_layers // 3 if top_third else 0
+        policy = load_policy(folder, RANK, ALPHA, torch.float32, layers=layers)
     scorer = scorer_of(shape.vocabulary)
 
     def score(prompts, responses):
@@ -112,8 +115,8 @@ class Worker:
 
 def compare(
     commands: dict[str, list[str]], steps: int, alternately: bool
-) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Median seconds a step and peak MiB of each command, and seconds of our phases. The commands do their steps
+) -> tuple[dict[str, float], dict[str, float], dict[str, dict]]:
+    """Median seconds a step, peak MiB, and seconds of the phases of each command. The commands do their steps
     alternately, or one command after the other."""
     found = {name: [] for name in commands}
     for names in [list(commands)] if alternately else [[name] for name in commands]:
@@ -126,8 +129,11 @@ def compare(
             worker.process.wait()
     seconds = {name: statistics.median(row["seconds"] for row in rows[1:]) for name, rows in found.items()}
     phases = {
-        name.removeprefix("seconds_"): statistics.median(row[name] for row in found["ours"][1:])
-        for name in found["ours"][0] if name.startswith("seconds_")
+        name: {
+            phase.removeprefix("seconds_"): statistics.median(row[phase] for row in rows[1:])
+            for phase in rows[0] if phase.startswith("seconds_")
+        }
+        for name, rows in found.items()
     }  # fmt: skip
     return seconds, {name: max(row["peak MiB"] for row in rows) for name, rows in found.items()}, phases
 
@@ -139,25 +145,29 @@ def main() -> None:
     parser.add_argument("--venv", type=Path, default=ROOT / "benchmarks" / ".venv-trl", help="TRL's environment")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="which work")
     parser.add_argument("--worker", choices=SHAPES, help=argparse.SUPPRESS)
+    parser.add_argument("--top_third", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(SHAPES[args.worker])
+        work(SHAPES[args.worker], args.top_third)
         return
     trl = [make_venv(args.venv), str(Path(__file__).resolve().with_name("trl_ppo.py"))]
     ours = [sys.executable, str(Path(__file__).resolve()), "--worker"]
     print(f"Medians of {args.steps} steps")
     for shape in args.shapes:
-        seconds, peaks, phases = compare(
-            {TRL: [*trl, shape], "ours": [*ours, shape]}, args.steps, SHAPES[shape].alternately
-        )
+        commands = {TRL: [*trl, shape], "ours": [*ours, shape], "top third": [*ours, shape, "--top_third"]}
+        seconds, peaks, phases = compare(commands, args.steps, SHAPES[shape].alternately)
         print(
             f"\n({shape}) {SHAPES[shape].name}, {SHAPES[shape].new_tokens} new, vocabulary {SHAPES[shape].vocabulary:,}"
         )
-        for name in seconds:
-            print(f"  {name:10}  {seconds[name]:7.2f} s a step  {peaks[name]:7.0f} MiB at most")
-        faster, memory = seconds[TRL] / seconds["ours"], peaks["ours"] / peaks[TRL]
-        print(f"  phases of ours: {', '.join(f'{name} {value:.2f} s' for name, value in phases.items())}")
-        print(f"  ours is {faster:.2f} times faster, and takes {memory:.2f} of the memory", flush=True)
+        print(f"  {TRL:10}  {seconds[TRL]:7.2f} s a step  {peaks[TRL]:7.0f} MiB at most")
+        for name in list(commands)[1:]:
+            faster, memory = seconds[TRL] / seconds[name], peaks[name] / peaks[TRL]
+            parts = ", ".join(f"{phase} {value:.2f} s" for phase, value in phases[name].items())
+            print(
+                f"  {name:10}  {seconds[name]:7.2f} s a step  {peaks[name]:7.0f} MiB at most: {faster:.2f} times faster, "
+                f"{memory:.2f} of the memory; {parts}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
