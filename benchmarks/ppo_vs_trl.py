@@ -6,9 +6,9 @@ Work: 24 prompts, one PPO epoch, minibatches of 8, float32, LoRA (r=16, query an
 layers x 256 with 48 new tokens: (a) prompts of 96 tokens and a vocabulary of 4,000, (b) of 512 and 32,000. (c) An
 untrained model of SmolLM2's shape, prompts of 300 tokens in the mean, 80 new tokens. All score by the same small
 network. Ours is measured twice: with TRL's adapter, and with one in the top third of the layers alone, over a shared
-trunk (`--num_layers_unfrozen`). TRL runs in a virtual environment of its own, which this script makes (`trl_ppo.py`). They do their steps
-alternately, or in (c), for which TRL needs 22 GiB, one after the other. Prints medians of seconds a step, peaks of
-memory above what a process held before it built its models, their ratios, and where our time goes.
+trunk (`--num_layers_unfrozen`). TRL runs in a virtual environment of its own, which this script makes (`trl_ppo.py`).
+They do their steps alternately, or in (c), for which TRL needs 22 GiB, one after the other. Prints medians of seconds a
+step, peaks of memory above what a process held before it built its models, their ratios, and where our time goes.
 """
 
 import argparse
@@ -164,8 +164,8 @@ def main() -> None:
             faster, memory = seconds[TRL] / seconds[name], peaks[name] / peaks[TRL]
             parts = ", ".join(f"{phase} {value:.2f} s" for phase, value in phases[name].items())
             print(
-                f"  {name:10}  {seconds[name]:7.2f} s a step  {peaks[name]:7.0f} MiB at most: {faster:.2f} times faster, "
-                f"{memory:.2f} of the memory; {parts}",
+                f"  {name:10}  {seconds[name]:7.2f} s a step  {peaks[name]:7.0f} MiB at most: {faster:.2f} times "
+                f"faster, {memory:.2f} of the memory; {parts}",
                 flush=True,
             )
 
