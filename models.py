@@ -842,11 +842,13 @@ class PPO:
 
     def _score_human_answers(self, prompts: Sequence[Prompt]) -> float:
         """The mean score of the human answers, of which each is scored once in a run."""
-        new = local_part([p for p in prompts if p.name not in self.human_scores], self.accelerator)
-        scores = self.score(new, [prompt.human for prompt in new]).tolist() if new else []
-        names = gather_parts([prompt.name for prompt in new], self.accelerator)
-        self.human_scores |= zip(names, gather_parts(scores, self.accelerator), strict=True)
-        return float(np.mean([self.human_scores[prompt.name] for prompt in prompts]))
+        answers = {prompt.name or prompt.text: prompt for prompt in prompts}
+        new = local_part([key for key in answers if key not in self.human_scores], self.accelerator)
+        scored = [answers[key] for key in new]
+        scores = self.score(scored, [prompt.human for prompt in scored]).tolist() if new else []
+        found = zip(gather_parts(new, self.accelerator), gather_parts(scores, self.accelerator), strict=True)
+        self.human_scores.update(found)
+        return float(np.mean([self.human_scores[prompt.name or prompt.text] for prompt in prompts]))
 
     def _update(self, batch: Rollout, losses: Callable, n: int) -> dict[str, float]:
         """PPO epochs over the batch. Stops early when the policy has moved too far, unless told not to.
