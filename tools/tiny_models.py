@@ -8,7 +8,7 @@ experiments of many seeds. They never see the validation conversations.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,7 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("data_dir", help="folder with one folder a conversation, in CANDOR's layout")
     parser.add_argument("out", help="folder to write bart/ and llama/ to")
     parser.add_argument("--only", choices=(*BUILT, "policy"), help="train one of them (default: bart and llama)")
-    parser.add_argument("--steps", type=positive_int, help="training steps of each (default: 400; of policy 700)")
+    parser.add_argument("--steps", type=positive_int, help="training steps of each (default: 400; of policy 600)")
     parser.add_argument("--seed", type=seed, default=0, help="seed of every random choice")
     return parser.parse_args(argv)
 
@@ -41,6 +41,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import BartConfig, BartModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data_utils import read_corpus, split, turn_text
+from geli.nets.batching import shuffled_batches
 from geli.nets.encoder import TurnEncoder
 from geli.nets.pretrained import quiet_transformers
 from geli.nets.prompts import prompt_text
@@ -72,7 +73,7 @@ class Recipe(NamedTuple):
 
 LLAMAS = {
     "llama": Recipe(4000, 10, 128, 384, 3, 16, 2e-3, 0.01, 400),
-    "policy": Recipe(3000, 3, 192, 512, 4, 32, 3e-3, 0.1, 700),
+    "policy": Recipe(3000, 2, 192, 512, 4, 32, 3e-3, 0.1, 600),
 }
 
 
@@ -147,9 +148,17 @@ def _train_llama(training, folder: Path, seed: int, recipe: Recipe, steps: int) 
     )  # fmt: skip
     model = LlamaForCausalLM(config)
 
+    def batches() -> Iterator[list[str]]:
+        """Documents of similar lengths, so that little of a batch is padding; anew in every epoch."""
+        while True:
+            texts = [document(i) for i in range(len(places))]
+            lengths = np.array([len(ids) for ids in tokenizer(texts).input_ids])
+            yield from ([texts[i] for i in batch] for batch in shuffled_batches(lengths, recipe.batch, rng))
+
+    documents = batches()
+
     def batch_loss():
-        texts = [document(i) for i in rng.integers(len(places), size=recipe.batch)]
-        inputs = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        inputs = tokenizer(next(documents), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
         labels = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
         return model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, labels=labels).loss
 

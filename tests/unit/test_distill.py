@@ -1,6 +1,7 @@
 """Best-of-n distilled."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from accelerate.state import AcceleratorState
 from experiments.known_optimum import make_model, prompts, share_of_good_words
 from geli.distill import Distillation, chance_of_best
 from geli.nets.policy import load_policy
+from geli.rl.rollout import logprobs_and_values
 from geli.run.distributed import make_accelerator
 from models import PPO_PRESETS
 
@@ -37,13 +39,32 @@ def some_prompts(rng_seed):
     return [p._replace(name=str(i)) for i, p in enumerate(prompts(np.random.default_rng(rng_seed), 4))]
 
 
-def test_it_learns_to_give_what_the_reward_likes(loop):
-    first = loop.step(some_prompts(0))[0]
+def test_what_the_reward_likes_gets_likelier(loop):
+    first, texts = loop.step(some_prompts(0), update=False)
     assert first["kl"] == pytest.approx(0, abs=1e-5) and first["effective_share"] == pytest.approx(1, abs=1e-4)
-    rows = [loop.step(some_prompts(i))[0] for i in range(1, 30)]
-    last = rows[-5:]
-    gain = sum(row["score_mean"] for row in last) / 5 - first["score_mean"]
-    assert gain > 0.5 * first["score_std"] and 0.05 < last[-1]["kl"] < 2.1 - 7 / 8
+    assert first["score_mean"] == pytest.approx(share_of_good_words(None, texts).mean().item(), abs=1e-5)
+    _, batch, _ = loop._respond(some_prompts(1))
+    weights = chance_of_best(share_of_good_words(None, batch.texts).view(-1, 8)).flatten()
+    old = logprobs_and_values(loop.policy, batch, 32)
+    for _ in range(5):
+        loop._update(batch, partial(loop._losses, batch, old, weights), 32)
+    new = logprobs_and_values(loop.policy, batch._replace(states=None), 32)
+    change = (new["logprobs"] - old["logprobs"]).sum(dim=1)
+    assert change[weights > 1].mean() > 0.05 > 0 > change[weights < 0.5].mean()
+
+
+def test_with_equal_weights_the_loss_is_the_exact_kl_of_the_reference(loop):
+    _, batch, _ = loop._respond(some_prompts(2))
+    old, part = logprobs_and_values(loop.policy, batch, 32), np.arange(32)
+    adapter = [p for name, p in loop.policy.named_parameters() if p.requires_grad and "value_head" not in name]
+    with torch.no_grad():
+        for p in adapter:
+            p.add_(0.05)
+    ones = torch.ones(32)
+    exact = loop._losses(batch, old, ones, part, 1.0)[0]
+    states = loop.policy.states(*batch.rows(part))
+    kl = loop.policy.kl_from_hidden(old["ref_states"], states, batch.mask).sum()
+    assert exact.item() == pytest.approx(kl.item(), rel=1e-5) and kl > 0
 
 
 def test_with_equal_scores_nothing_is_learned(loop):

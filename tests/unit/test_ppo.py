@@ -61,7 +61,8 @@ def test_accumulated_gradients_are_those_of_one_large_batch(model):
         ppo = make_ppo(model, mini_batch_size=mini_batch, gradient_accumulation_steps=accumulation)
         batch = sampled(ppo)
         batch.mask[2, 3:] = 0  # responses of different lengths
-        old = {name: value + 0.1 * batch.mask for name, value in logprobs_and_values(ppo.policy, batch, 4).items()}
+        old = logprobs_and_values(ppo.policy, batch, 4)
+        old |= {name: old[name] + 0.1 * batch.mask for name in ("logprobs", "values")}
         generator = torch.Generator().manual_seed(1)
         advantages, returns = torch.randn(2, *batch.mask.shape, generator=generator) * batch.mask
         seen = {}

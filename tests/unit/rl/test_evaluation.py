@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState
 
 from experiments.known_optimum import make_model, prompts, share_of_good_words
 from geli.nets.policy import load_policy
-from geli.rl.evaluation import evaluate_policy, score_together
+from geli.rl.evaluation import efficiency, evaluate_policy, score_together
 from geli.rl.rollout import distinct
 from geli.run.distributed import make_accelerator
 
@@ -38,6 +38,7 @@ def test_the_metrics_are_those_of_the_responses(policy, accelerator):
         "reward": pytest.approx(scores.mean()),
         "reward_low": pytest.approx(scores.mean() - 2.26 * scores.std() / 9**0.5, rel=0.1),  # t of 9 degrees
         "reward_high": pytest.approx(scores.mean() + 2.26 * scores.std() / 9**0.5, rel=0.1),
+        "reward_std": pytest.approx(scores.std()),
         "kl": pytest.approx(0, abs=1e-4),
         "response_words": np.mean([len(text.split()) for text in texts]),
         "ended_share": np.mean([len(text.split()) < 6 for text in texts]),
@@ -77,3 +78,8 @@ def test_it_draws_its_own_random_numbers(policy, accelerator):
 
 def test_score_together_scores_all(accelerator):
     assert score_together(share_of_good_words, some_prompts(2), ["w00 w59", "w01"], accelerator).tolist() == [0.5, 1]
+
+
+def test_efficiency_is_the_gain_over_what_the_best_tilt_would_gain():
+    assert efficiency(0.3, 0.2, 2.0) == pytest.approx(0.3 / (0.2 * 2))
+    assert efficiency(0.3, 0.2, 0.1) is None and efficiency(0.3, 0.0, 2.0) is None

@@ -69,7 +69,10 @@ def test_a_checkpoint_every_10_steps_and_at_the_last(tmp_path):
     assert names(tmp_path) == sorted([*(path.name for path in written), "GELI_llama_10", "GELI_llama_20"])
     table = pd.read_csv(tmp_path / "GELI_llama_steps.csv")
     assert table["step"].tolist() == list(range(1, 26)) and (table["kl"] == 4).all()
-    assert run.tracker.logged[0] == (1, {f"ppo/{name}": value for name, value in FINE.items()})
+    expected = FINE | {"efficiency": 0.0}
+    assert run.tracker.logged[0] == (1, {f"ppo/{name}": value for name, value in expected.items()})
+    run.step(26, FINE | {"score_mean": 0.7, "kl": 4.5})
+    assert run.tracker.logged[-1][1]["ppo/efficiency"] == pytest.approx((0.7 - 0.1) / (0.2 * 3))
 
 
 def test_a_run_that_changes_no_policy_saves_none(tmp_path):
