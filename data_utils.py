@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from geli.data.candor import HAPPINESS, NEGATIVE, TRANSCRIPTS, Conversation, Dropped, Turn
-from geli.data.corpus import by_count, printable, read_conversations
+from geli.data.corpus import by_count, common_reasons, printable, read_conversations
 from geli.data.questions import QUESTIONS
 from geli.data.shares import TrajectoryShares
 from geli.nets.prompts import Prompt, context_text, prompt_text
@@ -57,11 +57,8 @@ class Trajectory:
 
 
 def make_trajectory(conversation: Conversation, flip: bool, reward_class: str) -> Trajectory:
-    """The trajectory whose user is the transcript's first speaker (flip: the other one).
-
-    Raises:
-        Dropped: if the user did not answer `reward_class`.
-    """
+    """The trajectory whose user is the transcript's first speaker (flip: the other one). Raises `Dropped` if the user
+    did not answer `reward_class`."""
     user, agent = conversation.speakers[::-1] if flip else conversation.speakers
     answers = conversation.answers.get(user)
     if answers is None:
@@ -167,15 +164,11 @@ LI_SIGNALS = {
 
 
 def li_targets(reactions: Reactions, reaction_type: str = "class", negative_affect: str = "zero") -> np.ndarray:
-    """The targets f_t of the LI loss, by which a turn's reward follows the user's reaction.
+    """(n,) float32 f_t in [-1, 1], the targets of the LI loss, by which a turn's reward follows the user's reaction.
 
     Args:
-        reactions: to n turns.
         reaction_type: `class`: 1 if pleased, else 0; `mean`: how pleased (of faces, the share of happy frames).
         negative_affect: `negative`: -1 if displeased; `zero`: no difference for displeased reactions.
-
-    Returns:
-        (n,) float32 targets in [-1, 1].
     """
     targets = reactions.strength if reaction_type == "mean" else reactions.polarity == 1
     if negative_affect == "negative":
@@ -315,12 +308,9 @@ def _said_of_off_scale(question: str, found: dict) -> str:
 
 
 def read_corpus(
-    data_dir: str | Path,
-    reward_class: str,
-    transcript: str = "cliffhanger",
-    cache: str | Path | None = None,
+    data_dir: str | Path, reward_class: str, transcript: str = "cliffhanger", cache: str | Path | None = None,
     needs_faces: bool = False,
-) -> Corpus:
+) -> Corpus:  # fmt: skip
     """Reads every conversation folder in `data_dir`, in an order that does not depend on the file system.
 
     Args:
@@ -351,10 +341,10 @@ def read_corpus(
                 dropped_trajectories[f"{conversation.id}/{int(flip)}"] = str(reason)
     corpus = Corpus(conversations, dropped, dropped_trajectories, trajectories)
     if not any(trajectories.values()):
-        reasons = "; ".join(f"{reason} ({n})" for reason, n in by_count(dropped_trajectories.values()).items())
         off_scale = corpus.off_scale()
         hint = f". {_said_of_off_scale(reward_class, off_scale[reward_class])}" if reward_class in off_scale else ""
-        raise UserError(f"--reward_class {reward_class}: no trajectory under {data_dir} can be used: {reasons}{hint}")
+        reasons = common_reasons(dropped_trajectories) + hint
+        raise UserError(f"--reward_class {reward_class}: no trajectory under {data_dir} can be used: {reasons}")
     return corpus
 
 
@@ -458,12 +448,9 @@ class TurnSet:
 
     @classmethod
     def from_trajectories(
-        cls,
-        trajectories: list[Trajectory],
-        context_turns: int,
-        signal: SignalOptions = SignalOptions(),
+        cls, trajectories: list[Trajectory], context_turns: int, signal: SignalOptions = SignalOptions(),
         trust_remote_code: bool = False,
-    ):
+    ):  # fmt: skip
         """The agent turns of `trajectories` with their texts and LI targets (without a `li_signal`, from faces)."""
         li_signal = LI_SIGNALS[signal.li_signal or "face"]
         reactions = li_signal.reactions(trajectories, signal, trust_remote_code)
@@ -532,16 +519,10 @@ def split_by_shares(
 
 
 def load_turns(
-    data: DataOptions,
-    signal: SignalOptions,
-    *,
-    cache: Path | None,
-    learns_li: bool = True,
-    val_except: frozenset[str] | None = None,
-    validate: bool,
-    trust_remote_code: bool = False,
+    data: DataOptions, signal: SignalOptions, *, cache: Path | None, learns_li: bool = True,
+    val_except: frozenset[str] | None = None, validate: bool, trust_remote_code: bool = False,
     shares: Mapping[str, TrajectoryShares] | None = None,
-) -> tuple[Corpus, TurnSet, TurnSet]:
+) -> tuple[Corpus, TurnSet, TurnSet]:  # fmt: skip
     """The corpus, with its training and validation turns; prints how much was read, and what was dropped.
 
     Args:
@@ -555,25 +536,24 @@ def load_turns(
     """
     needs_faces = learns_li and LI_SIGNALS[signal.li_signal or "face"].needs_faces
     corpus = read_corpus(data.data_dir, data.reward_class, data.transcript, cache, needs_faces)
-    parts = split(corpus, data.train_size or len(corpus.conversations), val_except)
+    trajectories, held_out = split(corpus, data.train_size or len(corpus.conversations), val_except)
     if shares is not None:
-        kept, dropped = split_by_shares(parts[0], shares)
-        parts = kept, parts[1]
+        trajectories, dropped = split_by_shares(trajectories, shares)
         corpus.dropped_trajectories.update(dropped)
     print(corpus.describe())
+    if shares is not None and dropped and not trajectories:
+        raise UserError(
+            f"--llm_shares: expected shares of training trajectories, found none to use: {common_reasons(dropped)}"
+        )
     training, validation = (
-        TurnSet.from_trajectories(part, data.context_turns, signal, trust_remote_code) for part in parts
+        TurnSet.from_trajectories(part, data.context_turns, signal, trust_remote_code)
+        for part in (trajectories, held_out)
     )
     if shares is not None:
-        if dropped and not kept:
-            reasons = "; ".join(f"{reason} ({n})" for reason, n in by_count(dropped.values()).items())
-            raise UserError(f"--llm_shares: expected shares of training trajectories, found none to use: {reasons}")
         training = training.with_shares(shares)
     for name, turns, needed in (("training", training, True), ("validation", validation, validate)):
-        conversations = len({t.conversation.id for t in turns.trajectories})
-        print(
-            f"{name}: {conversations:,} conversations, {len(turns.trajectories):,} trajectories, {len(turns):,} turns"
-        )
+        n = len({t.conversation.id for t in turns.trajectories})
+        print(f"{name}: {n:,} conversations, {len(turns.trajectories):,} trajectories, {len(turns):,} turns")
         if needed and not len(turns):
             raise UserError(
                 f"--data_dir {data.data_dir}: none of the {name} conversations has an answer to {data.reward_class}"
@@ -602,29 +582,17 @@ def make_prompts(trajectories: Iterable[Trajectory], context_turns: int) -> list
 
 
 def load_prompts(
-    data: DataOptions,
-    *,
-    cache: Path | None,
-    seed: int,
-    val_prompts: int,
-    needs_training: bool,
-    needs_held_out: bool,
+    data: DataOptions, *, cache: Path | None, seed: int, val_prompts: int, needs_training: bool, needs_held_out: bool
 ) -> tuple[list[Prompt], list[Prompt], dict[str, int]]:
     """Training prompts, at most `val_prompts` held-out prompts (drawn by `seed`), and the counts of what was read.
-
-    Raises:
-        UserError: if there are no prompts of a kind that is needed.
-    """
+    Raises a `UserError` if there are no prompts of a kind that is needed."""
     corpus = read_corpus(data.data_dir, data.reward_class, data.transcript, cache)
     print(corpus.describe())
     parts = split(corpus, data.train_size or len(corpus.conversations))
     training, validation = (make_prompts(part, data.context_turns) for part in parts)
     held_out = [validation[i] for i in np.random.default_rng(seed).permutation(len(validation))[:val_prompts]]
     print(f"prompts: {len(training):,} for training, {len(held_out):,} of {len(validation):,} held out for validation")
-    for name, prompts, needed in (
-        ("training", training, needs_training),
-        ("held-out", held_out, needs_held_out),
-    ):
+    for name, prompts, needed in (("training", training, needs_training), ("held-out", held_out, needs_held_out)):
         if needed and not prompts:
             raise UserError(
                 f"--data_dir {data.data_dir}: no {name} prompt in {len(corpus.conversations)} conversations"

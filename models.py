@@ -38,38 +38,23 @@ from geli.run.options import episode_length, fraction, non_negative_float, optio
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses of reward training
+#
+# `rewards` (k,) are r_t of some turns of a trajectory, `score` is its R in points, and `length` its L in turns.
 
 
 def predicted_return(rewards: torch.Tensor, length: float) -> torch.Tensor:
-    """The return R_GE of a trajectory, estimated from the rewards of a subset I of its turns: (L/|I|) sum_{t in I} r_t.
-
-    Args:
-        rewards: (k,) r_t of the turns in I. length: L, in turns.
-
-    Returns:
-        () in points.
-    """
+    """() R_GE in points, the return estimated from the rewards of a subset I of the turns: (L/|I|) sum_{t in I} r_t."""
     return length * rewards.mean()
 
 
 def rrd_loss(rewards: torch.Tensor, score: float, length: float) -> torch.Tensor:
-    """Randomized return decomposition (Ren et al., ICLR 2022, eq. 6): squared error of the subset's return estimate.
-
-    Args:
-        rewards: (k,) r_t of a random subset of distinct turns. score: R in points. length: L in turns.
-
-    Returns:
-        () in points squared.
-    """
+    """Randomized return decomposition (Ren et al., ICLR 2022, eq. 6): () squared error of the return that a random
+    subset of distinct turns predicts, in points squared."""
     return (score - predicted_return(rewards, length)) ** 2
 
 
 def li_loss(rewards: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-modal distillation: mean squared error of r_t against the listener's affect f_t.
-
-    Args:
-        rewards: (n,). targets: (n,) in [-1, 1].
-    """
+    """Cross-modal distillation: () mean squared error of r_t (n,) against the listener's affect f_t (n,) in [-1, 1]."""
     return ((rewards - targets) ** 2).mean()
 
 
@@ -80,41 +65,27 @@ def geli_loss(ge: torch.Tensor, li: torch.Tensor, weight: float, ge_scale: float
 
 
 def ircr_loss(rewards: torch.Tensor, score: float, length: float) -> torch.Tensor:
-    """Every turn regresses to its even share R/L of the score (Gangwani et al., NeurIPS 2020).
-
-    Args:
-        rewards: (T,). score: R in points. length: L in turns.
-
-    Returns:
-        () in (points a turn) squared.
-    """
+    """Every turn regresses to its even share R/L of the score (Gangwani et al., NeurIPS 2020): () in (points a turn)
+    squared."""
     return ((rewards - score / length) ** 2).mean()
 
 
 def llm_loss(rewards: torch.Tensor, score: float, length: float, shares: torch.Tensor) -> torch.Tensor:
     """Every turn regresses to the share of the score that a language model gave it (as in Lee et al., Findings of EMNLP
-    2025), and the predicted return to R, to which the shares sum.
+    2025), and the predicted return to R, to which the shares sum: () in (points a turn) squared.
 
     Args:
-        rewards: (k,) r_t of a random subset of distinct turns. score: R in points. length: L in turns.
         shares: (k,) T times the turns' shares, in points: what R would be if all turns were worth as much.
-
-    Returns:
-        () in (points a turn) squared.
     """
     return li_loss(rewards, shares / length) + rrd_loss(rewards, score, length) / length**2
 
 
 def rudder_loss(predictions: torch.Tensor, score: float, length: float) -> torch.Tensor:
     """Squared error of the return predicted after the last turn, plus 0.5 * the mean squared error of all predictions
-    (RUDDER, Arjona-Medina et al., NeurIPS 2019, auxiliary task of section A8).
+    (RUDDER, Arjona-Medina et al., NeurIPS 2019, auxiliary task of section A8): () in points squared.
 
     Args:
-        predictions: (T + 1,) of the return, before the first turn and after every turn. score: R in points. length:
-            not used.
-
-    Returns:
-        () in points squared.
+        predictions: (T + 1,) of the return, before the first turn and after every turn. length: not used.
     """
     errors = (score - predictions) ** 2
     return errors[-1] + 0.5 * errors.mean()
@@ -127,11 +98,8 @@ def rudder_rewards(predictions: torch.Tensor, length: float, n_turns: float) -> 
     out evenly, they are on the scale of the other decompositions: L times their mean is the predicted return g_T.
 
     Args:
-        predictions: (..., t + 1) the first predictions of a trajectory. length: L. n_turns: T, or a tensor that
-            broadcasts with the rewards.
-
-    Returns:
-        (..., t) rewards.
+        predictions: (..., t + 1) the first predictions of a trajectory, for (..., t) rewards. n_turns: T, or a tensor
+            that broadcasts with the rewards.
     """
     return (n_turns * predictions.diff(dim=-1) + predictions[..., :1]) / length
 
@@ -221,12 +189,8 @@ def length_of(ep_len: int | str, n_turns: int) -> float:
 def predicted_returns(
     turns: TurnSet, rewards: np.ndarray, ep_len: int | str, chosen: np.ndarray | None = None
 ) -> np.ndarray:
-    """(n,) returns in points that the turn rewards of n trajectories predict.
-
-    Args:
-        turns: n trajectories with N agent turns. rewards: (N,). ep_len: `--ep_len`.
-        chosen: (N,) bool, the turns to use; None: all.
-    """
+    """(n,) returns in points that the rewards (N,) of n trajectories' turns predict. `chosen`: (N,) bool, the turns to
+    use; None: all."""
     rewards = np.asarray(rewards, dtype=np.float64)
     chosen = np.ones(len(turns), dtype=bool) if chosen is None else chosen
     parts = [turns.turns_of(i) for i in range(len(turns.trajectories))]
@@ -240,10 +204,8 @@ def loss_scales(loss_scale: str, redist_type: str, ep_len: int | str, training: 
         return 1.0, 1.0
     row, turns = DECOMPOSITIONS[redist_type], np.diff(training.offsets)
     lengths = np.array([length_of(ep_len, n) for n in turns])
-    if row.uses_shares:
-        ge_targets = row.target(training.shares, np.repeat(lengths, turns))
-    else:
-        ge_targets = row.target(training.scores, lengths)
+    of_turns = (training.shares, np.repeat(lengths, turns)) if row.uses_shares else (training.scores, lengths)
+    ge_targets = row.target(*of_turns)
     return float(ge_targets.var()) or 1.0, float(training.targets.var()) or 1.0
 
 
@@ -298,26 +260,6 @@ def _relu_stack(*widths: int, normalize: bool = False) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def default_head(hidden: int) -> nn.Sequential:
-    """h-768-128-32-1 with ReLU between the layers."""
-    return _relu_stack(hidden, 768, 128, 32, 1)
-
-
-def hard_shrink_head(hidden: int) -> nn.Sequential:
-    """The default head with a GELU at the end."""
-    return nn.Sequential(*default_head(hidden), nn.GELU())
-
-
-def batch_norm_head(hidden: int) -> nn.Sequential:
-    """The default head with LayerNorm after each hidden layer."""
-    return _relu_stack(hidden, 768, 128, 32, 1, normalize=True)
-
-
-def small_head(hidden: int) -> nn.Sequential:
-    """h-128-32-1 with ReLU between the layers."""
-    return _relu_stack(hidden, 128, 32, 1)
-
-
 def shrink_head(hidden: int) -> nn.Sequential:
     """h-128-1 with dropout 0.2 and ReLU between the layers, tanh at the end.
 
@@ -358,11 +300,6 @@ class RudderCells(nn.Module):
         return torch.stack(outputs, dim=-2)
 
 
-def rudder_head(hidden: int) -> nn.Sequential:
-    """RUDDER: 16 LSTM cells, and a prediction of the return before the first turn and after every turn."""
-    return nn.Sequential(RudderCells(hidden), nn.Linear(16, 1))
-
-
 class Head(NamedTuple):
     """A kind of reward head.
 
@@ -380,15 +317,25 @@ class Head(NamedTuple):
     rewards: Callable[..., torch.Tensor] | None = None
 
 
+_WIDTHS = (768, 128, 32, 1)  # of the default head's layers
 HEADS = {
-    "default": Head(default_head, "h-768-128-32-1, ReLU", selectable=False),
+    "default": Head(lambda hidden: _relu_stack(hidden, *_WIDTHS), "h-768-128-32-1, ReLU", selectable=False),
     "small_model_shrink": Head(shrink_head, "h-128-1, dropout 0.2 and ReLU, tanh at the end"),
-    "small_model": Head(small_head, "h-128-32-1, ReLU"),
-    "batch_norm": Head(batch_norm_head, "the default head with LayerNorm after each hidden layer"),
-    "hard_shrink": Head(hard_shrink_head, "the default head with a GELU at the end"),
+    "small_model": Head(lambda hidden: _relu_stack(hidden, 128, 32, 1), "h-128-32-1, ReLU"),
+    "batch_norm": Head(
+        lambda hidden: _relu_stack(hidden, *_WIDTHS, normalize=True),
+        "the default head with LayerNorm after each hidden layer",
+    ),
+    "hard_shrink": Head(
+        lambda hidden: nn.Sequential(*_relu_stack(hidden, *_WIDTHS), nn.GELU()),
+        "the default head with a GELU at the end",
+    ),
     "published": Head(published_head, "small_model_shrink with dropout 0.2 of the output", selectable=False),
-    "rudder": Head(rudder_head, "16 LSTM cells", selectable=False, rewards=rudder_rewards),
-}
+    "rudder": Head(  # a prediction of the return before the first turn and after every turn
+        lambda hidden: nn.Sequential(RudderCells(hidden), nn.Linear(16, 1)),
+        "16 LSTM cells", selectable=False, rewards=rudder_rewards,
+    ),
+}  # fmt: skip
 
 
 def _chosen_head(options) -> str:
@@ -436,7 +383,7 @@ class RewardHeadConfig:
         """Raises a ValueError for values that no head of this program records."""
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
-            if (type(value) not in get_args(kind)) if get_args(kind) else type(value) is not kind:
+            if type(value) not in (get_args(kind) or (kind,)):
                 raise ValueError(f"{field.name}: expected {getattr(kind, '__name__', kind)}, found {value!r}"[:200])
         allowed = {
             "head": HEADS,
@@ -450,9 +397,7 @@ class RewardHeadConfig:
                 raise ValueError(f"{name}: unknown: {getattr(self, name)!r}"[:200])
         for name in ("hidden", "max_length", "context_turns", "ep_len"):
             value = getattr(self, name)
-            if value == "actual" and name == "ep_len":
-                continue
-            if isinstance(value, str) or not 1 <= value < 1 << 31:
+            if value != "actual" and (isinstance(value, str) or not 1 <= value < 1 << 31):
                 raise ValueError(f"{name}: expected at least 1 and less than 2**31, found {value}"[:200])
         if self.encoder is not None and not (self.encoder.isprintable() and self.encoder):
             raise ValueError(f"encoder: expected a hub id or a folder, found {self.encoder!r}"[:200])
@@ -464,15 +409,10 @@ def head_config(options, encoder, /, **values) -> RewardHeadConfig:
     """The configuration of a head that a stage with these `options` trains on the features of `encoder`; `values` are
     those that only the stage knows."""
     return RewardHeadConfig(
-        hidden=encoder.hidden_size,
-        max_length=encoder.max_length,
-        context_turns=options.data.context_turns,
-        reward_class=options.data.reward_class,
-        li_signal=options.signal.li_signal,
-        sentiment_model=options.signal.sentiment_model,
-        ep_len=options.training.ep_len,
-        **values,
-    )
+        hidden=encoder.hidden_size, max_length=encoder.max_length, context_turns=options.data.context_turns,
+        reward_class=options.data.reward_class, li_signal=options.signal.li_signal,
+        sentiment_model=options.signal.sentiment_model, ep_len=options.training.ep_len, **values,
+    )  # fmt: skip
 
 
 class RewardHead(nn.Module):
@@ -492,11 +432,8 @@ class RewardHead(nn.Module):
     @torch.no_grad()
     def init_constant(self, value: float) -> None:
         """Makes an untrained head predict `value` everywhere (or the closest that its last activation can give), by
-        zero weights and a fitting bias in its last linear layer.
-
-        A random initialisation differs more between turns than training at stage 1's learning rate changes, and much
-        of the training would go into shifting the mean.
-        """
+        zero weights and a fitting bias in its last linear layer. A random initialisation differs more between turns
+        than training at stage 1's learning rate changes, and much of it would go into shifting the mean."""
         last, ending = self.layers[self._last], self.layers[self._last + 1 :]
         nn.init.zeros_(last.weight)
         if not any(isinstance(layer, (nn.Tanh, nn.GELU)) for layer in ending):
@@ -520,11 +457,7 @@ class RewardHead(nn.Module):
 
     def rewards(self, outputs: torch.Tensor, n_turns) -> torch.Tensor:
         """Rewards (..., t) of a trajectory's first t turns from the head's outputs, of which a sequential head has one
-        more.
-
-        Args:
-            n_turns: T of the trajectory, or a tensor that broadcasts with the rewards.
-        """
+        more. `n_turns`: T of the trajectory, or a tensor that broadcasts with the rewards."""
         of_outputs = HEADS[self.config.head].rewards
         length = n_turns if self.config.ep_len == "actual" else float(self.config.ep_len)
         return of_outputs(outputs, length, n_turns) if of_outputs else outputs

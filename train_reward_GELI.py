@@ -15,16 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data_utils import (
-    LI_SIGNALS,
-    Corpus,
-    DataOptions,
-    SignalOptions,
-    TurnSet,
-    fingerprint,
-    load_turns,
-    rating_probability,
-)
+from data_utils import LI_SIGNALS, Corpus, DataOptions, SignalOptions, TurnSet, load_turns, rating_probability
 from geli.nets.options import EncoderOptions
 from geli.run.errors import UserError, run
 from geli.run.options import (
@@ -39,7 +30,7 @@ from geli.run.options import (
     positive_int,
     refuse,
 )
-from models import DECOMPOSITIONS, HEADS, HeadOptions, RewardHead, RewardTrainingOptions, refuse_unused
+from models import DECOMPOSITIONS, HEADS, HeadOptions, RewardHead, RewardTrainingOptions, head_config, refuse_unused
 
 _DECOMPOSITIONS = "; ".join(f"{name}: {row.help}" for name, row in DECOMPOSITIONS.items())
 _SUBSET_DECOMPOSITIONS = [name for name, row in DECOMPOSITIONS.items() if row.uses_subset]
@@ -136,15 +127,9 @@ OPTIONS = parse_options() if __name__ == "__main__" else Options()
 import numpy as np
 import torch
 
+from data_utils import fingerprint
+from geli import heads
 from geli.data.shares import read_shares
-from geli.heads import (
-    STAGE_1_FOLDERS,
-    encoder_reference,
-    find_head,
-    load_encoder_of_head,
-    load_reward_head,
-    save_reward_head,
-)
 from geli.nets.encoder import TurnEncoder, open_encoder, place_encoder
 from geli.nets.features import TurnFeatures, encoder_fingerprint
 from geli.nets.pretrained import named_by_file
@@ -155,19 +140,9 @@ from geli.run.checkpoint import Checkpointer
 from geli.run.distributed import frozen_dtype, gather_parts, local_part, make_accelerator, seed_everything
 from geli.run.gradients import apply_gradients, decaying_adamw
 from geli.run.lock import reward_run_to_resume
-from geli.run.timing import Clock
 from geli.run.tracking import Tracker
-from geli.run.training import Stage, train_steps
-from models import (
-    contrastive_term,
-    geli_loss,
-    head_config,
-    length_of,
-    li_loss,
-    loss_scales,
-    predicted_return,
-    sample_turns,
-)
+from geli.run.training import Clock, Stage, train_steps
+from models import contrastive_term, geli_loss, length_of, li_loss, loss_scales, predicted_return, sample_turns
 
 
 def main(options: Options) -> None:
@@ -200,7 +175,7 @@ def main(options: Options) -> None:
         paths = [folder / f"{kind}_{tracker.name}" for kind in kinds]
         metrics = train(options, head, features, training, validation, tracker, paths)
         accelerator.wait_for_everyone()
-        head = load_reward_head(paths[0])  # the best one, from its file
+        head = heads.load_reward_head(paths[0])  # the best one, from its file
         if options.training.unfreeze:
             trust = options.run.trust_remote_code
             features.encoder = open_encoder(options.encoder, accelerator, trust, name=str(paths[1]))
@@ -228,16 +203,15 @@ def load_saved(options: Options) -> tuple[RewardHead | None, Path | None]:
     """The saved head that the options name, to start from or to evaluate, and its path; (None, None) without one."""
     training, output_dir = options.training, options.run.output_dir
     if training.affect_path:
-        path = find_head(training.affect_path, output_dir, STAGE_1_FOLDERS)
+        path = heads.find_head(training.affect_path, output_dir, heads.STAGE_1_FOLDERS)
     elif training.reward_path:
-        path = find_head(training.reward_path, output_dir)
+        path = heads.find_head(training.reward_path, output_dir)
     elif training.train:
         return None, None
     else:
         raise UserError("--val without --train evaluates a saved head: name it with --reward_path RUN")
-    saved = load_reward_head(path)
-    if options.encoder.lang_model_path and saved.config.encoder is not None:
-        raise UserError(f"--lang_model_path: {path} records its own encoder, {saved.config.encoder}: leave it out")
+    saved = heads.load_reward_head(path)
+    heads.encoder_of_head(saved.config, path, options.encoder.lang_model_path)  # mistakes in it are answered at once
     if training.affect_path and saved.config.stage != 1:
         raise UserError(f"--affect_path {training.affect_path}: expected a stage-1 head, {path} is of stage 2")
     learned = saved.config.reward_class
@@ -302,10 +276,10 @@ def find_encoder(options: Options, accelerator, saved: RewardHead | None, path: 
     named, trains, trust = options.encoder, options.training.unfreeze, options.run.trust_remote_code
     if not saved:
         return open_encoder(named, accelerator, trust, trains=trains)
-    encoder = load_encoder_of_head(
+    encoder = heads.load_encoder_of_head(
         saved.config, path, named.max_length, named.lang_model_path, frozen_dtype(accelerator), trust
     )
-    return place_encoder(encoder, accelerator, named.tokens_per_batch, named.compile, trains)
+    return place_encoder(encoder, accelerator, named, trains)
 
 
 def new_head(
@@ -315,7 +289,7 @@ def new_head(
     required, affect_path = DECOMPOSITIONS[options.training.redist_type].head, options.training.affect_path
     reference = {"encoder": f"lang_model_{run_name}", "encoder_is_folder": True}
     if not options.training.unfreeze:
-        reference = encoder_reference(encoder.name, folder)
+        reference = heads.encoder_reference(encoder.name, folder)
     learned = dict(stage=2, redist_type=options.training.redist_type, li=saved is not None)
     head = RewardHead(head_config(options, encoder, head=required or options.head.chosen, **learned, **reference))
     if required:
@@ -343,14 +317,9 @@ def title_of(head: RewardHead) -> str:
 
 
 def train(
-    options: Options,
-    head: RewardHead,
-    features: TurnFeatures,
-    training: TurnSet,
-    validation: TurnSet,
-    tracker: Tracker,
-    paths: list[Path],
-) -> dict:
+    options: Options, head: RewardHead, features: TurnFeatures, training: TurnSet, validation: TurnSet,
+    tracker: Tracker, paths: list[Path],
+) -> dict:  # fmt: skip
     """Trains the head (with `--unfreeze` also the encoder), saves the best by GE loss to `paths` (of the head, of a
     trained encoder), and returns {"steps", "best_epoch", "best_ge_loss"}."""
     encoder = features.encoder
@@ -358,7 +327,7 @@ def train(
     def save() -> None:
         if not features.frozen:
             encoder.save(paths[1])
-        save_reward_head(head, paths[0])
+        heads.save_reward_head(head, paths[0])
 
     held_out = validation if options.training.val else None
     stage = GELITraining(
@@ -407,26 +376,14 @@ class GELITraining(Stage):
 
     Args:
         head: trained in place; its configuration says whether it learns LI. features: of turns; trains the encoder too
-            unless it is frozen.
-        training: turns to train on. validation: turns to choose the best epoch by; None: the last epoch is saved.
-        options: of training. accelerator: `accelerate.Accelerator`. seed: of the order of conversations and of subsets.
-        save: called when the head is the best so far.
-
-    Attributes:
-        steps: optimizer steps. best: {"best_epoch", "best_ge_loss", "steps"}.
+            unless it is frozen. validation: turns to choose the best epoch by; None: the last epoch is saved.
+        seed: of the order of conversations and of subsets. save: called when the head is the best so far.
     """
 
     def __init__(
-        self,
-        head: RewardHead,
-        features: TurnFeatures,
-        training: TurnSet,
-        validation: TurnSet | None,
-        options: GELITrainingOptions,
-        accelerator,
-        seed: int,
-        save: Callable[[], None],
-    ):
+        self, head: RewardHead, features: TurnFeatures, training: TurnSet, validation: TurnSet | None,
+        options: GELITrainingOptions, accelerator, seed: int, save: Callable[[], None],
+    ):  # fmt: skip
         self.head, self.features, self.training, self.validation = head, features, training, validation
         self.options, self.accelerator, self.save = options, accelerator, save
         self.rng = np.random.default_rng(seed)

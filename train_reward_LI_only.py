@@ -80,9 +80,8 @@ from geli.run.checkpoint import Checkpointer
 from geli.run.distributed import gather_parts, local_part, make_accelerator, seed_everything
 from geli.run.gradients import apply_gradients, decaying_adamw
 from geli.run.lock import reward_run_to_resume
-from geli.run.timing import Clock
 from geli.run.tracking import Tracker
-from geli.run.training import Stage, train_steps
+from geli.run.training import Clock, Stage, train_steps
 from models import contrastive_term, head_config, length_of, li_loss
 
 
@@ -134,20 +133,11 @@ def project_name(options: Options) -> str:
 
 
 def train(
-    options: Options,
-    encoder: TurnEncoder,
-    training: TurnSet,
-    validation: TurnSet,
-    tracker: Tracker,
-    paths: list[Path],
-    accelerator,
-    clock: Clock,
-) -> dict:
-    """Trains the encoder and a new head, saves the best by LI loss to `paths` (of the head, of the encoder).
-
-    Returns:
-        {"steps", "best_step", "best_li_loss"}.
-    """
+    options: Options, encoder: TurnEncoder, training: TurnSet, validation: TurnSet, tracker: Tracker,
+    paths: list[Path], accelerator, clock: Clock,
+) -> dict:  # fmt: skip
+    """Trains the encoder and a new head, saves the best by LI loss to `paths` (of the head, of the encoder), and
+    returns {"steps", "best_step", "best_li_loss"}."""
     trained = {"encoder": paths[1].name, "encoder_is_folder": True}
     head = RewardHead(head_config(options, encoder, head=options.head.chosen, stage=1, **trained))
     head.init_constant(min(max(float(training.targets.mean()), -0.95), 0.95))  # inside tanh's range
@@ -174,29 +164,17 @@ def train(
 
 
 class LITraining(Stage):
-    """Trains encoder and head on the LI loss, with a learning rate that decays linearly to 0.
+    """Trains encoder and head, in place, on the LI loss, with a learning rate that decays linearly to 0.
 
     Args:
-        encoder, head: trained in place. training: turns to train on.
-        validation: turns to choose the best step by; None: the last step is saved.
-        options: of training. accelerator: `accelerate.Accelerator`. seed: of the order of turns.
+        validation: turns to choose the best step by; None: the last step is saved. seed: of the order of turns.
         save: called when encoder and head are the best so far.
-
-    Attributes:
-        steps: optimizer steps. best: {"best_step", "best_li_loss", "steps"}.
     """
 
     def __init__(
-        self,
-        encoder: TurnEncoder,
-        head: RewardHead,
-        training: TurnSet,
-        validation: TurnSet | None,
-        options: LITrainingOptions,
-        accelerator,
-        seed: int,
-        save: Callable[[], None],
-    ):
+        self, encoder: TurnEncoder, head: RewardHead, training: TurnSet, validation: TurnSet | None,
+        options: LITrainingOptions, accelerator, seed: int, save: Callable[[], None],
+    ):  # fmt: skip
         self.encoder, self.head, self.training, self.validation = encoder, head, training, validation
         self.options, self.accelerator, self.save = options, accelerator, save
         self.rng = np.random.default_rng(seed)
@@ -247,12 +225,8 @@ class LITraining(Stage):
         return logged | affect_means(predicted, self.training.affects[self.batch], "train_shape/train")
 
     def losses(self, features: torch.Tensor, turns: np.ndarray, contrastive: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two losses (2,) of turns, whose sum is minimized: of LI, and the contrastive one, which is 0 unless
-        `contrastive`; and the rewards (n,).
-
-        Args:
-            features: (n, hidden). turns: (n,) indices.
-        """
+        """The two losses (2,) of turns (n,) with features (n, hidden), whose sum is minimized: of LI, and the
+        contrastive one, which is 0 unless `contrastive`; and the rewards (n,)."""
         with self.accelerator.autocast():
             rewards, hidden = self.head(features, with_hidden=True)
         rewards = rewards.squeeze(1).float()

@@ -308,9 +308,8 @@ from geli.run.console import is_main_process
 from geli.run.distributed import make_accelerator, seed_everything
 from geli.run.lock import RunLock, lock_to_resume
 from geli.run.sharding import shard
-from geli.run.timing import Clock
 from geli.run.tracking import Tracker
-from geli.run.training import Stage, train_steps
+from geli.run.training import Clock, Stage, train_steps
 
 
 def main(options: Options) -> None:
@@ -323,8 +322,7 @@ def main(options: Options) -> None:
     if rl.train and not options.trains:
         print(f"--rf_model base is the reference policy: {'no RL' if rl.sft_steps else 'nothing is trained'}")
     names = OutputNames.of(options.run.output_dir, rl.exp_name, options.policy.model_name, rl.ppo_off)
-    lock = lock_names(arguments, names) if options.run.resume else None
-    started = broadcast_object_list([lock.description if lock else {}])[0]  # of a run that is resumed; else empty
+    lock, started = run_to_resume(arguments, names)
     head_path = find_reward(options, started.get("arguments", {}).get("reward_head")) if options.scores else None
     prompts, held_out, counts = load_prompts(
         options.data, cache=options.run.cache_dir, seed=options.run.seed, val_prompts=rl.val_prompts,
@@ -404,10 +402,15 @@ def check_processes(options: Options, accelerator) -> None:
         )
 
 
-def lock_names(arguments: dict, names: OutputNames) -> RunLock | None:
-    """The lock on the unfinished run that `--resume` continues; None if there is none."""
-    end = "_base.json" if arguments["rf_model"] == BASE else ".json"
-    return lock_to_resume(arguments, names.folder, outputs_of, lambda stem: names.folder / f"{stem}{end}", names.stem)
+def run_to_resume(arguments: dict, names: OutputNames) -> tuple[RunLock | None, dict]:
+    """The lock on the unfinished run that `--resume` continues, which the main process has, and how that run was
+    described when it was started; None and {} if there is none."""
+    lock, end = None, "_base.json" if arguments["rf_model"] == BASE else ".json"
+    if arguments["resume"]:
+        lock = lock_to_resume(
+            arguments, names.folder, outputs_of, lambda stem: names.folder / f"{stem}{end}", names.stem
+        )
+    return lock, broadcast_object_list([lock.description if lock else {}])[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -473,11 +476,16 @@ def start_policy(options: Options, accelerator, names: OutputNames, resumed: boo
     """The policy that the run starts from; the checkpoint that was loaded into it, for an evaluation without training;
     and whether it is the SFT model that a resumed run has made already."""
     source, checkpoint = options.policy.source(options.run.cache_dir), None
-    prompt_format = options.policy.prompt_format or "raw"
+    given = options.policy.prompt_format
+    prompt_format = given or "raw"
     if options.has_tuned_policy and not options.trains:
         checkpoint = newest_checkpoint(names.folder, names.stem)
         source = base_of(checkpoint, names.sft_model) or source
-        prompt_format = check_prompt_format(options.policy.prompt_format, checkpoint)
+        prompt_format = trained_as(checkpoint).prompt_format
+        if given not in (None, prompt_format):
+            raise UserError(
+                f"--prompt_format {given}: {checkpoint} was trained with {prompt_format}: give that, or neither"
+            )
     warmed = bool(resumed and options.rl.sft_steps and names.sft_model.is_dir())
     if warmed:
         source = str(names.sft_model.resolve())
@@ -486,14 +494,6 @@ def start_policy(options: Options, accelerator, names: OutputNames, resumed: boo
     if checkpoint:
         policy.load(checkpoint)
     return policy, checkpoint, warmed
-
-
-def check_prompt_format(given: str | None, checkpoint: Path) -> str:
-    """The prompt format of a checkpoint, which must be the `given` one unless that is None."""
-    recorded = trained_as(checkpoint).prompt_format
-    if given not in (None, recorded):
-        raise UserError(f"--prompt_format {given}: {checkpoint} was trained with {recorded}: give that, or neither")
-    return recorded
 
 
 def make_local_model(options: Options) -> None:

@@ -13,7 +13,8 @@ from experiments import plots
 from experiments.best_of import BEST_OF
 from geli.run.console import format_table
 from geli.run.files import atomic_path
-from geli.statistics import interval_over_seeds, resample, t_interval
+from geli.statistics import resample
+from tools.seeds import interval_over_seeds, t_interval
 
 REPETITIONS = 10_000  # of the bootstrap
 PHRASES = 8  # words that are shown

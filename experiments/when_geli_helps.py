@@ -37,8 +37,8 @@ from experiments import plots
 from experiments.commands import finished_head, run_command
 from geli.run.console import format_table, progress_bar
 from geli.run.files import atomic_path
-from geli.statistics import t_interval
 from tools.saved_heads import read_truth
+from tools.seeds import t_interval
 
 TURNS, CONVERSATIONS, HELD_OUT = 24, 160, 20  # of a corpus at the middle point; a tenth of conversations is held out
 AXES = {  # what changes -> its values, and its label

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
         return _load_published_head(path).to(device)
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            config = (file.metadata() or {}).get("config", "")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a handle, not a dict)
     except FileNotFoundError:
         raise UserError(f"{path}: no such reward head") from None
@@ -51,10 +51,10 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
         raise UserError(
             f"{path}: expected a reward head (a safetensors file), found something else ({error})"
         ) from None
-    if f'"{_HEAD_FORMAT}"' not in metadata.get("config", ""):
+    if f'"{_HEAD_FORMAT}"' not in config:
         raise UserError(f"{path}: a safetensors file, but not a reward head: its metadata has no format {_HEAD_FORMAT}")
     try:
-        head = _head_of(json.loads(metadata["config"]), state)
+        head = _head_of(json.loads(config), state)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, RecursionError) as error:
         reason = first_line(error)
         raise UserError(f"{path}: a reward head that does not fit its own configuration ({reason})") from None
@@ -64,8 +64,7 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
 def _head_of(config: dict, state: dict[str, torch.Tensor]) -> RewardHead:
     """The head with this recorded configuration and these weights. Raises a ValueError, among others, if they do not
     fit; a head that claims to be huge is refused before memory is allocated for it."""
-    known = {field.name for field in fields(RewardHeadConfig)}
-    config = RewardHeadConfig(**{name: value for name, value in config.items() if name in known})
+    config = RewardHeadConfig(**{name: value for name, value in config.items() if name != "format"})
     config.check()
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in RewardHead(config).state_dict().items()}
@@ -94,21 +93,15 @@ def _load_published_head(path: Path) -> RewardHead:
     except NotPublished as error:
         raise UserError(f"{path}: expected a reward head, refused: {error}") from None
     folder = path.resolve().parent.name
-    parts = folder.split("_baseline_")
-    head = RewardHead(
-        RewardHeadConfig(
-            head="published",
-            hidden=tensors.fc1_weight.shape[1],
-            encoder=None,
-            encoder_is_folder=False,
-            max_length=1024,
-            context_turns=20,
-            stage=1 if "reward_function" in folder else 2,
-            reward_class=next((name for name in QUESTIONS if f"_{name}_" in f"{folder}_"), None),
-            redist_type=next((name for name in DECOMPOSITIONS if parts[-1].startswith(f"{name}_")), None),
-            li=not folder.startswith("baselines_"),
-        )
-    )
+    ending = folder.split("_baseline_")[-1]
+    config = RewardHeadConfig(
+        head="published", hidden=tensors.fc1_weight.shape[1], encoder=None, encoder_is_folder=False, max_length=1024,
+        context_turns=20, stage=1 if "reward_function" in folder else 2,
+        reward_class=next((name for name in QUESTIONS if f"_{name}_" in f"{folder}_"), None),
+        redist_type=next((name for name in DECOMPOSITIONS if ending.startswith(f"{name}_")), None),
+        li=not folder.startswith("baselines_"),
+    )  # fmt: skip
+    head = RewardHead(config)
     names = ("layers.0.weight", "layers.0.bias", "layers.3.weight", "layers.3.bias")
     head.load_state_dict(dict(zip(names, tensors, strict=True)))
     return head.eval()
@@ -130,15 +123,8 @@ def is_finished(path: Path) -> bool:
 
 
 def find_head(name: str, output_dir: str | Path, folders: str = "*") -> Path:
-    """The file of a head.
-
-    Args:
-        name: the path of the file, the name of a run in a folder of `output_dir` that matches `folders`, or a folder
-            with one head in it.
-
-    Raises:
-        UserError: if there is none, or several runs have that name.
-    """
+    """The file of a head. `name` is its path, the name of a run in a folder of `output_dir` that matches `folders`, or
+    a folder with one head in it. Raises a `UserError` if there is none, or several runs have that name."""
     path = Path(name)
     if path.is_file():
         return path
@@ -165,23 +151,31 @@ def find_head(name: str, output_dir: str | Path, folders: str = "*") -> Path:
 # The encoder of a saved head
 
 
-def encoder_of_head(config: RewardHeadConfig, path: str | Path) -> str:
+def encoder_of_head(config: RewardHeadConfig, path: str | Path, named: str | None = None) -> str:
     """The hub id or folder of the encoder that the head at `path` was trained on.
 
-    A published head records none. Its encoder is `lang_model_{run}` beside the head, or else `PUBLISHED_ENCODER` in one
-    of the stage-1 folders beside the head's folder.
+    A published head records none. Its encoder is the one that is `named`, or `lang_model_{run}` beside the head, or
+    else `PUBLISHED_ENCODER` in one of the stage-1 folders beside the head's folder.
+
+    Args:
+        named: `--lang_model_path`.
 
     Raises:
-        UserError: if the encoder of a published head is in neither place; if a hub id is not on this machine.
+        UserError: if one is `named` and the head records its own; if the encoder of a published head is in neither
+            place; if a hub id is not on this machine.
     """
     path = Path(path)
     if config.encoder is not None:
+        if named:
+            raise UserError(
+                f"--lang_model_path {named}: {path} records its own encoder, {config.encoder}: leave it out"
+            )
         if config.encoder_is_folder:
             return os.path.normpath(path.parent / config.encoder)
         return named_by_file(config.encoder, path)
     own = path.parent / f"lang_model_{path.name.removeprefix('reward1_')}"
-    if own.is_dir():
-        return str(own)
+    if named or own.is_dir():
+        return named or str(own)
     found = sorted(path.resolve().parent.parent.glob(f"*reward_function_*/{PUBLISHED_ENCODER}"))
     if len(found) == 1:
         return str(found[0])
@@ -200,30 +194,13 @@ def encoder_reference(encoder: str | Path, head_folder: Path) -> dict:
 
 
 def load_encoder_of_head(
-    config: RewardHeadConfig,
-    path: str | Path,
-    max_length: int,
-    named: str | None,
-    dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
-) -> TurnEncoder:
-    """Loads the encoder that the head at `path` was trained on.
-
-    Args:
-        named: `--lang_model_path`. It is used for a published head, which records no encoder; for others, if it names a
-            different encoder, a message says that it is not used.
-
-    Raises:
-        UserError: if it cannot be loaded or does not fit the head.
-    """
-    if named and config.encoder is None:
-        name = named
-    else:
-        name = encoder_of_head(config, path)
-        if named and Path(named).resolve() != Path(name).resolve():
-            print(f"--lang_model_path {named} is not used: {path} was trained on {name}, which is loaded instead")
-        if config.encoder_is_folder and not Path(name).is_dir():  # else it would be looked up on the hub
-            raise UserError(f"{path}: expected the encoder that it was trained on in {name}, found no such folder")
+    config: RewardHeadConfig, path: str | Path, max_length: int, named: str | None,
+    dtype: torch.dtype = torch.float32, trust_remote_code: bool = False,
+) -> TurnEncoder:  # fmt: skip
+    """Loads the encoder that the head at `path` was trained on (see `encoder_of_head`), which must fit the head."""
+    name = encoder_of_head(config, path, named)
+    if config.encoder_is_folder and not Path(name).is_dir():  # else it would be looked up on the hub
+        raise UserError(f"{path}: expected the encoder that it was trained on in {name}, found no such folder")
     option = f"the encoder that {path} was trained on,"
     encoder = load_encoder(name, max_length, option, dtype=dtype, trust_remote_code=trust_remote_code)
     if encoder.hidden_size != config.hidden:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from geli.data.words import count_words
-from geli.data.writer import write_conversation
 from geli.run.console import progress_bar
 from geli.run.errors import UserError, first_line
 from geli.run.files import require_empty_folder
+from tools.writer import write_conversation
 
 
 class NewConversation(NamedTuple):

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 from geli.data.candor import TRANSCRIPTS
 from geli.data.questions import QUESTIONS
-from geli.run.errors import run
+from geli.run.errors import UserError, run
 from geli.run.options import file_name, new_parser, positive_int, seed
 
 
@@ -52,6 +52,7 @@ def parse_options(argv: Sequence[str] | None = None):
 OPTIONS = parse_options() if __name__ == "__main__" else None
 
 from data_utils import DataOptions
+from geli.heads import load_reward_head
 from geli.run.console import progress_bar
 from geli.run.distributed import make_accelerator
 from tools import tables
@@ -64,6 +65,8 @@ def main(options) -> None:
     cache = None if options.no_cache else output_dir / "cache"
     settings = parse_settings(options.heads, output_dir)
     paths = [path for setting in settings for path in setting.paths]
+    if options.lang_model_path and all(load_reward_head(path).config.encoder for path in paths):
+        raise UserError("--lang_model_path is for published heads, and all of these record their own encoder")
     reward_class = reward_class_of(paths, options.reward_class)
     data = DataOptions(options.data_dir, options.transcript, reward_class, train_size=options.train_size)
     truth = options.truth or Path(options.data_dir) / "truth.csv"

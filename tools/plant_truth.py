@@ -35,10 +35,10 @@ import pandas as pd
 from geli.data.candor import Conversation
 from geli.data.corpus import read_conversations
 from geli.data.questions import QUESTIONS
-from geli.data.writer import write_conversation
 from geli.run.console import progress_bar
 from geli.run.files import atomic_path, require_empty_folder
 from tools.hidden_reward import hidden_reward
+from tools.writer import write_conversation
 
 RATING_NOISE = 0.75  # standard deviation, in standard deviations of the mean hidden reward
 SMILE, SMILE_BY_REWARD, SMILE_AT_EXCLAMATION = 0.12, 0.45, 0.25  # chances that a listener smiles

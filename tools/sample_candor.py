@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 import pandas as pd
 
 from geli.data.questions import QUESTIONS
-from geli.data.writer import write_conversation
 from geli.run.console import progress_bar
 from geli.run.errors import UserError, run
 from geli.run.files import atomic_path, require_empty_folder
 from geli.run.options import fraction, new_parser, positive_int, seed
+from tools.writer import write_conversation
 
 WORDS_PER_SECOND, PAUSE = 2.5, 0.5
 

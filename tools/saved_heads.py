@@ -16,8 +16,9 @@ from geli.report.checks import conversations_seen, warn_of_leaks
 from geli.report.metrics import HeldOut, Metric, metrics
 from geli.reward import GELIReward
 from geli.run.errors import UserError
-from geli.statistics import interval_over_seeds, resample
+from geli.statistics import resample
 from models import RewardHead, head_rewards, predicted_returns
+from tools.seeds import interval_over_seeds
 from tools.tables import Row
 
 
@@ -170,7 +171,7 @@ class Scorer:
         key = (config.encoder, where, config.max_length, config.context_turns)
         if key not in self._features:
             encoder = GELIReward.load(
-                path, device=self.accelerator.device.type, lang_model_path=self.named,
+                path, device=self.accelerator.device.type, lang_model_path=None if config.encoder else self.named,
                 dtype="bfloat16" if self.accelerator.mixed_precision == "bf16" else "float32",
                 max_length=config.max_length, trust_remote_code=self.trust_remote_code,
             ).encoder  # fmt: skip

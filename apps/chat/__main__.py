@@ -14,9 +14,10 @@ from pathlib import Path
 
 from apps.chat.survey import new_user_id, user_id
 from apps.faces import FACE_MODELS
+from apps.options import add_head_options
 from geli.data.questions import QUESTIONS
 from geli.run.errors import run
-from geli.run.options import add_head_options, new_parser, non_negative_int, positive_int, seed
+from geli.run.options import new_parser, non_negative_int, positive_int, seed
 
 # options of the page, and their defaults
 WEB = {"host": "127.0.0.1", "port": 7860, "people": 4, "questions": (), "camera": False, "face_model": "fer"}

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from apps.options import server_url
 from geli.run.errors import UserError, one_line, run
-from geli.run.options import new_parser, positive_float, positive_int, seed, server_url
+from geli.run.options import new_parser, positive_float, positive_int, seed
 
 
 def parse_options(argv: Sequence[str] | None = None):

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from apps.options import add_head_options
 from geli.data.candor import TRANSCRIPTS
 from geli.data.corpus import printable
 from geli.run.errors import one_line, run
-from geli.run.options import add_head_options, new_parser, positive_int
+from geli.run.options import new_parser, positive_int
 
 
 def table_name(text: str) -> Path:

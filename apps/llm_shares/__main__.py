@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from apps.options import server_url
 from geli.data.candor import TRANSCRIPTS
 from geli.data.questions import QUESTIONS
 from geli.run.errors import run
@@ -20,7 +21,6 @@ from geli.run.options import (
     positive_float,
     positive_int,
     seed,
-    server_url,
 )
 
 

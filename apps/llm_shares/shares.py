@@ -1,9 +1,10 @@
 """Asks a model about all conversations, keeps every reply, and writes the shares."""
 
+import csv
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +16,9 @@ from apps.llm_shares.backends import CHARACTERS_PER_TOKEN, Backend, Reply
 from apps.llm_shares.prompt import Window, make_windows, reminder
 from apps.openai_server import ReplyFile, RequestFailed, ask_all
 from data_utils import Trajectory, fingerprint
-from geli.data.shares import ShareRow, write_shares
+from geli.data.shares import COLUMNS
 from geli.run.errors import UserError
-from geli.run.files import private_folder, write_json
+from geli.run.files import atomic_path, private_folder, write_json
 
 LINE_TOKENS = 6  # of a line `12: 7` in a reply
 
@@ -54,6 +55,27 @@ class WindowAnswer(NamedTuple):
     tokens_in: int
     tokens_out: int
     seconds: float
+
+
+class ShareRow(NamedTuple):
+    """The share of a turn.
+
+    Attributes:
+        conversation_id, flip, turn_id: which turn, of which trajectory.
+        share: of the score, in points. Those of a trajectory sum to its score.
+        status: how it was found (`apps.llm_shares.answers.STATUSES`).
+        tokens, seconds: that the trajectory's requests took, divided by its turns.
+        data: fingerprint of the trajectory that the model read, by which a changed one is noticed.
+    """
+
+    conversation_id: str
+    flip: int
+    turn_id: str
+    share: float
+    status: str
+    tokens: float
+    seconds: float
+    data: str
 
 
 def request_key(identity: Sequence, text: str, n: int) -> str:
@@ -271,6 +293,16 @@ def _rows(
             turn = (conversation.id, int(trajectory.flip), conversation.turns[i].turn_id)
             rows.append(ShareRow(*turn, float(share), status, tokens, seconds, data))
     return rows, every, dropped
+
+
+def write_shares(path: Path, rows: Iterable[ShareRow]) -> None:
+    """Writes the file, atomically."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in rows:
+            numbers = {"share": f"{row.share:.6g}", "tokens": f"{row.tokens:.1f}", "seconds": f"{row.seconds:.3f}"}
+            writer.writerow({**row._asdict(), **numbers}.values())
 
 
 def _results(

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from apps.options import add_head_options
 from geli.run.errors import run
-from geli.run.options import add_head_options, new_parser, non_negative_int, positive_int
+from geli.run.options import new_parser, non_negative_int, positive_int
 
 
 def parse_options(argv: Sequence[str] | None = None):

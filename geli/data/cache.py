@@ -30,10 +30,8 @@ class ConversationCache:
     """The conversations of a data folder in one Parquet file behind its checksum, a row a conversation.
 
     A row is used if the size and times of its conversation's three files are the same; the file, if it is undamaged
-    and was written with the same `READER_VERSION`. The file holds text, so only its owner can read it.
-
-    Args:
-        folder: of all caches. data_dir, transcript: what is read.
+    and was written with the same `READER_VERSION`. The file, in the `folder` of all caches, holds text, so only its
+    owner can read it.
     """
 
     def __init__(self, folder: str | Path, data_dir: str | Path, transcript: str):

@@ -130,14 +130,8 @@ def _window_sums(values: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.n
 
 
 def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversation:
-    """Reads one conversation's folder. Faces may be missing (see `Conversation.no_faces`).
-
-    Args:
-        transcript: one of `TRANSCRIPTS`.
-
-    Raises:
-        Dropped: if something is missing, unreadable or contradictory.
-    """
+    """Reads one conversation's folder, with one of the `TRANSCRIPTS`. Faces may be missing (see
+    `Conversation.no_faces`); raises `Dropped` if anything else is, or if something is unreadable or contradictory."""
     turns, speakers, skipped = read_turns(folder, transcript)
     faces, no_faces = _read_faces(folder / FEATURES_FILE, speakers)
     answers, off_scale, questions = _read_survey(folder / SURVEY_FILE, speakers)
@@ -148,28 +142,15 @@ def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversa
     for i, listener in enumerate(speakers[::-1]):
         rows = np.flatnonzero(who == i)
         affect[rows], share[rows] = affect_of_turns(start[rows], stop[rows], n_words[rows], *faces[listener])
-    return Conversation(
-        id=folder.name,
-        speakers=speakers,
-        turns=tuple(
-            turn._replace(affect=face, happy_share=happy)
-            for turn, face, happy in zip(turns, affect.tolist(), share.tolist(), strict=True)
-        ),
-        answers=answers,
-        questions=questions,
-        skipped_turns=skipped,
-        off_scale=off_scale,
-        no_faces=no_faces,
-    )
+    seen = zip(turns, affect.tolist(), share.tolist(), strict=True)
+    turns = tuple(turn._replace(affect=face, happy_share=happy) for turn, face, happy in seen)
+    return Conversation(folder.name, speakers, turns, answers, questions, skipped, off_scale, no_faces)
 
 
 def read_turns(folder: Path, transcript: str = "cliffhanger") -> tuple[list[Turn], tuple[str, str], Counter]:
     """The turns in a conversation's folder, with neutral affects; its speakers, first the one who speaks first; and
-    how many rows of the transcript were skipped, by reason. Faces and survey are not read.
-
-    Raises:
-        Dropped: if the transcript is missing or unreadable, or has not two speakers.
-    """
+    how many rows of the transcript were skipped, by reason. Faces and survey are not read. Raises `Dropped` if the
+    transcript is missing or unreadable, or has not two speakers."""
     if not folder.name.isprintable():  # such an id could neither be printed nor written to every file
         raise Dropped("the folder's name has characters that cannot be printed")
     turns, skipped = _read_transcript(folder / "transcription" / f"transcript_{transcript}.csv")
@@ -188,12 +169,8 @@ def conversation_or_reason(folder: Path, transcript: str) -> Conversation | str:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """The content of a file of UTF-8 text, without its byte order mark.
-
-    Raises:
-        Dropped: if it is not a regular file of at most `MOST_BYTES`, or not UTF-8 text without NUL bytes (`Missing` if
-            there is none).
-    """
+    """The content of a regular file of at most `MOST_BYTES` of UTF-8 text without NUL bytes; its byte order mark is cut
+    off. Raises `Missing` if there is none."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a FIFO blocks, and /dev/zero has no end
@@ -216,12 +193,8 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _read_rows(path: Path) -> list[list[str]]:
-    """The rows of a CSV file, header first.
-
-    Raises:
-        Dropped: if quotes stand elsewhere than around whole cells, or rows differ in length (`Missing` if there is no
-            row).
-    """
+    """The rows of a CSV file, header first, of one length, in which quotes stand around whole cells only. Raises
+    `Missing` if there is no row."""
     csv.field_size_limit(MOST_BYTES)  # a column that is not used may have cells of any length
     reader = csv.reader(io.StringIO(_read_bytes(path).decode(), newline=""), strict=True)
     rows = []
@@ -276,11 +249,7 @@ def _number(cell: str) -> float:
 
 
 def _read_transcript(path: Path) -> tuple[list[Turn], Counter]:
-    """The turns in the order of their ids, with neutral affects, and how many rows were skipped, by reason.
-
-    Raises:
-        Dropped: if there is no turn, or no valid table.
-    """
+    """The turns in the order of their ids, with neutral affects, and how many rows were skipped, by reason."""
     names = ("turn_id", "speaker", "start", "stop", "utterance")
     columns = _read_csv(path, names, ("n_words",), id_column="speaker")
     words = columns.get("n_words") or [""] * len(columns["speaker"])
@@ -316,11 +285,7 @@ _Frames = tuple[np.ndarray, np.ndarray]  # (m,) ascending seconds, (m, 8) face p
 
 
 def _read_faces(path: Path, speakers: tuple[str, str]) -> tuple[dict[str, _Frames], str]:
-    """Speaker -> the frames without an invalid value; and why there is none of either speaker, empty if there is one.
-
-    Raises:
-        Dropped: if there is something in the file that cannot be read.
-    """
+    """Speaker -> the frames without an invalid value; and why neither speaker has one, empty if one has."""
     try:
         users, times, probabilities = _fast_faces(path) or _careful_faces(path, speakers)
     except Missing as reason:
@@ -366,11 +331,7 @@ def _fast_faces(path: Path) -> tuple[pa.Array, pa.Array, np.ndarray] | None:
 
 
 def _careful_faces(path: Path, speakers: Iterable[str] = ()) -> tuple[pa.Array, pa.Array, np.ndarray]:
-    """As `_fast_faces`, of any file that can be read.
-
-    Raises:
-        Dropped: if it cannot.
-    """
+    """As `_fast_faces`, of any file that can be read."""
     columns = _read_csv(path, ("user_id", "timedelta", *_PROBABILITIES), ids=speakers)
     probabilities = np.array([[_number(cell) for cell in columns[name]] for name in _PROBABILITIES]).T
     return pa.array(columns["user_id"], pa.string()), pa.array(columns["timedelta"], pa.string()), probabilities

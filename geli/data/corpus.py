@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -29,16 +29,11 @@ _HOW_TO_GET_DATA = (
 def read_conversations(
     data_dir: str | Path, transcript: str = "cliffhanger", cache: str | Path | None = None
 ) -> tuple[list[Conversation], dict[str, str]]:
-    """Reads every conversation folder in `data_dir`.
+    """The conversations in the folders in `data_dir`, in the order of `split_key`, and folder name -> reason of those
+    dropped. Raises a `UserError` if `data_dir` is not a folder, or has no usable conversation.
 
     Args:
         transcript: one of `candor.TRANSCRIPTS`. cache: folder of a `ConversationCache`; None for no cache.
-
-    Returns:
-        The conversations in the order of `split_key`, at least one; and folder name -> reason of those dropped.
-
-    Raises:
-        UserError: if `data_dir` is not a folder, or has no usable conversation.
     """
     data_dir = Path(data_dir)
     folders, dropped = _folders(data_dir)
@@ -61,6 +56,11 @@ def split_key(conversation_id: str) -> str:
 def by_count(reasons: Iterable[str]) -> dict[str, int]:
     """Reason -> how often, the most frequent first."""
     return dict(sorted(Counter(reasons).items(), key=lambda item: (-item[1], item[0])))
+
+
+def common_reasons(dropped: Mapping[str, str]) -> str:
+    """The five most frequent reasons in name -> reason, each with how often."""
+    return "; ".join(f"{reason} ({n})" for reason, n in list(by_count(dropped.values()).items())[:5])
 
 
 def printable(name: str) -> str:
@@ -110,11 +110,7 @@ def _main_module_hidden() -> Iterator[None]:
 
 def _folders(data_dir: Path) -> tuple[list[Path], dict[str, str]]:
     """The conversations' folders in the order of `split_key`, and name -> reason of links to one of them, which are
-    dropped: a conversation that is there twice could be in training and in validation.
-
-    Raises:
-        UserError: if `data_dir` is not a folder.
-    """
+    dropped: a conversation that is there twice could be in training and in validation."""
     try:
         listed = [data_dir / name for name in os.listdir(data_dir) if not name.startswith(".")]
     except OSError as error:
@@ -138,11 +134,9 @@ def _folders(data_dir: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def _nothing_usable(data_dir: Path, dropped: dict[str, str], transcript: str) -> str:
-    if not dropped:
-        found = "found no folder in it"
-    else:
-        examples = "; ".join(f"{reason} ({n})" for reason, n in list(by_count(dropped.values()).items())[:3])
-        found = f"found {len(dropped)} folders, none usable: {examples}"
+    found = (
+        f"found {len(dropped)} folders, none usable: {common_reasons(dropped)}" if dropped else "found no folder in it"
+    )
     return (
         f"--data_dir {data_dir}: expected <conversation>/transcription/transcript_{transcript}.csv, {SURVEY_FILE} and, "
         f"for faces, {FEATURES_FILE}; {found}; {_HOW_TO_GET_DATA}"

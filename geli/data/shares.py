@@ -2,35 +2,14 @@
 
 import csv
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from geli.run.errors import UserError
-from geli.run.files import atomic_path
 
+# share: of the score, in points; those of a trajectory sum to its score. data: `data_utils.fingerprint` of the
+# trajectory that the model read. status, tokens, seconds: how it was found, and what that took; they are not read.
 COLUMNS = ("conversation_id", "flip", "turn_id", "share", "status", "tokens", "seconds", "data")
-
-
-class ShareRow(NamedTuple):
-    """The share of a turn.
-
-    Attributes:
-        conversation_id, flip, turn_id: which turn, of which trajectory.
-        share: of the score, in points. Those of a trajectory sum to its score.
-        status: how it was found (`apps.llm_shares.answers.STATUSES`).
-        tokens, seconds: that the trajectory's requests took, divided by its turns.
-        data: fingerprint of the trajectory that the model read, by which a changed one is noticed.
-    """
-
-    conversation_id: str
-    flip: int
-    turn_id: str
-    share: float
-    status: str
-    tokens: float
-    seconds: float
-    data: str
 
 
 class TrajectoryShares(NamedTuple):
@@ -44,22 +23,8 @@ class TrajectoryShares(NamedTuple):
     turns: dict[str, float]
 
 
-def write_shares(path: Path, rows: Iterable[ShareRow]) -> None:
-    """Writes the file, atomically."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for row in rows:
-            numbers = {"share": f"{row.share:.6g}", "tokens": f"{row.tokens:.1f}", "seconds": f"{row.seconds:.3f}"}
-            writer.writerow({**row._asdict(), **numbers}.values())
-
-
 def read_shares(path: str | Path) -> dict[str, TrajectoryShares]:
-    """`conversation/flip` -> its shares.
-
-    Raises:
-        UserError: if the file is missing or is not one that `write_shares` wrote.
-    """
+    """`conversation/flip` -> its shares, of a file with these `COLUMNS` and a number in each `share`."""
     found: dict[str, TrajectoryShares] = {}
     try:
         with open(path, encoding="utf-8", newline="") as file:

@@ -13,61 +13,23 @@ TRANSCRIPT_COLUMNS = (
     "turn_id speaker start stop utterance interval delta questions end_question overlap n_words".split()
 )
 BACKCHANNEL_COLUMNS = "backchannel backchannel_count backchannel_speaker backchannel_start backchannel_stop".split()
-FACE_SHARE = 0.72  # probability that a frame gives its class; the rest is spread over the other seven
 
 
-def write_conversation(
-    folder: Path,
-    turns: list[tuple[str, float, float, str]],
-    faces: list[tuple[str, float, float, str]] | None,
-    answers: dict[str, dict[str, float]],
-    lost: set[tuple[str, int]] = frozenset(),
-) -> None:
+def write_conversation_of_frames(
+    folder: Path, turns: Sequence[tuple[str, float, float, str]],
+    frames: Mapping[str, Sequence[Sequence[float] | None]] | None, answers: Mapping[str, Mapping[str, float]],
+) -> None:  # fmt: skip
     """Writes transcripts, faces and survey of one conversation.
 
     Args:
         folder: the conversation's folder; its name is the conversation's id.
         turns: (user id, start, stop, utterance), in order, seconds.
-        faces: (user id, start, stop, face class of `FACES`): that face from start to stop; neutral at all other times.
-            None: nothing is known of faces, and their file is not written.
-        answers: user id -> question of `QUESTIONS` -> answer; questions left out are empty cells.
-        lost: (user id, second) of frames whose face was lost: empty cells.
-
-    Raises:
-        ValueError: for a face class or a question that CANDOR does not have, or an answer out of the question's range.
-    """
-    for *_, face in faces or ():
-        if face not in FACES:
-            raise ValueError(f"face class {face!r}, expected one of {', '.join(FACES)}")
-    if faces is None:
-        write_conversation_of_frames(folder, turns, None, answers)
-        return
-    seconds = range(int(turns[-1][2]) + 1 if turns else 0)
-    frames = {}
-    for user in dict.fromkeys([*answers, *(turn[0] for turn in turns)]):
-        spans = [span for span in faces if span[0] == user]
-        shown = (next((face for _, start, stop, face in spans if start <= s <= stop), "neutral") for s in seconds)
-        frames[user] = [
-            None if (user, second) in lost else _frame(face) for second, face in zip(seconds, shown, strict=True)
-        ]
-    write_conversation_of_frames(folder, turns, frames, answers)
-
-
-def write_conversation_of_frames(
-    folder: Path,
-    turns: Sequence[tuple[str, float, float, str]],
-    frames: Mapping[str, Sequence[Sequence[float] | None]] | None,
-    answers: Mapping[str, Mapping[str, float]],
-) -> None:
-    """As `write_conversation`, with the face probabilities of each second.
-
-    Args:
         frames: user id -> for second 0, 1, … the eight probabilities in the order of `FACES`; None where the face was
-            lost (empty cells). None: their file is not written.
+            lost (empty cells). None: nothing is known of faces, and their file is not written.
+        answers: user id -> question of `QUESTIONS` -> answer; questions left out are empty cells.
 
-    Raises:
-        ValueError: for anything but eight probabilities, a question that CANDOR does not have, or an answer out of the
-            question's range.
+    Raises a ValueError for anything but eight probabilities, a question that CANDOR does not have, or an answer out of
+    the question's range.
     """
     _check(frames or {}, answers)
     (folder / "transcription").mkdir(parents=True, exist_ok=True)
@@ -112,11 +74,6 @@ def _transcript_rows(turns):
             text.endswith("?"), False, count_words(text),
         ]  # fmt: skip
         previous_stop = stop
-
-
-def _frame(face: str) -> list[float]:
-    rest = round((1 - FACE_SHARE) / (len(FACES) - 1), 4)
-    return [FACE_SHARE if name == face else rest for name in FACES]
 
 
 def _timedelta(second: int) -> str:

@@ -43,13 +43,9 @@ class TurnEncoder(nn.Module):
 
     Attributes:
         tokens_per_batch: padded tokens that are encoded at once; None: as many as memory allows.
-        is_sharded: whether each process holds only a part of the weights (`geli.run.sharding.shard`). Every forward
-            pass then needs all processes.
-        largest: a function that returns the largest of the numbers that the processes call it with; of a model that is
-            not sharded, the number itself.
+        is_sharded, largest: see `geli.run.sharding.shard`.
 
-    Raises:
-        UserError: if `max_length` leaves no room for text, or the tokenizer has no end token.
+    Raises a `UserError` if `max_length` leaves no room for text, or the tokenizer has no end token.
     """
 
     def __init__(self, model, tokenizer, max_length: int = 1024, name: str = ""):
@@ -77,11 +73,8 @@ class TurnEncoder(nn.Module):
 
     def token_budget(self, gradients: bool = False) -> int:
         """Padded tokens to encode at once: `tokens_per_batch`, or what fits into a part of the memory that the machine,
-        or the container, has.
-
-        It does not depend on what else is in memory, so that results do not either, and has an upper limit above which
-        larger batches are no faster.
-        """
+        or the container, has. It does not depend on what else is in memory, so that results do not either, and has an
+        upper limit above which larger batches are no faster."""
         if self.tokens_per_batch:
             return self.tokens_per_batch
         layer = 4 * 24 * self.hidden_size  # bytes a token: one layer's activations, with a feed-forward 4 times as wide
@@ -158,11 +151,6 @@ class TurnEncoder(nn.Module):
         with autocast():
             return self(**self.collate(pairs or [dummy])).float()[: len(pairs)]
 
-    @staticmethod
-    def _with_empty(batches: list[np.ndarray], passes: int) -> list[np.ndarray]:
-        """`batches`, with empty ones appended up to the number of `passes`."""
-        return batches + [np.arange(0)] * (passes - len(batches))
-
     def encode_with_gradients(self, pairs: Sequence[TokenPair], autocast=nullcontext, calls: int = 1) -> torch.Tensor:
         """(n, hidden) float32 representations that gradients flow through.
 
@@ -187,18 +175,15 @@ class TurnEncoder(nn.Module):
         passes = self.largest(passes)
         if not passes:  # everything fits at once, in every process
             return features(np.arange(len(pairs)))
-        batches = self._with_empty(batches, passes)
+        batches += [np.arange(0)] * (passes - len(batches))
         rows = torch.cat([checkpoint(features, batch, use_reentrant=False) for batch in batches])
         return rows[torch.from_numpy(np.argsort(np.concatenate(batches))).to(rows.device)]
 
     @torch.no_grad()  # not inference_mode: heads are trained on the result
     def encode(
-        self,
-        pairs: Sequence[TokenPair],
-        autocast=nullcontext,
-        progress: str | None = None,
+        self, pairs: Sequence[TokenPair], autocast=nullcontext, progress: str | None = None,
         on_batch: Callable[[np.ndarray, torch.Tensor], None] | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """(n, hidden) float32 representations on the CPU, computed in eval mode in batches of similar lengths.
 
         Args:
@@ -210,9 +195,9 @@ class TurnEncoder(nn.Module):
         features = torch.empty(len(pairs), self.hidden_size)
         lengths = np.array([len(pair.ids) for pair in pairs])
         batches = token_batches(lengths, self.token_budget())
-        passes = self.largest(len(batches))
+        batches += [np.arange(0)] * (self.largest(len(batches)) - len(batches))  # as many passes in every process
         with progress_bar(total=len(pairs), desc=progress, unit="turn", disable=progress is None) as bar:
-            for batch in self._with_empty(batches, passes):
+            for batch in batches:
                 features[batch] = self._features([pairs[i] for i in batch], autocast).cpu()
                 if on_batch:
                     on_batch(batch, features[batch])
@@ -236,13 +221,9 @@ class TurnEncoder(nn.Module):
 
 
 def load_encoder(
-    name: str,
-    max_length: int = 1024,
-    option: str = "--lang_model_path",
-    adapt: bool = False,
-    dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
-) -> TurnEncoder:
+    name: str, max_length: int = 1024, option: str = "--lang_model_path", adapt: bool = False,
+    dtype: torch.dtype = torch.float32, trust_remote_code: bool = False,
+) -> TurnEncoder:  # fmt: skip
     """Loads an encoder from a folder (then offline) or from the hub. A folder with an adapter (`adapter_config.json`)
     brings the base model that it records.
 
@@ -254,9 +235,6 @@ def load_encoder(
         dtype: of the weights under an adapter; all other weights are float32.
         option: the option that names it, for error messages.
         trust_remote_code: run code that the model brings along.
-
-    Raises:
-        UserError: if it cannot be loaded.
     """
     adapter, base = None, name
     if (Path(name) / "adapter_config.json").is_file():
@@ -282,47 +260,32 @@ def load_encoder(
 
 
 def place_encoder(
-    encoder: TurnEncoder,
-    accelerator: Accelerator,
-    tokens_per_batch: int | None = None,
-    compile: bool = False,
-    trains: bool = False,
+    encoder: TurnEncoder, accelerator: Accelerator, options: EncoderOptions, trains: bool = False
 ) -> TurnEncoder:
-    """Moves an encoder to its device; shards one that trains if `accelerate launch` was configured for that.
-
-    Args:
-        tokens_per_batch: padded tokens to encode at once; None: as many as memory allows. compile: use torch.compile.
-
-    Raises:
-        UserError: for `compile` of a sharded encoder.
-    """
-    encoder.tokens_per_batch = tokens_per_batch
+    """Moves an encoder to its device, to run as the options say. One that trains is sharded if `accelerate launch` was
+    configured for that; with `--compile` that is a `UserError`."""
+    encoder.tokens_per_batch = options.tokens_per_batch
     if trains:
         shard(encoder, accelerator)
     else:
         encoder.to(accelerator.device)
-    if compile and encoder.is_sharded:
+    if options.compile and encoder.is_sharded:
         raise UserError("--compile does not work on a sharded encoder: leave it out, or train whole copies")
-    if compile:
+    if options.compile:
         encoder.compile()
     return encoder
 
 
 def open_encoder(
-    options: EncoderOptions,
-    accelerator: Accelerator,
-    trust_remote_code: bool,
-    name: str | None = None,
+    options: EncoderOptions, accelerator: Accelerator, trust_remote_code: bool, name: str | None = None,
     trains: bool = False,
-) -> TurnEncoder:
-    """The encoder `name` (None: the one that the options name), on its device and run as the options say. One that
-    trains is sharded if `accelerate launch` was configured for that, and gets the adapter that `--model` asks for."""
+) -> TurnEncoder:  # fmt: skip
+    """The encoder `name` (None: the one that the options name), placed (`place_encoder`). One that trains gets the
+    adapter that `--model` asks for."""
     source, option = options.source()
-    adapt = trains and options.adapted
-    encoder = load_encoder(
-        name or source, options.max_length, option, adapt, frozen_dtype(accelerator), trust_remote_code
-    )
-    return place_encoder(encoder, accelerator, options.tokens_per_batch, options.compile, trains)
+    adapt, dtype = trains and options.adapted, frozen_dtype(accelerator)
+    encoder = load_encoder(name or source, options.max_length, option, adapt, dtype, trust_remote_code)
+    return place_encoder(encoder, accelerator, options, trains)
 
 
 def own_limit(config, tokenizer) -> int:

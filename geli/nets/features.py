@@ -1,14 +1,13 @@
 """Features of encoded turns, and their on-disk cache.
 
 A frozen encoder gives the same features for the same tokens, so they are computed once and kept under
-`{output_dir}/cache/features/`. Files appear there whole or not at all, so runs can share the folder and can be killed.
-A file that is damaged, or belongs to another encoder, is not used. Files hold tensors, never code.
+`{output_dir}/cache/features/`, which runs can share. A file that is damaged, or of another encoder, is not used.
 """
 
 import hashlib
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -37,11 +36,8 @@ def weights_digest(tensors: dict[str, torch.Tensor], label: str = "") -> str:
 
 
 def encoder_fingerprint(encoder: TurnEncoder, numerics: str) -> str:
-    """A hash of all that features depend on besides the tokens: weights, architecture, adapter, library versions.
-
-    Args:
-        numerics: device and type of the forward pass.
-    """
+    """A hash of all that features depend on besides the tokens: weights, architecture, adapter, library versions, and
+    `numerics`, the device and type of the forward pass."""
     adapters = getattr(encoder.model, "peft_config", {})
     label = (
         numerics,
@@ -78,8 +74,9 @@ class FeatureCache:
                 batch.
         """
         keys = [_key(pair) for pair in pairs]
-        distinct = dict(zip(keys, pairs, strict=True))
-        known = self._read_all(set(distinct))
+        distinct, known = dict(zip(keys, pairs, strict=True)), {}
+        for path in sorted(self.folder.glob("[!.]*.safetensors")):  # names of unfinished files begin with a dot
+            known |= self._read(path, distinct.keys())
         missing = {key: pair for key, pair in distinct.items() if key not in known}
         names, fresh, flushed = list(missing), [], time.monotonic()
 
@@ -91,16 +88,9 @@ class FeatureCache:
                 fresh, flushed = [], time.monotonic()
 
         if missing or not pairs:
-            known.update(zip(names, encode(list(missing.values()), on_batch=on_batch), strict=True))
+            known |= zip(names, encode(list(missing.values()), on_batch=on_batch), strict=True)
             self._write(fresh)
         return torch.stack([known[key] for key in keys]) if keys else torch.empty(0, 0)
-
-    def _read_all(self, wanted: set[bytes]) -> dict[bytes, torch.Tensor]:
-        """The wanted features that any file has. Files whose names begin with a dot are still being written."""
-        known: dict[bytes, torch.Tensor] = {}
-        for path in sorted(self.folder.glob("[!.]*.safetensors")) if self.folder.is_dir() else ():
-            known.update(self._read(path, wanted))
-        return known
 
     def _write(self, rows: list[tuple[bytes, torch.Tensor]]) -> None:
         """Writes one new file with these features."""
@@ -112,7 +102,7 @@ class FeatureCache:
         with atomic_path(self.folder / f"{secrets.token_hex(8)}.safetensors", every_process=True) as temporary:
             save_file(tensors, temporary, metadata={"checksum": weights_digest(tensors, self.fingerprint)})
 
-    def _read(self, path: Path, wanted: set[bytes]) -> dict[bytes, torch.Tensor]:
+    def _read(self, path: Path, wanted: Set[bytes]) -> dict[bytes, torch.Tensor]:
         """The wanted features in a file. If it is damaged or of another encoder, prints that and returns none."""
         try:
             with safe_open(path, "pt") as file:
@@ -136,17 +126,11 @@ class FeatureCache:
 
 
 def encode_together(
-    encoder: TurnEncoder,
-    pairs: Sequence[TokenPair],
-    accelerator: Accelerator,
-    encode: Callable[[Sequence[TokenPair]], torch.Tensor] | None = None,
-    progress: str | None = None,
-) -> torch.Tensor:
-    """(n, hidden) features of n pairs, of which each process encodes its part.
-
-    Args:
-        encode: pairs -> features, if not `encoder.encode`. progress: description of a progress bar.
-    """
+    encoder: TurnEncoder, pairs: Sequence[TokenPair], accelerator: Accelerator,
+    encode: Callable[[Sequence[TokenPair]], torch.Tensor] | None = None, progress: str | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """(n, hidden) features of n pairs, of which each process encodes its part: by `encode`, a function of pairs, or by
+    `encoder.encode` with a progress bar that says `progress`."""
     mine = local_part(pairs, accelerator)
     features = encode(mine) if encode else encoder.encode(mine, accelerator.autocast, progress=progress)
     if accelerator.num_processes == 1:
@@ -174,12 +158,8 @@ class TurnFeatures:
             self._cache = FeatureCache(cache_dir / "features", fingerprint, encoder.hidden_size)
 
     def prepare(self, texts: Sequence[tuple[str, str]], rated_texts: Sequence[tuple[str, str]] | None = None) -> None:
-        """Tokenizes the training turns and, if the encoder is frozen, encodes them.
-
-        Args:
-            texts: (context, response) of N turns.
-            rated_texts: the same N turns with the user's answer to the survey appended, if training shows it.
-        """
+        """Tokenizes the training turns (context, response) and, if the encoder is frozen, encodes them. `rated_texts`:
+        the same turns with the user's answer to the survey appended, if training shows it."""
         self._pairs = [self.encoder.tokenize(part) for part in (texts, rated_texts) if part is not None]
         if self.frozen:
             self._features = [self._encode(pairs, "training") for pairs in self._pairs]
@@ -206,10 +186,8 @@ class TurnFeatures:
         return torch.stack([torch.zeros(()), *(self.training(none, none, 1).sum() for _ in range(n))]).sum()
 
     def held_out(self, texts: Sequence[tuple[str, str]]) -> torch.Tensor:
-        """(N, hidden) features of held-out turns (context, response).
-
-        The texts that were given last are not tokenized again, nor encoded again while the encoder is frozen.
-        """
+        """(N, hidden) features of held-out turns (context, response). The texts that were given last are not tokenized
+        again, nor encoded again while the encoder is frozen."""
         known, pairs, features = self._held_out
         if texts != known:
             pairs, features = self.encoder.tokenize(texts), None

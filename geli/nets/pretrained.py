@@ -96,14 +96,7 @@ def quiet_transformers() -> None:
 
 
 def read_json(path: str | Path, label: str) -> dict:
-    """The object in a JSON file.
-
-    Args:
-        label: what error messages call the file.
-
-    Raises:
-        UserError: if it is not a JSON object, or is nested too deep to parse.
-    """
+    """The object in a JSON file, which error messages call `label`. Raises a `UserError` if it is none."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -114,11 +107,7 @@ def read_json(path: str | Path, label: str) -> dict:
 
 
 def check_model(name: str, option: str, trust_remote_code: bool) -> None:
-    """Refuses a model (hub id or folder) whose JSON files name code, kernels, files elsewhere, or impossible sizes.
-
-    Raises:
-        UserError: with the file and what was found in it.
-    """
+    """Refuses a model (hub id or folder) whose JSON files name code, kernels, files elsewhere, or impossible sizes."""
     for file in JSON_FILES:
         path = _find(name, file)
         if path is None:
@@ -148,11 +137,7 @@ def check_model(name: str, option: str, trust_remote_code: bool) -> None:
 
 def check_size(auto_class, name: str, option: str, config) -> None:
     """Refuses a model folder whose configuration describes a much larger model than its weights files hold, before
-    anything is allocated.
-
-    Raises:
-        UserError: with both numbers.
-    """
+    anything is allocated."""
     held = _numbers_held(Path(name))
     if held is None:  # no weights file: from_pretrained reports it
         return
@@ -180,12 +165,8 @@ def check_vocabulary(tokenizer, model, name: str, option: str) -> None:
 
 
 def named_by_file(name: str, file: str | Path) -> str:
-    """`name`, the id or folder of a model that `file` names, if it is on this machine or one of `ENCODERS`: the content
-    of a file never starts a download.
-
-    Raises:
-        UserError: otherwise, with what to do.
-    """
+    """`name`, the id or folder of a model that `file` names. Raises a `UserError` unless it is on this machine, or one
+    of `ENCODERS`: the content of a file never starts a download."""
     if _is_folder(name) or name in {alias.hub_id for alias in ENCODERS.values()}:
         return name
     if not HUB_ID.fullmatch(name) or ".." in name:
@@ -203,11 +184,8 @@ def named_by_file(name: str, file: str | Path) -> str:
 
 
 def load_adapter(model: torch.nn.Module, folder: str, option: str) -> PeftModel:
-    """`model` with the LoRA adapter in `folder`, trainable. `recorded_base` must have checked the folder.
-
-    Raises:
-        UserError: if the adapter does not fit the model.
-    """
+    """`model` with the LoRA adapter in `folder`, trainable. `recorded_base` must have checked the folder. Raises a
+    `UserError` if the adapter does not fit the model."""
     try:
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
         check_adapter_weights(adapted, folder)
@@ -289,13 +267,9 @@ def _find(name: str, file: str, local: bool = False) -> str | None:
         path = Path(name) / file
         return str(path) if path.is_file() else None
     try:
+        kinds = ("gated_repo", "missing_entries", "connection_errors")
         return cached_file(
-            name,
-            file,
-            local_files_only=local,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
+            name, file, local_files_only=local, **{f"_raise_exceptions_for_{kind}": False for kind in kinds}
         )
     except (OSError, ValueError):  # not a hub id: from_pretrained reports it
         return None

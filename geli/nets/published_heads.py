@@ -51,8 +51,7 @@ def read_published_head(path: str | Path) -> PublishedHead:
     """Reads a head in the published format: `torch.save` of a module `__main__.reward_function` with the layers fc1:
     Linear(hidden, 128) and fc2: Linear(128, 1). Nothing in the file is executed.
 
-    Raises:
-        NotPublished: for any other file; if the file names anything that a published head does not, with that name.
+    For any other file raises `NotPublished`; if it names anything that a published head does not, with that name.
     """
     try:
         archive = _checked_copy(path)
@@ -104,11 +103,10 @@ def _tensors(module) -> PublishedHead:
     try:
         layers = [module._modules[name]._parameters for name in ("fc1", "fc2")]
         tensors = [layer[name].detach() for layer in layers for name in ("weight", "bias")]
-        hidden = tensors[0].shape[1]
         shapes = [tuple(tensor.shape) for tensor in tensors]
+        expected = [(128, shapes[0][1]), (128,), (1, 128), (1,)]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise NotPublished(f"no fc1 and fc2 as the published heads have ({type(error).__name__})") from None
-    expected = [(128, hidden), (128,), (1, 128), (1,)]
     if shapes != expected or not all(tensor.is_contiguous() for tensor in tensors):  # a stride of 0 repeats numbers
         raise NotPublished(f"expected contiguous tensors of shapes {expected}, found {shapes}")
     if not all(torch.isfinite(tensor).all() for tensor in tensors):

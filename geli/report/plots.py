@@ -88,8 +88,7 @@ def turn_rewards(table, path: Path, conversations: int = 2) -> list[Path]:
 def returns(true: np.ndarray, predicted: np.ndarray, path: Path) -> list[Path]:
     """Predicted return (n,) against true score (n,) of the validation trajectories, in points; returns the paths of a
     PNG and a PDF."""
-    figure, axes = new_figure(1, 1, 4.2, 4)
-    axis = axes[0, 0]
+    figure, [[axis]] = new_figure(1, 1, 4.2, 4)
     low, high = min(true.min(), predicted.min()), max(true.max(), predicted.max())
     axis.plot([low, high], [low, high], color=GRAY, lw=0.8)
     axis.scatter(true, predicted, s=18, alpha=0.7, color=BLUE, edgecolor="none")
@@ -98,15 +97,11 @@ def returns(true: np.ndarray, predicted: np.ndarray, path: Path) -> list[Path]:
 
 
 def affects(table, path: Path) -> list[Path]:
-    """The distribution of predicted rewards by the listener's affect, as boxes; returns the paths of a PNG and a PDF.
-
-    Args:
-        table: as in `val_turn_rewards_{run}.csv`.
-    """
+    """The distribution of predicted rewards by the listener's affect, as boxes, of the `table` of `turn_rewards`;
+    returns the paths of a PNG and a PDF."""
     groups = {name: table["reward"][table["affect"] == name].to_numpy() for name in AFFECT_COLORS}
     groups = {name: rewards for name, rewards in groups.items() if len(rewards)}
-    figure, axes = new_figure(1, 1, 5.4, 0.9 + 0.42 * len(groups))
-    axis = axes[0, 0]
+    figure, [[axis]] = new_figure(1, 1, 5.4, 0.9 + 0.42 * len(groups))
     labels = [f"{name} ({len(rewards):,})" for name, rewards in groups.items()]
     boxes = axis.boxplot(
         list(groups.values()), orientation="horizontal", tick_labels=labels, patch_artist=True, showfliers=False,
@@ -127,11 +122,7 @@ LEARNING = {  # title of a panel -> training and validation metric, as logged
 
 
 def learning(rows: list[dict], path: Path) -> list[Path]:
-    """Losses of stage 1 or 2 by step; returns the paths of a PNG and a PDF.
-
-    Args:
-        rows: what was logged, each with `step`.
-    """
+    """Losses of stage 1 or 2 by `step`, from the `rows` that were logged; returns the paths of a PNG and a PDF."""
     shown = {title: names for title, names in LEARNING.items() if any(names[0] in row for row in rows)}
     figure, axes = new_figure(1, len(shown), 3.1 * len(shown), 3)
     for axis, (title, (training, validation)) in zip(axes[0], shown.items(), strict=True):
@@ -154,52 +145,36 @@ def learning(rows: list[dict], path: Path) -> list[Path]:
 
 def ppo(steps, path: Path) -> list[Path]:
     """How a policy changed in training: reward, KL, one against the other, length and diversity; returns the paths of a
-    PNG and a PDF.
-
-    Args:
-        steps: table with the columns step and score_mean, and optionally human_score_mean, kl, response_length_mean and
-            distinct_2.
-    """
-    drawn = [_score_by_step]
-    drawn += [_kl_by_step, _score_by_kl] if "kl" in steps else []
-    drawn += [_text_by_step] if "response_length_mean" in steps else []
-    rows = -(-len(drawn) // 2)
+    PNG and a PDF. `steps`: a table with the columns step and score_mean, and optionally human_score_mean, kl,
+    response_length_mean and distinct_2."""
+    rows = 2 if "kl" in steps else 1
     figure, axes = new_figure(rows, 2, 9, 3 * rows)
-    for axis, draw in zip(axes.flat, drawn, strict=False):
-        draw(axis, steps)
-    for axis in axes.flat[len(drawn) :]:
+    score, *free = axes.flat
+    score.plot(steps["step"], steps["score_mean"], label="policy", color=GREEN)
+    if "human_score_mean" in steps:
+        score.plot(steps["step"], steps["human_score_mean"], label="human answer", color=GRAY, lw=0.9)
+    score.set(xlabel="step", ylabel="mean reward")
+    score.legend(frameon=False)
+    if "kl" in steps:
+        kl, score_by_kl, *free = free
+        kl.plot(steps["step"], steps["kl"], color=RED)
+        kl.set(xlabel="step", ylabel="KL (nats a response)")
+        points = score_by_kl.scatter(steps["kl"], steps["score_mean"], c=steps["step"], s=14, cmap="cividis")
+        figure.colorbar(points, ax=score_by_kl, label="step")
+        score_by_kl.set(xlabel="KL to the reference (nats a response)", ylabel="mean reward")
+    if "response_length_mean" in steps:
+        length, *free = free
+        length.plot(steps["step"], steps["response_length_mean"], color=BLUE)
+        length.set_xlabel("step")
+        length.set_ylabel("response length (tokens)", color=BLUE)
+        if "distinct_2" in steps:
+            diversity = length.twinx()
+            diversity.plot(steps["step"], steps["distinct_2"], color=ORANGE)
+            diversity.set_ylabel("distinct-2", color=ORANGE)
+            diversity.set_ylim(0, 1.02)
+    for axis in free:
         axis.remove()
     return save_both(figure, path)
-
-
-def _score_by_step(axis, steps) -> None:
-    axis.plot(steps["step"], steps["score_mean"], label="policy", color=GREEN)
-    if "human_score_mean" in steps:
-        axis.plot(steps["step"], steps["human_score_mean"], label="human answer", color=GRAY, lw=0.9)
-    axis.set(xlabel="step", ylabel="mean reward")
-    axis.legend(frameon=False)
-
-
-def _kl_by_step(axis, steps) -> None:
-    axis.plot(steps["step"], steps["kl"], color=RED)
-    axis.set(xlabel="step", ylabel="KL (nats a response)")
-
-
-def _score_by_kl(axis, steps) -> None:
-    points = axis.scatter(steps["kl"], steps["score_mean"], c=steps["step"], s=14, cmap="cividis")
-    axis.figure.colorbar(points, label="step")
-    axis.set(xlabel="KL to the reference (nats a response)", ylabel="mean reward")
-
-
-def _text_by_step(axis, steps) -> None:
-    axis.plot(steps["step"], steps["response_length_mean"], color=BLUE)
-    axis.set_xlabel("step")
-    axis.set_ylabel("response length (tokens)", color=BLUE)
-    if "distinct_2" in steps:
-        diversity = axis.twinx()
-        diversity.plot(steps["step"], steps["distinct_2"], color=ORANGE)
-        diversity.set_ylabel("distinct-2", color=ORANGE)
-        diversity.set_ylim(0, 1.02)
 
 
 def before_after(metrics: dict[str, dict], path: Path) -> list[Path]:
@@ -210,8 +185,7 @@ def before_after(metrics: dict[str, dict], path: Path) -> list[Path]:
     """
     labels = {"before": "reference policy", "after": "trained policy", "human": "human answers"}
     shown = {label: metrics[name] for name, label in labels.items() if "reward" in metrics.get(name, {})}
-    figure, axes = new_figure(1, 1, 5.4, 0.9 + 0.5 * len(shown))
-    axis = axes[0, 0]
+    figure, [[axis]] = new_figure(1, 1, 5.4, 0.9 + 0.5 * len(shown))
     for place, (found, color) in enumerate(zip(shown.values(), (GRAY, GREEN, BLUE), strict=False)):
         value, low, high = (found.get(name) for name in ("reward", "reward_low", "reward_high"))
         error = None if low is None else [[value - low], [high - value]]

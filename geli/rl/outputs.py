@@ -84,11 +84,8 @@ def set_aside(folder: Path, stem: str, lock: RunLock) -> None:
 
 
 def base_of(checkpoint: Path, sft_model: Path) -> str | None:
-    """The folder `sft_model` if the checkpoint's adapter was trained on a model of its name, else None.
-
-    Raises:
-        UserError: if it was, and the model is missing.
-    """
+    """The folder `sft_model` if the checkpoint's adapter was trained on a model of its name, else None. Raises a
+    `UserError` if that model is missing."""
     if Path(recorded_base(checkpoint, "--val")).name != sft_model.name:
         return None
     if not sft_model.is_dir():
@@ -138,11 +135,7 @@ class Recorder:
         self._bar.update(len(self.rows))
 
     def step(self, step: int, metrics: dict[str, float], last: bool = False) -> None:
-        """Records the metrics of a step. Args: last: whether the run ends with it.
-
-        Raises:
-            UserError: if some of them are not finite.
-        """
+        """Records the metrics of a step, the `last` of the run or not. Raises a `UserError` if one is not finite."""
         self.rows.append({"step": step, **metrics})
         self._bar.update()
         self._bar.set_postfix(reward=f"{metrics['score_mean']:.3f}", kl=f"{metrics.get('kl', 0):.2f}", refresh=False)

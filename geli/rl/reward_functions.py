@@ -36,11 +36,7 @@ class FunctionScorer:
         self.name = f"{option} {name}"
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
-        """(n,) rewards, on the CPU.
-
-        Raises:
-            UserError: if the function does not return n numbers.
-        """
+        """(n,) rewards, on the CPU. Raises a `UserError` if the function does not return n numbers."""
         rewards = self.function(prompts, responses)
         try:
             rewards = torch.as_tensor(rewards, dtype=torch.float32).cpu()

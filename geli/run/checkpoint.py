@@ -69,12 +69,9 @@ class Checkpointer:
         self._good: tuple[int, dict | None, dict | None] = (0, None, None)  # step, random states, copy of the state
 
     def restore(self) -> int:
-        """Restores the newest readable checkpoint. Returns its step, 0 if there is none.
-
-        Raises:
-            UserError: if the inputs or the number of processes differ from those of the checkpoint, if it does not fit
-                the run, or if the processes see different checkpoints.
-        """
+        """Restores the newest readable checkpoint. Returns its step, 0 if there is none. Raises a `UserError` if the
+        inputs or the number of processes differ from the checkpoint's, if it does not fit the run, or if the processes
+        see different ones."""
         step = self._restore()
         if len(set(gather_object([step]))) > 1:
             raise UserError(
@@ -127,11 +124,7 @@ class Checkpointer:
 
     def done(self, step: int, save: bool = False) -> None:
         """Call after each step. Saves every `every` steps, after the last one, after a signal, or if `save` is set, as
-        it must be when the step wrote a new best model.
-
-        Raises:
-            Stopped: after a signal.
-        """
+        it must be when the step wrote a new best model. After a signal it ends the run (`Stopped`)."""
         self._keep(step)
         number = max(gather_object([self._signal]))
         if step % self.every == 0 or step == self.total or number or save:
@@ -143,14 +136,8 @@ class Checkpointer:
             )
 
     def not_finite(self, what: str, step: int, ids: Sequence[str]) -> None:
-        """Saves the state before `step` and ends the run, because `what` is NaN or infinite.
-
-        Args:
-            ids: names of the items in the batch, written to `not_finite.json`; the message shows three.
-
-        Raises:
-            UserError: always.
-        """
+        """Saves the state before `step` and ends the run by a `UserError`, because `what` is NaN or infinite. The names
+        `ids` of the items in the batch are written to `not_finite.json`; the message shows three."""
         if self.saved != self._good[0]:
             self._save()
         path = self.folder / "not_finite.json"
@@ -221,8 +208,9 @@ class Checkpointer:
         saved = checkpoint["optimizer"]
         if saved["state"]:
             set_optimizer_state_dict(self.model, self.optimizer, saved, options=_OPTIMIZER_LOADED)
-            for name, parameter in self._optimizer_names().items():
-                if name not in saved["state"]:  # it was given a zero state
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+                if names[parameter] not in saved["state"]:  # it was given a zero state
                     self.optimizer.state.pop(parameter, None)
         else:
             self.optimizer.load_state_dict(saved)
@@ -231,11 +219,6 @@ class Checkpointer:
                 value.update(checkpoint["values"][name])
             else:
                 value.load_state_dict(checkpoint["values"][name])
-
-    def _optimizer_names(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter, in the optimizer's order."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        return {names[p]: p for group in self.optimizer.param_groups for p in group["params"]}
 
     def _random_states(self) -> dict:
         """The states of all random generators of this process."""

@@ -38,9 +38,7 @@ def make_accelerator(device: str, dtype: str, cpu_dtype: str = "auto") -> Accele
             hardware computes in it.
         cpu_dtype: what auto means on a CPU.
 
-    Raises:
-        UserError: if the device is not available, or accelerate is configured for a way to shard models that is not
-            supported (see `geli.run.sharding`).
+    Raises a `UserError` if the device is not available, or accelerate's configuration is refused (`check_sharding`).
     """
     bfloat16 = uses_bfloat16(device, dtype, cpu_dtype)
     check_sharding()

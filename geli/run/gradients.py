@@ -14,14 +14,8 @@ class NotFinite(Exception):
 
 
 def decaying_adamw(groups: list[dict], steps: int):
-    """AdamW (Loshchilov & Hutter, 2019) whose learning rates decay linearly to 0.
-
-    Args:
-        groups: parameters and their learning rates, as {"params", "lr"}. steps: of the optimizer until 0.
-
-    Returns:
-        The optimizer and its schedule.
-    """
+    """AdamW (Loshchilov & Hutter, 2019) of `groups` {"params", "lr"}, and the schedule by which their learning rates
+    decay linearly to 0 in `steps`."""
     sharded = any(is_part(p) for group in groups for p in group["params"])
     # foreach cannot mix sharded parameters with whole ones
     optimizer = torch.optim.AdamW(groups, foreach=False if sharded else None)
@@ -30,11 +24,7 @@ def decaying_adamw(groups: list[dict], steps: int):
 
 def apply_gradients(optimizer, accelerator, schedule=None) -> float:
     """Sums gradients over processes, makes an optimizer step (and one of the learning rate's `schedule`), and clears
-    the gradients. Returns the gradient norm.
-
-    Raises:
-        NotFinite: if the norm is not finite; no parameter was changed.
-    """
+    the gradients. Returns the gradient norm. If that is not finite, raises `NotFinite` and changes no parameter."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = sum_gradients(parameters, accelerator)
     if not math.isfinite(norm):
@@ -56,18 +46,14 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], accelerator: Acceler
     parameters = list(parameters)
     sharded, whole = ([p for p in parameters if is_part(p) == kind] for kind in (True, False))
     if accelerator.num_processes > 1:
-        _sum_whole_gradients(whole, accelerator)
+        for p in whole:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        flat = torch.cat([p.grad.flatten().to(accelerator.device) for p in whole])  # one message instead of many
+        total = accelerator.reduce(flat, "sum")
+        for p, gradient in zip(whole, total.split([p.numel() for p in whole]), strict=True):
+            p.grad.copy_(gradient.view_as(p))
     squared = torch.nn.utils.get_total_norm([p.grad for p in whole if p.grad is not None]).cpu().double() ** 2
     if sharded:
         mine = torch.nn.utils.get_total_norm([p.grad.to_local() for p in sharded]) ** 2
         squared += accelerator.reduce(mine, "sum").cpu().double()
     return squared.sqrt().item()
-
-
-def _sum_whole_gradients(parameters: list, accelerator: Accelerator) -> None:
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    flat = torch.cat([p.grad.flatten().to(accelerator.device) for p in parameters])  # one message instead of many
-    total = accelerator.reduce(flat, "sum")
-    for p, gradient in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
-        p.grad.copy_(gradient.view_as(p))

@@ -35,9 +35,7 @@ class RunLock:
     Attributes:
         folder: `state_{name}/`. description: the content of `run.json` if the run is resumed, else empty.
 
-    Raises:
-        FileExistsError: if the run exists and `resume` is not set.
-        UserError: if another process is training the run.
+    Raises a FileExistsError if the run exists and `resume` is not set, a `UserError` if another process trains it.
     """
 
     def __init__(self, folder: Path, name: str, outputs: re.Pattern, resume: bool = False):
@@ -50,7 +48,7 @@ class RunLock:
             raise UserError(f"{self.folder}: the run {name} is being trained by another process") from None
         self.description = _description(self.folder)
         _remove_temporaries(folder, outputs)
-        _remove_temporaries(folder, _state_name(name))
+        _remove_temporaries(folder, re.compile(re.escape(self.folder.name)))
         _remove_temporaries(self.folder, re.compile(".*"))
 
     def describe(self, description: dict) -> None:
@@ -79,15 +77,8 @@ class RunLock:
 
 
 def lock_new_run(folder: Path, name: str | None = None, or_another: bool = False) -> RunLock:
-    """Locks the name of a new run of stage 1 or 2.
-
-    Args:
-        folder: where the run writes. name: of the run; None: a random one. or_another: use a random name if `name` is
-            taken.
-
-    Raises:
-        UserError: if `name` is taken.
-    """
+    """Locks the `name` of a new run of stage 1 or 2 that writes to `folder`; without one, or if it is taken and
+    `or_another` is set, a random name. Raises a `UserError` if `name` is taken."""
     while True:
         run_name, created, lock = name or new_run_name(folder), True, None
         try:
@@ -111,29 +102,20 @@ def lock_new_run(folder: Path, name: str | None = None, or_another: bool = False
 
 
 def lock_to_resume(
-    arguments: dict,
-    folder: Path,
-    outputs: Callable[[str], re.Pattern],
-    record: Callable[[str], Path],
-    name: str | None,
+    arguments: dict, folder: Path, outputs: Callable[[str], re.Pattern], record: Callable[[str], Path], name: str | None
 ) -> RunLock | None:
     """Locks the run that `--resume` resumes: the run `name`, else the newest unfinished one in `folder` that was
-    started with the same options. Prints a line and returns None if there is no such run.
+    started with the same options. If there is none, prints a line; ends the program if the run `name` is finished.
 
     Args:
         arguments: option name -> value. folder: where runs write. outputs: run name -> matches the names of its files.
         record: run name -> the file that exists once the run is finished.
 
     Returns:
-        The lock in the main process, None in the others.
-
-    Raises:
-        UserError: if the run `name` was started with other options, or is being trained.
-        SystemExit: if it is finished.
+        The lock in the main process, None in the others and without such a run. Raises a `UserError` if the run `name`
+        was started with other options, or is being trained.
     """
-    lock, finished = None, False
-    if is_main_process():
-        lock, finished = _find_run(arguments, folder, outputs, record, name)
+    lock, finished = _find_run(arguments, folder, outputs, record, name) if is_main_process() else (None, False)
     if broadcast_object_list([finished])[0]:
         raise SystemExit(0)
     return lock
@@ -175,7 +157,7 @@ def _find_run(arguments: dict, folder: Path, outputs, record, name: str | None) 
         difference = _difference(recorded, arguments)
         if not difference:
             print(f"--resume: the run {name} is complete already ({record(name)})")
-            _remove_temporaries(folder, _state_name(name))  # it may have been killed while it removed them
+            _remove_temporaries(folder, re.compile(re.escape(f"state_{name}")))  # killed while it removed them
             return None, True
         refused.append(f"{name} is complete, and was started with {difference}")
     if name and refused:
@@ -196,11 +178,6 @@ def _difference(recorded: dict, arguments: dict) -> str | None:
 
 def _state_folder(folder: Path, name: str) -> Path:
     return folder / f"state_{name}"
-
-
-def _state_name(name: str) -> re.Pattern:
-    """Matches the name of the run's `state_{name}/`."""
-    return re.compile(re.escape(f"state_{name}"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ Functions take the group that they need, and tests and benchmarks make groups wi
 
 import argparse
 import dataclasses
-import re
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,65 +24,32 @@ from typing import Any
 
 from geli.run.errors import program_name
 
-SERVER_URL = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:(?P<port>\d{1,5}))?(/[^\s?#]*)?", re.ASCII)
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Types of option values
 
 
-def positive_int(text: str) -> int:
-    """An integer of at least 1."""
-    value = int(text) if text.removeprefix("+").isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is expected, not {text!r}")
-    return value
+def _number(kind: type, expected: str, allowed: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """The type of an option whose value is a number: a function that reads a text, or says what is `expected`."""
+
+    def read(text: str):
+        try:
+            value = kind(text) if kind is float or text.removeprefix("+").isdecimal() else math.nan
+        except ValueError:
+            value = math.nan
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"{expected} is expected, not {text!r}")
+        return value
+
+    return read
 
 
-def non_negative_int(text: str) -> int:
-    """An integer of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"a whole number of at least 0 is expected, not {text!r}")
-    return int(text)
-
-
-def positive_float(text: str) -> float:
-    """A finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"a number above 0 is expected, not {text!r}")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    """A finite number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"a number of at least 0 is expected, not {text!r}")
-    return value
-
-
-def fraction(text: str) -> float:
-    """A number in [0, 1]."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"a number from 0 to 1 is expected, not {text!r}")
-    return value
-
-
-def seed(text: str) -> int:
-    """A seed that Python, NumPy and torch all accept."""
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"a whole number from 0 to 2**32 - 1 is expected, not {text!r}")
-    return int(text)
+positive_int = _number(int, "a whole number of at least 1", lambda value: value >= 1)
+non_negative_int = _number(int, "a whole number of at least 0", lambda value: value >= 0)
+positive_float = _number(float, "a number above 0", lambda value: 0 < value < math.inf)
+non_negative_float = _number(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
+fraction = _number(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+# as Python, NumPy and torch all accept it
+seed = _number(int, "a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
 
 
 def episode_length(text: str) -> int | str:
@@ -97,29 +64,14 @@ def file_name(text: str) -> str:
     return text
 
 
-def server_url(text: str) -> str:
-    """The address of an OpenAI-compatible server, up to `/v1`."""
-    match = SERVER_URL.fullmatch(text)
-    if not match or int(match["port"] or 1) >= 2**16:
-        raise argparse.ArgumentTypeError("an address such as https://host/v1 is expected, without a user or key in it")
-    return text
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Declaring options, and parsing them
 
 
 def option(
-    default,
-    help: str,
-    *,
-    type: Callable[[str], Any] | None = None,
-    choices: Iterable[str] | None = None,
-    metavar: str | None = None,
-    flag: str | None = None,
-    nargs: str | None = None,
-    exclusive: str | None = None,
-):
+    default, help: str, *, type: Callable[[str], Any] | None = None, choices: Iterable[str] | None = None,
+    metavar: str | None = None, flag: str | None = None, nargs: str | None = None, exclusive: str | None = None,
+):  # fmt: skip
     """A field of an option group.
 
     Args:
@@ -146,17 +98,6 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         explained = action.default is None or "default" in (action.help or "")
         return action.help if explained else super()._get_help_string(action)
-
-
-def add_head_options(parser: argparse.ArgumentParser) -> None:
-    """Options of commands that compute the rewards of a saved head: where it and its encoder are, and on what."""
-    parser.add_argument("--lang_model_path", help="encoder of a published head, which records none")
-    parser.add_argument("--output_dir", default=".", help="folder of the runs, for names of reward heads")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="as in training")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as in training")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run code that a model's folder or hub repository brings along"
-    )
 
 
 def new_parser(description: str) -> argparse.ArgumentParser:

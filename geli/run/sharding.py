@@ -20,10 +20,8 @@ def check_sharding() -> None:
     """Checks how `accelerate launch` was configured, before accelerate reads it.
 
     A DeepSpeed configuration is translated to FSDP 2, because DeepSpeed itself is not used: every process holds 1/n of
-    the weights, gradients and optimizer states, and with ZeRO 3 also gathers weights one layer at a time.
-
-    Raises:
-        UserError: for Megatron-LM, offloading, activation checkpointing, FSDP 1, or a `deepspeed_config_file`.
+    the weights, gradients and optimizer states, and with ZeRO 3 also gathers weights one layer at a time. Refused are
+    Megatron-LM, offloading, activation checkpointing, FSDP 1, and a `deepspeed_config_file`.
     """
     if _is_set("ACCELERATE_USE_MEGATRON_LM"):
         raise UserError("accelerate is configured for Megatron-LM: expected FSDP, DeepSpeed or whole copies")
@@ -61,10 +59,8 @@ def shard(owner: nn.Module, accelerator: Accelerator) -> nn.Module:
     over the processes by the backward pass, and those of whole weights by `sum_gradients`.
 
     All processes must make the same number of forward and backward passes through sharded layers. For that purpose
-    `owner.is_sharded` and `owner.largest` are set, as its class says.
-
-    Raises:
-        UserError: if no layers are found in the model.
+    `owner.is_sharded` is set, and `owner.largest`, a function that returns the largest of the numbers that the
+    processes call it with (of an owner that is not sharded, the number itself).
     """
     if not _is_set("ACCELERATE_USE_FSDP") or accelerator.num_processes == 1:
         return owner.to(accelerator.device)
@@ -150,12 +146,8 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor. All processes must call it together."""
-    return tensor.full_tensor() if is_part(tensor) else tensor
-
-
 def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The whole state of a model, on the CPU. All processes must call it together."""
     reshard(model)
-    return {name: full_tensor(tensor).cpu() for name, tensor in model.state_dict().items()}
+    state = model.state_dict().items()
+    return {name: (tensor.full_tensor() if is_part(tensor) else tensor).cpu() for name, tensor in state}

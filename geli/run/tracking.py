@@ -1,12 +1,10 @@
 """wandb runs: how they are started, what is sent, and what never is."""
 
-import netrc
 import os
 import platform
 from argparse import ArgumentTypeError
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -52,14 +50,9 @@ class Tracker:
     """
 
     def __init__(
-        self,
-        project: str,
-        folder: Path,
-        arguments: dict,
-        run: RunOptions,
-        accelerator: Accelerator,
+        self, project: str, folder: Path, arguments: dict, run: RunOptions, accelerator: Accelerator,
         lock: RunLock | None = None,
-    ):
+    ):  # fmt: skip
         self._run, self.name, self.lock, self.offset = None, "", lock, 0
         self.logged: dict[str, list[dict]] = {"rows": []}
         if is_main_process():
@@ -183,13 +176,10 @@ def _without_folders(value):
 def _logged_in() -> bool:
     """Whether this user has a wandb key, found without asking the network or the user."""
     import wandb
+    from requests.utils import get_netrc_auth
 
     settings = wandb.Settings()
     if os.environ.get("WANDB_API_KEY") or settings.api_key:
         return True
     servers = (os.environ.get("WANDB_BASE_URL"), settings.base_url, "https://api.wandb.ai")
-    try:
-        keys = netrc.netrc(os.environ.get("NETRC"))
-        return any(keys.authenticators(urlsplit(server).netloc) for server in servers if server)
-    except (OSError, netrc.NetrcParseError):
-        return False
+    return any(get_netrc_auth(server) for server in servers if server)

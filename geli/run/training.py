@@ -1,5 +1,6 @@
-"""The training loop that the three stages share."""
+"""The training loop that the three stages share, and where a run's time goes."""
 
+import time
 from contextlib import nullcontext
 from typing import Protocol
 
@@ -29,6 +30,24 @@ class Stage(Protocol):
         """Names of the items in the batch of the last step, for the message of a failed step."""
 
 
+class Clock:
+    """Wall-clock seconds of the parts of a run, one after the other.
+
+    Attributes:
+        seconds: part -> seconds so far, of this process; of a resumed run since it was resumed.
+    """
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, part: str) -> None:
+        """Counts the time since the last call as that of `part`."""
+        now = time.monotonic()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now
+
+
 def train_steps(
     stage: Stage, steps: int, description: str, checkpointer: Checkpointer | None = None, tracker: Tracker | None = None
 ) -> None:
@@ -36,10 +55,8 @@ def train_steps(
 
     Args:
         stage: does a step. steps: the run's last step; the first is 1. description: of the progress bar; empty: no bar.
-        checkpointer: saves and restores; None: the run cannot be resumed. tracker: gets what is logged; None: nobody.
-
-    Raises:
-        UserError: if a step fails; the message says which checkpoint was kept.
+        checkpointer: saves and restores, and says which checkpoint was kept if a step fails; None: the run cannot be
+            resumed. tracker: gets what is logged; None: nobody.
     """
     first = checkpointer.restore() if checkpointer else 0
     bar = progress_bar(

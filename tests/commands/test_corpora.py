@@ -11,11 +11,11 @@ from scipy.stats import spearmanr
 
 from data_utils import read_corpus, split
 from geli.data.candor import FACES, read_conversation
-from geli.data.writer import write_conversation
 from geli.run.errors import UserError
 from tools import converters, sample_candor
 from tools.converters import casino_dialogue
 from tools.tiny_models import build
+from tools.writer import write_conversation
 
 CASINO = ROOT.parent / "shared" / "data" / "casino"
 

@@ -80,6 +80,7 @@ def test_conversations_that_a_head_was_trained_on_are_warned_of(evaluated, monke
         (["missing"], "missing: expected a run name or the path of a reward1_ file"),
         (["a=li", "a=ge-0"], "a: two rows of the table have this name"),
         (["li", "--reward_class", "you_are_funny"], "was trained for overall_affect, others for you_are_funny"),
+        (["li", "--lang_model_path", "x"], "--lang_model_path is for published heads, and all of these record their"),
         (["li", "--truth", "nowhere.csv"], "--truth nowhere.csv: expected a CSV file"),
     ],
 )

@@ -24,7 +24,6 @@ from data_utils import make_trajectory, read_corpus, split, turn_text
 from geli.data.candor import read_conversation
 from geli.data.questions import QUESTIONS
 from geli.data.shares import TrajectoryShares
-from geli.data.writer import write_conversation
 from geli.heads import encoder_of_head, load_reward_head, save_reward_head
 from geli.nets import encoder as encoder_module
 from geli.nets import policy as policy_module
@@ -35,6 +34,7 @@ from geli.reward import GELIReward
 from geli.rl.reward_options import RF_MODELS
 from geli.run.errors import UserError
 from models import HEADS, RewardHead, RewardHeadConfig
+from tools.writer import write_conversation
 from train_reward_GELI import Drawn, GELITraining, GELITrainingOptions
 
 QUICK = ("--context_turns", 2, "--learning_rate", 1e-3, "--train_size", 6, "--small_model_shrink", "--model", "convo")

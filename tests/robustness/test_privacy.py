@@ -19,8 +19,8 @@ import wandb
 from conftest import ROOT, call_script, environment_of_its_own, run_script
 
 from geli.data.questions import QUESTIONS
-from geli.data.writer import write_conversation
 from tools import tiny_models
+from tools.writer import write_conversation
 
 pytestmark = pytest.mark.slow
 

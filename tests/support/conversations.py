@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from geli.data.candor import FACES
-from geli.data.writer import write_conversation
+from tools.writer import write_conversation
 
 HAPPY, NEUTRAL, SAD, ANGRY = (FACES.index(name) for name in ("happiness", "neutral", "sadness", "anger"))
 WORDS = "one two three four five six"

@@ -10,7 +10,7 @@ from geli.nets.policy import load_policy
 from geli.nets.prompts import Prompt
 from geli.run.distributed import make_accelerator
 from geli.run.gradients import sum_gradients
-from geli.run.sharding import full_tensor, shard
+from geli.run.sharding import is_part, shard
 
 ENCODERS, POLICIES = ("longformer", "longt5", "llama-encoder"), ("gpt2", "t5-tied")
 PAIRS = [(" User: hello there", "AI: I am fine"), (" User: a", "AI: b c d"), (" User: what is it", "AI: nothing much")]
@@ -28,7 +28,8 @@ def gradients(parameters, loss, accelerator) -> list[torch.Tensor]:
     if loss.requires_grad:
         loss.backward()
     sum_gradients(parameters, accelerator)
-    return [torch.zeros(p.shape) if p.grad is None else full_tensor(p.grad) for p in parameters]
+    gradients = [torch.zeros(p.shape) if p.grad is None else p.grad for p in parameters]
+    return [gradient.full_tensor() if is_part(gradient) else gradient for gradient in gradients]
 
 
 def compare(kind: str, found, expected) -> None:

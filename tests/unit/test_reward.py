@@ -146,6 +146,8 @@ def test_it_is_found_by_folder_by_file_and_by_run(head):
         GELIReward.load(out)
     with pytest.raises(UserError, match="nobody: expected a run name or the path"):
         GELIReward.load("nobody", output_dir=out)
+    with pytest.raises(UserError, match="records its own encoder"):  # not what --lang_model_path names
+        GELIReward.load(head, lang_model_path="another")
     with pytest.raises(UserError, match="expected a completion to each prompt, found 1 and 2"):
         loaded[0](["a"], ["b", "c"])
 

@@ -12,8 +12,8 @@ from small_models import write_head
 from apps.chat.traces import find_traces, remove
 from data_utils import read_corpus
 from geli.data.cache import ConversationCache
-from geli.data.writer import write_conversation
 from geli.run.errors import UserError
+from tools.writer import write_conversation
 
 SAID = "I have never told anybody of my green tortoise"
 

@@ -5,24 +5,30 @@ import pytest
 from turn_sets import trajectory, turn_set
 
 from data_utils import fingerprint, split_by_shares
-from geli.data.shares import ShareRow, TrajectoryShares, read_shares, write_shares
+from geli.data.shares import COLUMNS, TrajectoryShares, read_shares
 from geli.run.errors import UserError
 
 FIRST, SECOND = trajectory("a", 80.0, ["happiness", "neutral"]), trajectory("b", 40.0, ["neutral"])
 
 
 def rows(of, *shares):
-    """A row for each agent turn of a trajectory."""
+    """A line for each agent turn of a trajectory."""
+    turns = [of.conversation.turns[i].turn_id for i in of.agent_turns]
     return [
-        ShareRow(of.conversation.id, int(of.flip), of.conversation.turns[i].turn_id, share, "answered", 9.0, 0.5,
-                 fingerprint([of]))
-        for i, share in zip(of.agent_turns, shares, strict=False)
-    ]  # fmt: skip
+        f"{of.conversation.id},{int(of.flip)},{turn},{share},answered,9.0,0.5,{fingerprint([of])}"
+        for turn, share in zip(turns, shares, strict=False)
+    ]
 
 
-def test_shares_come_back_from_the_file_and_turns_get_t_times_theirs(tmp_path):
-    write_shares(tmp_path / "shares.csv", [*rows(FIRST, 30.0, 50.0), *rows(SECOND, 40.0)])
-    found = read_shares(tmp_path / "shares.csv")
+def read(folder, rows):
+    """What is read of a file with these lines."""
+    path = folder / "shares.csv"
+    path.write_text("\n".join([",".join(COLUMNS), *rows, ""]))
+    return read_shares(path)
+
+
+def test_shares_are_read_from_the_file_and_turns_get_t_times_theirs(tmp_path):
+    found = read(tmp_path, [*rows(FIRST, 30.0, 50.0), *rows(SECOND, 40.0)])
     assert found["a/0"] == TrajectoryShares(fingerprint([FIRST]), {"1": 30.0, "3": 50.0})
     assert split_by_shares([FIRST, SECOND], found) == ([FIRST, SECOND], {})
     turns = turn_set(SECOND, FIRST).with_shares(found)
@@ -31,10 +37,8 @@ def test_shares_come_back_from_the_file_and_turns_get_t_times_theirs(tmp_path):
 
 def test_trajectories_that_shares_do_not_fit_are_named(tmp_path):
     changed = trajectory("b", 50.0, ["neutral"])  # another score
-    write_shares(tmp_path / "shares.csv", [*rows(FIRST, 80.0), *rows(changed, 40.0)])  # FIRST has two turns
-    kept, dropped = split_by_shares(
-        [FIRST, SECOND, trajectory("c", 1.0, ["neutral"])], read_shares(tmp_path / "shares.csv")
-    )
+    shares = read(tmp_path, [*rows(FIRST, 80.0), *rows(changed, 40.0)])  # FIRST has two turns
+    kept, dropped = split_by_shares([FIRST, SECOND, trajectory("c", 1.0, ["neutral"])], shares)
     assert kept == [] and list(dropped) == ["a/0", "b/0", "c/0"]
     assert [reason.split()[0] for reason in dropped.values()] == ["turns", "has", "no"]
 

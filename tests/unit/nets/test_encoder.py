@@ -206,7 +206,7 @@ def test_a_head_finds_its_encoder_wherever_the_folders_are_moved(tmp_path):
     assert encoder_reference("org/name", tmp_path) == {"encoder": "org/name", "encoder_is_folder": False}
 
 
-def test_a_heads_encoder_must_exist_and_have_its_width(sample, tmp_path, capsys):
+def test_a_heads_encoder_must_exist_and_have_its_width(sample, tmp_path):
     small_model("bart", tmp_path / "lang_model_x", sample)
     path = tmp_path / "reward1_x"
     assert load_encoder_of_head(head("lang_model_x"), path, 256, None).hidden_size == 32
@@ -214,9 +214,9 @@ def test_a_heads_encoder_must_exist_and_have_its_width(sample, tmp_path, capsys)
         load_encoder_of_head(head("lang_model_gone"), path, 256, None)
     with pytest.raises(UserError, match=r"takes 64 features, its encoder .* gives 32"):
         load_encoder_of_head(head("lang_model_x", hidden=64), path, 256, None)
-    capsys.readouterr()
-    load_encoder_of_head(head("lang_model_x"), path, 256, "another/encoder")
-    assert "--lang_model_path another/encoder is not used" in capsys.readouterr().out
+    for named in ("another/encoder", str(tmp_path / "lang_model_x")):  # given, so used or refused
+        with pytest.raises(UserError, match=rf"--lang_model_path {named}: .* records its own encoder, lang_model_x"):
+            load_encoder_of_head(head("lang_model_x"), path, 256, named)
     assert load_encoder_of_head(head(None), path, 256, str(tmp_path / "lang_model_x")).hidden_size == 32
 
 
@@ -232,14 +232,15 @@ def test_an_encoder_is_placed_with_its_options(tiny, monkeypatch):
     encoder, accelerator = load_encoder(str(tiny / "bart")), SimpleNamespace(device=torch.device("cpu"))
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda module, **options: compiled.append((module, options)) or module)
-    assert place_encoder(encoder, accelerator, tokens_per_batch=200).token_budget() == 200 and not compiled
-    place_encoder(encoder, accelerator, compile=True)
+    placed = place_encoder(encoder, accelerator, EncoderOptions(tokens_per_batch=200))
+    assert placed.token_budget() == 200 and not compiled
+    place_encoder(encoder, accelerator, EncoderOptions(compile=True))
     assert compiled == [(encoder.encoder, {"dynamic": True})]
     pairs = encoder.tokenize([TURN])
     assert torch.equal(encoder.encode(pairs), load_encoder(str(tiny / "bart")).encode(pairs))
     encoder.is_sharded, encoder.largest = True, lambda n: n
     with pytest.raises(UserError, match="--compile does not work on a sharded encoder"):
-        place_encoder(encoder, accelerator, compile=True)
+        place_encoder(encoder, accelerator, EncoderOptions(compile=True))
 
 
 def test_tokens_per_batch_bounds_each_forward_pass(tiny, monkeypatch):
