@@ -98,11 +98,13 @@ class Reactions(NamedTuple):
     Attributes:
         polarity: (n,) 1 pleased, -1 displeased, 0 neither. strength: (n,) how pleased, in [0, 1].
         labels: (n,) integer class of the reaction, for the contrastive loss.
+        known: (n,) bool, whether there was a reaction, as a frame of the face; None: to every turn.
     """
 
     polarity: np.ndarray
     strength: np.ndarray
     labels: np.ndarray
+    known: np.ndarray | None = None
 
 
 def reactions_of_faces(affects: np.ndarray, happy_shares: np.ndarray) -> Reactions:
@@ -125,7 +127,9 @@ def face_reactions(trajectories: list[Trajectory], *_) -> Reactions:
     """The LI signal of the paper: the listener's face during each agent turn."""
     turns = _agent_turns(trajectories)
     affects = np.array([turn.affect for turn in turns], dtype=int)
-    return reactions_of_faces(affects, np.array([turn.happy_share for turn in turns], dtype=np.float64))
+    known = np.array([i not in t.conversation.unseen for t in trajectories for i in t.agent_turns], dtype=bool)
+    happy_shares = np.array([turn.happy_share for turn in turns], dtype=np.float64)
+    return reactions_of_faces(affects, happy_shares)._replace(known=known)
 
 
 def sentiment_reactions(
@@ -141,7 +145,8 @@ def sentiment_reactions(
     else:
         sentiments = lexicon_sentiment(texts)
     answered = np.array([bool(text) for text in texts], dtype=bool)  # nobody reacts to a last turn
-    return reactions_of_sentiments(np.where(answered, np.asarray(sentiments, dtype=np.float64), 0.0))
+    sentiments = np.where(answered, np.asarray(sentiments, dtype=np.float64), 0.0)
+    return reactions_of_sentiments(sentiments)._replace(known=answered)
 
 
 class LISignal(NamedTuple):
@@ -442,6 +447,7 @@ class TurnSet:
         affects: (N,) indices into `FACES`, `NO_FACE` in conversations without faces.
         targets: (N,) float32 f_t of the LI loss, NaN where the signal needs faces and the conversation has none.
         labels: (N,) the class of the user's reaction that the targets come from.
+        known: (N,) whether there was a reaction. n_words: (N,) words of each turn.
         scores: (n,) R in points.
         shares: (N,) float32 T times a turn's share of the score, in points, so that their mean over a trajectory is R;
             None unless a language model shared the scores out (`with_shares`).
@@ -453,6 +459,8 @@ class TurnSet:
     affects: np.ndarray
     targets: np.ndarray
     labels: np.ndarray
+    known: np.ndarray
+    n_words: np.ndarray
     scores: np.ndarray
     shares: np.ndarray | None = None
 
@@ -468,7 +476,8 @@ class TurnSet:
         li_signal = LI_SIGNALS[signal.li_signal or "face"]
         reactions = li_signal.reactions(trajectories, signal, trust_remote_code)
         targets = li_targets(reactions, signal.reaction_type, signal.negative_affect)
-        affects = np.array([turn.affect for turn in _agent_turns(trajectories)], dtype=int)
+        turns = _agent_turns(trajectories)
+        affects = np.array([turn.affect for turn in turns], dtype=int)
         faceless = np.array([bool(t.conversation.no_faces) for t in trajectories for _ in t.agent_turns], dtype=bool)
         affects[faceless] = NO_FACE
         if li_signal.needs_faces:
@@ -480,6 +489,8 @@ class TurnSet:
             affects=affects,
             targets=targets,
             labels=reactions.labels,
+            known=np.ones(len(turns), dtype=bool) if reactions.known is None else reactions.known,
+            n_words=np.array([turn.n_words for turn in turns], dtype=int),
             scores=np.array([t.score for t in trajectories]),
         )
 

@@ -799,7 +799,7 @@ class PPO:
         # 6. Advantages and returns.
         advantages, returns = gae(rewards, old["values"], batch.mask, config.gamma, config.lam)
         # 7. Statistics over all processes; they include what whitening needs.
-        total = self._sum(_rollout_sums(batch, old, advantages, returns, human, limit, self.policy.end))
+        total = self._sum(_rollout_sums(batch, old, advantages, returns, human, limit, self.policy.ends))
         if not np.isfinite(list(total.values())).all():
             raise NotFinite("the policy's output")
         texts = gather_parts(batch.texts, self.accelerator)
@@ -898,7 +898,7 @@ class PPO:
         self._seconds[phase] = time.perf_counter() - start
 
 
-def _rollout_sums(batch: Rollout, old: dict, advantages, returns, human, limit: int, end: int) -> dict:
+def _rollout_sums(batch: Rollout, old: dict, advantages, returns, human, limit: int, ends: Sequence[int]) -> dict:
     """Sums over one process' responses and their kept tokens, from which the whole batch's statistics are computed."""
     mask, lengths = batch.mask, batch.mask.sum(dim=1)
     error = (returns - old["values"]) * mask
@@ -915,7 +915,7 @@ def _rollout_sums(batch: Rollout, old: dict, advantages, returns, human, limit: 
         "error_squared": (error**2).sum(),
         "advantage": (advantages * mask).sum(),
         "advantage_squared": (advantages**2 * mask).sum(),
-        "ended": ended_themselves(batch, end).sum(),
+        "ended": ended_themselves(batch, ends).sum(),
         "at_length": (lengths == limit).sum(),
     }
 

@@ -510,7 +510,10 @@ def build_policy(options: Options, accelerator, source: str, prompt_format: str)
     """The policy around the model `source` with a fresh adapter, on its device. Frozen weights are of the type that it
     computes in."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    policy = load_policy(source, *options.policy.lora, dtype, options.run.trust_remote_code, prompt_format)
+    policy = load_policy(
+        source, *options.policy.lora, dtype, options.run.trust_remote_code, prompt_format,
+        targets=options.policy.lora_target_modules,
+    )  # fmt: skip
     policy.limit_responses(options.ppo.max_new_tokens)
     policy = shard(policy, accelerator)
     if policy.is_sharded and (not ALGORITHMS[options.rl.algo].shards or options.rl.sft_steps):

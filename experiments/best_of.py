@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
+from geli.data.words import count_words
 from geli.nets.policy import Policy
 from geli.nets.prompts import Prompt
 from geli.rl.rollout import distinct, draw_length, draw_uniforms, ended_themselves, rollout
@@ -40,7 +41,7 @@ def sample_responses(
             with policy.reference():
                 responses = rollout(policy, batch, uniforms)
             sample["texts"] += responses.texts
-            sample["ended"] += ended_themselves(responses, policy.end).tolist()
+            sample["ended"] += ended_themselves(responses, policy.ends).tolist()
         write_json(folder / f"{k}.json", sample)
     return [read_json_or_empty(folder / f"{k}.json") for k in range(n)]
 
@@ -71,7 +72,7 @@ def best_of(samples: Sequence[dict], score: Callable, prompts: Sequence[Prompt])
         "gold": [hidden_reward(text) for text in texts],
         "order": float(np.mean(order)) if order else None,
         "kl": log(n) - (n - 1) / n,
-        "response_words": float(np.mean([len(text.split()) for text in texts])),
+        "response_words": float(np.mean([count_words(text) for text in texts])),
         "ended_share": float(np.mean(ended)),
         "distinct_2": distinct(texts, 2),
     }

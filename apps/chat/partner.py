@@ -79,13 +79,13 @@ class Partner:
                 token = policy.sample(decoder.state, uniforms[:, place])
             tokens.append(int(token))
             text = texts_of([tokens])[0]
-            if tokens[-1] == policy.end or MARKERS.search(text):
+            if tokens[-1] in policy.ends or MARKERS.search(text):
                 break
             grown = so_far(text)
             if len(grown) > len(shown) and grown.startswith(shown):  # some tokenizers change what they wrote before
                 shown = grown
                 yield shown
-        yield cut_responses(torch.tensor([tokens]), texts_of, policy.end)[1][0]
+        yield cut_responses(torch.tensor([tokens]), texts_of, policy.ends)[1][0]
 
     @contextmanager
     def _model(self, base: bool) -> Iterator[None]:
@@ -163,17 +163,19 @@ def load_partner(
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     tuned, trained = is_checkpoint(weights), training_of(weights)
     if tuned:
-        base, scale = base_model or base_of_checkpoint(weights), lora_of(weights)
+        base, scale, targets = base_model or base_of_checkpoint(weights), *lora_of(weights)
         recorded = trained_as(weights)
         prompt_format = prompt_format or recorded.prompt_format
     else:
         if base_model:
             raise UserError(f"--base_model is for a checkpoint with an adapter: {weights} has no adapter_config.json")
         options = PolicyOptions(model_name=weights)
-        base, scale = options.source(cache_dir), options.lora
+        base, scale, targets = options.source(cache_dir), options.lora, None
         if weights == SMOLLM2 and not Path(base).is_dir():
             make_smollm2(base)
-    policy = load_policy(base, *scale, dtype, trust_remote_code, prompt_format or "raw", option="--weights")
+    policy = load_policy(
+        base, *scale, dtype, trust_remote_code, prompt_format or "raw", option="--weights", targets=targets
+    )
     if tuned:
         policy.load(weights)
         policy.limit_responses(recorded.max_new_tokens)
@@ -200,8 +202,8 @@ def base_of_checkpoint(weights: str) -> str:
         raise UserError(f"{error}; or name the model with --base_model") from None
 
 
-def lora_of(weights: str) -> tuple[int, float]:
-    """Rank and alpha of a checkpoint's adapter.
+def lora_of(weights: str) -> tuple[tuple[int, float], list[str] | None]:
+    """Rank and alpha of a checkpoint's adapter, and the names of the modules that it changes.
 
     Raises:
         UserError: if it scales its weights in another way than stage 3's adapters.
@@ -213,4 +215,4 @@ def lora_of(weights: str) -> tuple[int, float]:
             f"--weights {weights}: adapter_config.json: expected an adapter of stage 3, with a positive lora_alpha and "
             f"without use_rslora, found {str(alpha)[:40]} and {str(saved.get('use_rslora'))[:40]}"
         )
-    return saved["r"], alpha
+    return (saved["r"], alpha), saved.get("target_modules")

@@ -89,6 +89,13 @@ class PolicyOptions:
         choices=("raw", "chat"),
     )
     no_accel: bool = option(False, "one device, with LoRA r=24 alpha=48 instead of r=16 alpha=32")
+    lora_target_modules: list[str] | None = option(
+        None,
+        "names of the modules that the adapter changes, as q_proj v_proj (default: those that peft knows for this "
+        "kind of model, else its attention's)",
+        nargs="+",
+        metavar="NAME",
+    )
     peft: bool = option(False, "accepted for the published commands; LoRA is always on")
 
     def source(self, cache_dir: Path | None = None) -> str:

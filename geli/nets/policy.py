@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from geli.nets.decoding import CausalDecoder, EncoderDecoder, left_aligned
 from geli.nets.options import DONE_EVERY, MAX_NEW_TOKENS
 from geli.nets.pretrained import check_adapter, check_adapter_weights, check_vocabulary, load_pretrained
-from geli.nets.prompts import PROMPT_FORMATS, Prompt
+from geli.nets.prompts import PROMPT_FORMATS, Prompt, PromptFormat
 from geli.run.console import is_main_process
 from geli.run.errors import UserError, first_line
 from geli.run.files import atomic_folder
@@ -42,7 +42,8 @@ class Policy(nn.Module):
         prompt_format: how it reads prompts, a key of `PROMPT_FORMATS`.
 
     Attributes:
-        max_new_tokens: most tokens of a response, see `limit_responses`.
+        ends: ids of the tokens that end a response: those of the model's generation_config, of its tokenizer and of the
+            chat template. max_new_tokens: most tokens of a response, see `limit_responses`.
         is_sharded: whether each process holds only a part of the weights (`geli.run.sharding.shard`). Every forward
             pass then needs all processes.
         largest: a function that returns the largest of the numbers that the processes call it with; of a model that is
@@ -55,8 +56,9 @@ class Policy(nn.Module):
     def __init__(self, model: PeftModel, tokenizer, prompt_format: str = "raw"):
         super().__init__()
         self.model, self.tokenizer, self.prompt_format = model, tokenizer, prompt_format
-        self.format = PROMPT_FORMATS[prompt_format](tokenizer)
         self.has_encoder = bool(model.config.is_encoder_decoder)
+        self.format = PROMPT_FORMATS[prompt_format](tokenizer, continues=not self.has_encoder)
+        self.ends = _end_tokens(model, self.format)
         self.max_new_tokens = MAX_NEW_TOKENS
         self.is_sharded, self.largest = False, int
         self.value_head = nn.Linear(model.config.hidden_size, 1)  # starts at 0
@@ -121,7 +123,7 @@ class Policy(nn.Module):
 
     @property
     def end(self) -> int:
-        """Id of the token that ends a response."""
+        """Id of the token that is written behind a response, one of `ends`."""
         return self.format.end
 
     @property
@@ -152,11 +154,12 @@ class Policy(nn.Module):
         decoder = self.decoder(query, query_mask, room=uniforms.shape[1])
         response = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
         ended, states = torch.zeros(len(query), dtype=torch.bool, device=query.device), []
+        ends = torch.tensor(self.ends, device=query.device)
         for step in range(1, uniforms.shape[1] + 1):
             token = self.sample(decoder.state, uniforms[:, step - 1]).masked_fill(ended, self.pad)
             response = torch.cat([response, token[:, None]], dim=1)
             states.append(decoder.state)
-            ended |= token == self.end
+            ended |= torch.isin(token, ends)
             if done and step % DONE_EVERY == 0:
                 ended |= done(response).to(ended.device)
             unfinished = int(not ended.all()) if step < uniforms.shape[1] else 0
@@ -300,6 +303,9 @@ class Policy(nn.Module):
         saved, own = check_adapter(folder, "the policy's checkpoint"), self.model.peft_config["default"]
         if saved["r"] != own.r:
             raise UserError(f"{folder}: an adapter of rank {saved['r']}, the options ask for {own.r} (see --no_accel)")
+        if set(saved.get("target_modules") or ()) != set(own.target_modules):
+            names = " ".join(sorted(saved["target_modules"]))
+            raise UserError(f"{folder}: an adapter of other modules: give --lora_target_modules {names}")
         base = saved.get("base_model_name_or_path")
         if base != own.base_model_name_or_path:
             print(f"Warning: {folder} was trained on {base!r}, --model_name is {own.base_model_name_or_path}")
@@ -311,6 +317,21 @@ class Policy(nn.Module):
             self.value_head.load_state_dict(value_head)
         except Exception as error:  # other people's files can fail in any way
             raise UserError(f"{folder}: not an adapter that fits this policy ({first_line(error)})") from None
+
+
+def _end_tokens(model: PeftModel, form: PromptFormat) -> tuple[int, ...]:
+    """The ids of `Policy.ends`, ascending, which the model's generation_config then has, too: TRL's trainers and merged
+    models read them there."""
+    settings = model.get_base_model().generation_config
+    if form.end is None:
+        raise UserError(
+            f"--model_name {form.tokenizer.name_or_path}: expected an end token, found none: name it as eos_token in "
+            "tokenizer_config.json"
+        )
+    listed = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    ends = {form.end, form.tokenizer.eos_token_id, *listed} - {None}
+    settings.eos_token_id = sorted(ends) if len(ends) > 1 else form.end
+    return tuple(sorted(ends))
 
 
 def _token_logprobs(logits_of: Callable, vocabulary: int, states: torch.Tensor, tokens: torch.Tensor):
@@ -358,35 +379,51 @@ def load_policy(
     trust_remote_code: bool = False,
     prompt_format: str = "raw",
     option: str = "--model_name",
+    targets: Sequence[str] | None = None,
 ) -> Policy:
     """Loads a language model (hub id or folder) as a policy with a new adapter, which does not change its output yet.
 
     Args:
         rank, alpha: of LoRA (Hu et al., 2022). dtype: of the frozen weights; the adapter is float32.
         trust_remote_code: run code that the model brings along. prompt_format: a key of `PROMPT_FORMATS`.
-        option: the option that names it, for error messages.
+        option: the option that names it, for error messages. targets: names of the modules that the adapter changes;
+            None: those that peft knows for the model.
 
     Raises:
-        UserError: if the model cannot be loaded, or its tokenizer lacks what the prompt format needs.
+        UserError: if the model cannot be loaded, its tokenizer lacks what the prompt format needs, or no policy can be
+            made of it.
     """
     tokenizer = load_pretrained(AutoTokenizer, name, option, trust_remote_code)
     config = load_pretrained(AutoConfig, name, option, trust_remote_code)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = load_pretrained(kind, name, option, trust_remote_code, config=config, dtype=dtype)
     check_vocabulary(tokenizer, model, name, option)
-    return adapt_policy(model, tokenizer, rank, alpha, prompt_format)
+    try:
+        return adapt_policy(model, tokenizer, rank, alpha, prompt_format, targets)
+    except UserError:
+        raise
+    except Exception as error:  # architectures differ in any way
+        hint = ": name other modules with --lora_target_modules" if "module" in str(error).lower() else ""
+        raise UserError(
+            f"{option} {name}: no policy can be made of a model of the kind {config.model_type}: "
+            f"{first_line(error)[:300]}{hint}"
+        ) from None
 
 
-def adapt_policy(model, tokenizer, rank: int, alpha: int, prompt_format: str = "raw") -> Policy:
-    """A policy of a loaded language model with a new LoRA adapter of this rank and alpha."""
+def adapt_policy(
+    model, tokenizer, rank: int, alpha: int, prompt_format: str = "raw", targets: Sequence[str] | None = None
+) -> Policy:
+    """A policy of a loaded language model with a new LoRA adapter of this rank and alpha (see `load_policy`)."""
     config = model.config
     attention = {"q_proj", "v_proj"} if any(n.endswith("q_proj") for n, _ in model.named_modules()) else "all-linear"
+    targets = "all-linear" if targets and "all-linear" in targets else targets and list(targets)
+    known = config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     adapter = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=0.05,
         task_type="SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM",
-        target_modules=None if config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING else attention,
+        target_modules=targets or (None if known else attention),
         fan_in_fan_out=config.model_type == "gpt2",  # it stores weights transposed
     )
     return Policy(get_peft_model(model, adapter), tokenizer, prompt_format)

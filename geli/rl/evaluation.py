@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from geli.data.words import count_words
 from geli.nets.policy import Policy
 from geli.nets.prompts import Prompt
 from geli.rl.rollout import distinct, draw_length, draw_uniforms, ended_themselves, logprobs_and_values, rollout
@@ -104,7 +105,7 @@ def evaluate_policy(
         metrics["gold"] = gold(prompts, texts).mean().item()
     metrics |= {
         "kl": float(np.mean(kls)),
-        "response_words": float(np.mean([len(text.split()) for text in texts])),
+        "response_words": float(np.mean([count_words(text) for text in texts])),
         "ended_share": float(np.mean(ended)),
         "empty_share": float(np.mean([not text for text in texts])),
         "distinct_1": distinct(texts, 1),
@@ -121,7 +122,7 @@ def _sample(
     sampled = rollout(policy, prompts, uniforms)
     found = logprobs_and_values(policy, sampled, mini_batch_size)
     kl = ((found["logprobs"] - found["ref_logprobs"]) * sampled.mask).sum(dim=1)
-    return sampled.texts, kl.tolist(), ended_themselves(sampled, policy.end).tolist()
+    return sampled.texts, kl.tolist(), ended_themselves(sampled, policy.ends).tolist()
 
 
 def reward_with_interval(rewards: Sequence[float], prompts: Sequence[Prompt]) -> dict[str, float | None]:
