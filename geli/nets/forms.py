@@ -9,7 +9,6 @@ from geli.nets.templates import (
     MARKUP,
     TokenizerTemplate,
     ends_in_thought,
-    opens_reply,
     read_template,
     refuse_markup,
     spoken,
@@ -23,6 +22,7 @@ ROLES = {"user": False, "assistant": True}  # -> whether its messages are the ag
 UNREAD_ROLES = ("system", "developer")  # heads have read conversations without instructions
 
 _TURN = re.compile(r"(?:^|(?<=\s))(User|AI): ?")  # begins a turn in the published form
+_BEGIN = re.compile(r"^(?:<s>|<bos>|<\|begin_of_text\|>)")
 _FIRST_TOKEN = re.compile(r"<[^<>\s]+>")  # as <s>, which tokenizers put before a text
 
 
@@ -86,17 +86,14 @@ def read_prompt(
     """
     if isinstance(prompt, Prompt):
         return prompt
-    if not isinstance(prompt, str):
-        return prompt_of_turns(read_messages(prompt), context_turns)
-    context = _published_context(prompt)
-    if context is not None:
-        refuse_markup(context, "prompt")
-        turns = _published_turns(context)
-        return prompt_of_turns(turns, context_turns)._replace(text=prompt, context=context)
-    messages = read_template(prompt, template)
-    if messages is None:
-        messages = [{"role": "user", "content": prompt}]
-    return prompt_of_turns(read_messages(messages[:-1] if opens_reply(messages) else messages), context_turns)
+    if isinstance(prompt, str):
+        context = _published_context(prompt)
+        if context is not None:
+            turns = _published_turns(context)
+            return prompt_of_turns(turns, context_turns)._replace(text=prompt, context=context)
+        prompt = read_template(prompt, template) or [{"role": "user", "content": prompt}]
+    turns = read_messages(prompt)
+    return prompt_of_turns(turns[:-1] if turns[-1:] == [(True, "")] else turns, context_turns)
 
 
 def read_completion(completion: str | Sequence[Message], prompt: object = None) -> str:
@@ -128,7 +125,7 @@ def split_query(
         if prompt is not None and text.startswith(prompt):
             return prompt, text[len(prompt) :]
     before, marker, response = bare.rpartition(" AI:")
-    if marker and not MARKUP.search(before) and _published_context(before + marker) is not None:
+    if marker and _published_context(before + marker) is not None:
         return before + marker, response
     messages = read_template(query, template)
     if messages and messages[-1]["role"] == "assistant":
@@ -138,8 +135,8 @@ def split_query(
 
 def _published_context(text: str) -> str | None:
     """The state in a prompt of the published form; None for another form."""
-    text = text.rstrip()
-    if not text.endswith(" AI:"):
+    text = _BEGIN.sub("", text).rstrip()
+    if not text.endswith(" AI:") or MARKUP.search(text):
         return None
     text = text.removesuffix(" AI:")
     if text.startswith(INSTRUCTION):

@@ -144,8 +144,8 @@ def _read_family(text: str, family: Family) -> Messages | None:
 
 def _check_folded(messages: Messages, separator: str) -> None:
     """Refuses user's messages that may hold one of the system. Stage 3's instruction is known (`read_messages`)."""
-    texts = [message["content"].strip() for message in messages if message["role"] == "user"]
-    if any(separator in text for text in texts) and not any(text.startswith(INSTRUCTION) for text in texts):
+    texts = [message["content"] for message in messages if message["role"] == "user"]
+    if any(separator in text for text in texts) and not any(text.strip().startswith(INSTRUCTION) for text in texts):
         raise UserError(
             "prompt: its chat template writes system messages into the user's, so of text with an empty line in it "
             "nobody can tell which is which: send chat messages"
