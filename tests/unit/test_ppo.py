@@ -113,7 +113,7 @@ def test_an_update_stops_when_the_policy_has_moved_too_far(model):
 
 def test_a_response_that_is_empty_after_cutting_has_its_score_on_its_first_token():
     response = torch.tensor([[2, 7, 7], [7, 7, 2]])  # 2 is the end token
-    kept, texts = cut_responses(response, lambda rows: ["x" * sum(t > 3 for t in row) for row in rows], end=2)
+    kept, texts = cut_responses(response, lambda rows: ["x" * sum(t > 3 for t in row) for row in rows], ends=[2])
     assert kept.tolist() == [1, 3] and texts == ["", "xx"]
     mask = (torch.arange(3) < kept[:, None]).float()
     rewards = token_rewards(torch.tensor([5.0, 7.0]), torch.zeros(2, 3), torch.zeros(2, 3), mask, 0.1)

@@ -36,7 +36,7 @@ class LetterPolicy:
         prompts: that it has read. adapter: whether it is on.
     """
 
-    device, end, prompt_format, max_new_tokens = torch.device("cpu"), ord("|"), "raw", 128
+    device, ends, prompt_format, max_new_tokens = torch.device("cpu"), (ord("|"),), "raw", 128
 
     def __init__(self, *replies: str):
         self.replies, self.prompts, self.adapter = list(replies), [], True
