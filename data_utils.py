@@ -127,9 +127,10 @@ def face_reactions(trajectories: list[Trajectory], *_) -> Reactions:
     """The LI signal of the paper: the listener's face during each agent turn."""
     turns = _agent_turns(trajectories)
     affects = np.array([turn.affect for turn in turns], dtype=int)
-    known = np.array([i not in t.conversation.unseen for t in trajectories for i in t.agent_turns], dtype=bool)
+    unseen = [set(t.conversation.unseen) for t in trajectories]
+    known = [i not in found for t, found in zip(trajectories, unseen, strict=True) for i in t.agent_turns]
     happy_shares = np.array([turn.happy_share for turn in turns], dtype=np.float64)
-    return reactions_of_faces(affects, happy_shares)._replace(known=known)
+    return reactions_of_faces(affects, happy_shares)._replace(known=np.array(known, dtype=bool))
 
 
 def sentiment_reactions(

@@ -1,5 +1,7 @@
 """What is said of LI targets before training."""
 
+from dataclasses import replace
+
 import pytest
 from cases import case
 from turn_sets import trajectory, turn_set
@@ -14,8 +16,8 @@ FACE = SignalOptions(li_signal="face")
 def seen(*faces: str, unseen: int = 0):
     """Agent turns with these faces of the listener, of which the first have no frame."""
     found = trajectory("a", 80.0, list(faces))
-    object.__setattr__(found.conversation, "unseen", found.agent_turns[:unseen])
-    return turn_set(found)
+    conversation = replace(found.conversation, unseen=found.agent_turns[:unseen])
+    return turn_set(replace(found, conversation=conversation))
 
 
 def test_cases_how_many_have_a_reaction_and_how_many_differ_is_said(capsys):
@@ -31,7 +33,7 @@ def test_cases_how_many_have_a_reaction_and_how_many_differ_is_said(capsys):
     [
         (
             seen("neutral", "neutral"),
-            "Warning: all 2 LI targets are 0: --li_signal face found no reaction that differs",
+            "all 2 LI targets are 0: --li_signal face found no reaction that differs",
         ),
         (seen("neutral", "neutral", "happiness", unseen=2), "Warning: --li_signal face has no reaction for most turns"),
     ],
@@ -48,5 +50,5 @@ def test_cases_what_cannot_be_is_refused():
 
 def test_cases_faces_in_milliseconds_are_refused():
     data = DataOptions(str(case("candor/ms")), transcript="audiophile", reward_class="overall_affect")
-    with pytest.raises(UserError, match="no faces to learn from .* 1,000 times as late as the transcript's"):
+    with pytest.raises(UserError, match=r"no faces to learn from .* 1,000 times as late as the transcript's"):
         load_turns(data, FACE, cache=None, validate=False)
