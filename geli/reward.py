@@ -14,7 +14,7 @@ from geli.heads import find_head, load_encoder_of_head, load_reward_head
 from geli.nets.encoder import TurnEncoder
 from geli.nets.forms import Message, Turns, read_completion, read_messages, read_prompt, trajectory_of
 from geli.nets.prompts import Prompt
-from geli.nets.templates import TokenizerTemplate
+from geli.nets.templates import OwnTemplate
 from geli.rl.rollout import first_turn
 from geli.run.distributed import local_device, uses_bfloat16
 from geli.run.errors import UserError
@@ -43,10 +43,10 @@ class GELIReward:
 
     Attributes:
         name: of the head's file.
-        template: the `TokenizerTemplate` that prompts are written by; None: those in wide use are recognised.
+        template: the `OwnTemplate` that prompts are written by; None: those in wide use are recognised.
     """
 
-    template: TokenizerTemplate | None = None
+    template: OwnTemplate | None = None
 
     def __init__(
         self, encoder: TurnEncoder, head: RewardHead, *, autocast: Callable = nullcontext, path: Path = Path("reward"),

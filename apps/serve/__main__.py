@@ -50,8 +50,8 @@ OPTIONS = parse_options() if __name__ == "__main__" else None
 from transformers import AutoTokenizer
 
 from apps.packages import install, require
+from apps.serve.template import TokenizerTemplate
 from geli.nets.pretrained import load_pretrained
-from geli.nets.templates import TokenizerTemplate
 from geli.reward import GELIReward
 
 

@@ -7,7 +7,7 @@ from geli.nets.options import INSTRUCTION
 from geli.nets.prompts import Prompt, context_text, prompt_text
 from geli.nets.templates import (
     MARKUP,
-    TokenizerTemplate,
+    OwnTemplate,
     ends_in_thought,
     read_template,
     refuse_markup,
@@ -70,7 +70,7 @@ def prompt_of_turns(turns: Turns, context_turns: int) -> Prompt:
 
 
 def read_prompt(
-    prompt: Prompt | str | Sequence[Message], context_turns: int, template: TokenizerTemplate | None = None
+    prompt: Prompt | str | Sequence[Message], context_turns: int, template: OwnTemplate | None = None
 ) -> Prompt:
     """A prompt in any form that a trainer gives it.
 
@@ -107,7 +107,7 @@ def read_completion(completion: str | Sequence[Message], prompt: object = None) 
 
 
 def split_query(
-    query: str, prompt: str | None = None, template: TokenizerTemplate | None = None
+    query: str, prompt: str | None = None, template: OwnTemplate | None = None
 ) -> tuple[str | list[Message], str]:
     """The prompt and the response that a query of OpenRLHF consists of.
 

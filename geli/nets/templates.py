@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from geli.nets.options import INSTRUCTION
-from geli.run.errors import UserError, first_line, one_line
+from geli.run.errors import UserError, one_line
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": "Hello"}]
+OwnTemplate = Callable[[str], Messages | None]  # as `apps.serve.template.TokenizerTemplate`
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Markup and thoughts
@@ -99,17 +100,17 @@ FAMILIES = {
 _ROLES = {"model": "assistant", "human": "user"}  # another family's name -> ours
 
 
-def read_template(text: str, own: "TokenizerTemplate | None" = None) -> Messages | None:
+def read_template(text: str, own: OwnTemplate | None = None) -> Messages | None:
     """The messages of a text that a chat template wrote, the last of them perhaps empty; None for a text without
     markup.
 
     Args:
-        own: of the tokenizer that wrote it, which is tried before `FAMILIES`.
+        own: reads the template of the tokenizer that wrote it, and is tried before `FAMILIES`.
 
     Raises:
         UserError: for markup of another form, or a text that can be read in two ways.
     """
-    messages = own.read(text) if own else None
+    messages = own(text) if own else None
     for family in FAMILIES.values() if messages is None else ():
         messages = _read_family(text, family)
         if messages is not None:
@@ -138,11 +139,11 @@ def _read_family(text: str, family: Family) -> Messages | None:
     if not messages or not _END.match(text, place) or any(MARKUP.search(spoken(m["content"])) for m in messages):
         return None
     if family.folds and not any(m["role"] == "system" for m in messages):
-        _check_folded(messages, "\n\n")
+        check_folded(messages, "\n\n")
     return messages
 
 
-def _check_folded(messages: Messages, separator: str) -> None:
+def check_folded(messages: Messages, separator: str) -> None:
     """Refuses user's messages that may hold one of the system. Stage 3's instruction is known (`read_messages`)."""
     texts = [message["content"] for message in messages if message["role"] == "user"]
     if any(separator in text for text in texts) and not any(text.strip().startswith(INSTRUCTION) for text in texts):
@@ -150,93 +151,3 @@ def _check_folded(messages: Messages, separator: str) -> None:
             "prompt: its chat template writes system messages into the user's, so of text with an empty line in it "
             "nobody can tell which is which: send chat messages"
         )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A tokenizer's own template
-
-
-class TokenizerTemplate:
-    """Reads what the chat template of a tokenizer wrote.
-
-    The template renders messages with known contents; what stands between these is where texts are split. A reading
-    counts only if the template renders it as the same text.
-
-    Args:
-        tokenizer: with a chat template. option: that names it, for error messages.
-
-    Raises:
-        UserError: if there is no template, or it does not write every message.
-    """
-
-    def __init__(self, tokenizer, option: str = "--tokenizer"):
-        self._render: Callable = lambda messages, **how: tokenizer.apply_chat_template(messages, tokenize=False, **how)
-        self._bos = tokenizer.bos_token or ""
-        contents = [f"probe{i}probe" for i in range(5)]
-        talk = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
-        try:
-            parts = self._split(self._render(talk), contents)
-            answered = self._split(self._render(talk[:4]), contents[:4])
-            if not (parts and answered and parts[1] == parts[3] and parts[2] == parts[4] and parts[1] and parts[2]):
-                raise ValueError("it does not write every message in the same way")
-        except Exception as error:  # templates are other people's programs
-            reason = first_line(error)
-            raise UserError(f"{option} {tokenizer.name_or_path}: its chat template is of no use: {reason}") from None
-        self._between, self._ends = parts[1:3], (parts[-1], answered[-1])
-        self._starts: list[tuple[str, str | None]] = [(parts[0], None)]
-        self._folds = None
-        try:
-            system = self._render([{"role": "system", "content": "probe5probe"}, *talk])
-        except Exception:  # a template without system messages
-            system = ""
-        before, found, after = system.partition("probe5probe")
-        separator = re.split(r"probe\dprobe", after)[0]
-        if found and (before == parts[0] or "probe0probe" in before):
-            self._folds = separator
-        elif found:
-            self._starts.insert(0, (before, separator))
-
-    @staticmethod
-    def _split(text: str, contents: list[str]) -> list[str] | None:
-        """The texts around the contents, if each is there once, in order."""
-        parts = re.split(r"(probe\dprobe)", text)
-        return parts[::2] if parts[1::2] == contents else None
-
-    def read(self, text: str) -> Messages | None:
-        """The messages; None for a text that this template did not write."""
-        text = text.removeprefix(self._bos).lstrip()
-        for start, separator in self._starts:
-            start = start.removeprefix(self._bos).lstrip()
-            if not text.startswith(start):
-                continue
-            messages, rest = [], text.removeprefix(start)
-            if separator is not None:
-                system, found, rest = rest.partition(separator)
-                messages = [{"role": "system", "content": system}]
-            messages += self._split_talk(rest)
-            if self._writes(messages, text) and (separator is None or found):
-                if self._folds and separator is None:
-                    _check_folded(messages, self._folds)
-                return messages
-        return None
-
-    def _split_talk(self, rest: str) -> Messages:
-        """The messages in a text that begins with the first user message's content."""
-        messages, place, found = [], 0, "more"
-        while found:
-            content, found, rest = rest.partition(self._between[place])
-            messages.append({"role": ("user", "assistant")[place], "content": content})
-            place = 1 - place
-        last, end = messages[-1], self._ends[1 - place]
-        last["content"] = last["content"].removesuffix(end).removesuffix(end.rstrip() or end)
-        return messages
-
-    def _writes(self, messages: Messages, text: str) -> bool:
-        """Whether the template writes these messages as the text, but for spaces and the last message's end."""
-        opened = opens_reply(messages)
-        try:
-            rendered = self._render(messages[:-1], add_generation_prompt=True) if opened else self._render(messages)
-        except Exception:  # it refuses such messages
-            return False
-        written, given = ("".join(t.removeprefix(self._bos).split()) for t in (rendered, text))
-        return given.startswith(written) if opened else written.startswith(given)

@@ -1,9 +1,14 @@
-"""Chat templates in wide use, restated from their models in as few words as they allow, without their tokenizers."""
+"""Chat templates in wide use, restated from their models in as few words as they allow; talks to write by them."""
 
+from collections.abc import Sequence
 from functools import cache
 from types import SimpleNamespace
 
+from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from geli.nets.forms import read_prompt
+from geli.run.errors import UserError
 
 _ALTERNATE = (
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
@@ -74,10 +79,41 @@ def _compiled(template: str):
     return environment.from_string(template)
 
 
-def tokenizer_of(template: str, bos: str | None = None):
-    """What stands for a tokenizer with a chat template."""
+def tokenizer_of(template: str, tokens: Sequence[str] = ()):
+    """What stands for a tokenizer with a chat template and special tokens."""
     return SimpleNamespace(
-        bos_token=bos,
+        bos_token=None,
+        all_special_tokens=list(tokens),
         name_or_path="model",
         apply_chat_template=lambda messages, tokenize, **how: render(template, messages, **how),
     )
+
+
+TALK = [
+    {"role": "user", "content": "I lost my job."},
+    {"role": "assistant", "content": "Oh no."},
+    {"role": "user", "content": "Yes.\nToday."},
+]
+SYSTEM = {"role": "system", "content": "Be kind."}
+FOLDS = ("Mistral", "Mistral v3", "Gemma")  # they write the system message into a message of the user
+CONTEXT = " User: I lost my job.  AI: Oh no.  User: Yes.\nToday."
+MARKS = (
+    "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "</s>", "<s>", "<<SYS>>", "<start_of_turn>user", "<end_of_turn>",
+    "<|eot_id|>", "<|user|>", "<|assistant|>", "<|end|>", "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<bos>",
+    "<|start_header_id|>user<|end_header_id|>", "<|turn|>", "<|stop|>",
+)  # fmt: skip
+
+texts = st.text(st.characters(codec="utf-8", exclude_characters="<>[]|#"), max_size=12)
+marked = st.builds("{}{}x{}".format, texts, st.sampled_from(MARKS), texts)
+contents = st.one_of(texts, texts, texts, marked)
+talks = st.lists(contents, min_size=1, max_size=6).map(
+    lambda said: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+)
+
+
+def reading(prompt, own=None):
+    """A prompt as it is read; None if it is refused."""
+    try:
+        return read_prompt(prompt, 4, own)
+    except UserError:
+        return None

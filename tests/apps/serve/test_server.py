@@ -18,8 +18,8 @@ import pytest
 from chat_templates import UNKNOWN, render, tokenizer_of
 
 from apps.serve.server import Limits, RewardServer, read_token
+from apps.serve.template import TokenizerTemplate
 from apps.sockets import is_loopback
-from geli.nets.templates import TokenizerTemplate
 from geli.reward import GELIReward
 from geli.run.errors import UserError
 

@@ -1,28 +1,14 @@
 """Texts of chat templates are read as the messages that they were made from, or refused; never as text with markup."""
 
 import pytest
-from chat_templates import TEMPLATES, UNKNOWN, render, tokenizer_of
+from chat_templates import CONTEXT, FOLDS, MARKS, SYSTEM, TALK, TEMPLATES, UNKNOWN, contents, reading, render, talks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from geli.nets.forms import read_completion, read_prompt, split_query
+from geli.nets.forms import read_completion, read_prompt
 from geli.nets.options import INSTRUCTION
-from geli.nets.templates import TokenizerTemplate, spoken
+from geli.nets.templates import spoken
 from geli.run.errors import UserError
-
-TALK = [
-    {"role": "user", "content": "I lost my job."},
-    {"role": "assistant", "content": "Oh no."},
-    {"role": "user", "content": "Yes.\nToday."},
-]
-SYSTEM = {"role": "system", "content": "Be kind."}
-FOLDS = ("Mistral", "Mistral v3", "Gemma")  # they write the system message into a message of the user
-CONTEXT = " User: I lost my job.  AI: Oh no.  User: Yes.\nToday."
-MARKS = (
-    "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "</s>", "<s>", "<<SYS>>", "<start_of_turn>user", "<end_of_turn>",
-    "<|eot_id|>", "<|user|>", "<|assistant|>", "<|end|>", "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<bos>",
-    "<|start_header_id|>user<|end_header_id|>", "<|turn|>", "<|stop|>",
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
@@ -45,20 +31,10 @@ def test_cases_a_system_message_is_no_speech(family):
         assert read_prompt(text, 10) == read_prompt(TALK, 10)
 
 
-def test_cases_a_form_that_nobody_knows_is_refused_and_read_by_its_own_tokenizer():
-    text = render(UNKNOWN, [SYSTEM, *TALK], add_generation_prompt=True)
-    with pytest.raises(UserError, match=r"found '<\|turn\|>': send chat messages, or name the policy's tokenizer"):
-        read_prompt(text, 10)
-    own = TokenizerTemplate(tokenizer_of(UNKNOWN))
-    assert read_prompt(text, 10, own) == read_prompt(TALK, 10)
-    assert read_prompt(render(TEMPLATES["Zephyr"], TALK), 10, own) == read_prompt(TALK, 10)  # another's is read, too
-    before, response = split_query(f"{text}Why?<|stop|>\n", None, own)
-    assert read_prompt(before, 10) == read_prompt(TALK, 10) and read_completion(response).strip() == "Why?"
-
-
 @pytest.mark.parametrize(
     "text",
     [
+        render(UNKNOWN, TALK),
         "USER: Hello ASSISTANT:",
         "Human: Hello\n\nAssistant:",
         "### Instruction:\nHello\n\n### Response:\n",
@@ -85,28 +61,12 @@ def test_words_that_are_no_markup_are_read():
         assert read_prompt(text, 10).context == f" User: {text}"
 
 
-texts = st.text(st.characters(codec="utf-8", exclude_characters="<>[]|#"), max_size=12)
-marked = st.builds("{}{}x{}".format, texts, st.sampled_from(MARKS), texts)
-contents = st.one_of(texts, texts, texts, marked)
-talks = st.lists(contents, min_size=1, max_size=6).map(
-    lambda said: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
-)
-
-
-def reading(prompt, own=None):
-    try:
-        return read_prompt(prompt, 4, own)
-    except UserError:
-        return None
-
-
-@given(st.sampled_from(sorted(TEMPLATES)), st.one_of(st.none(), contents), talks, st.booleans())
-def test_cases_random_talks_are_read_as_their_messages_or_refused(family, system, talk, by_own):
+@given(st.sampled_from(sorted(TEMPLATES)), st.one_of(st.none(), contents), talks)
+def test_cases_random_talks_are_read_as_their_messages_or_refused(family, system, talk):
     messages = [{"role": "system", "content": system}, *talk] if system is not None else talk
     text = render(TEMPLATES[family], messages, add_generation_prompt=talk[-1]["role"] == "user")
-    own = TokenizerTemplate(tokenizer_of(TEMPLATES[family])) if by_own else None
-    found = reading(text, own)
-    assert found is None or found._replace(text="") == reading(messages)._replace(text="")
+    found = reading(text)
+    assert found is None or found == reading(messages)
     if system is None and not any(mark in text["content"] for text in talk for mark in (*MARKS, "\n\n")):
         assert found is not None
 
@@ -138,12 +98,3 @@ def test_cases_a_thought_that_the_prompt_began_is_no_speech():
 def test_what_a_policy_wrote_is_cut_at_markup():
     assert read_completion("Oh.<|eot_id|><|start_header_id|>user") == "Oh." == read_completion("Oh.[/INST] and")
     assert read_completion([{"role": "assistant", "content": "Oh.</s>"}]) == "Oh."
-
-
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [("{{ nothing.at.all }}", "is of no use"), ("Hello", "does not write every message in the same way")],
-)
-def test_a_template_that_cannot_be_read_back_is_refused(template, said):
-    with pytest.raises(UserError, match=f"--tokenizer model: .*{said}"):
-        TokenizerTemplate(tokenizer_of(template))
