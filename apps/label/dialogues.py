@@ -12,6 +12,14 @@ from geli.data.candor import MOST_BYTES, Dropped, read_turns
 from geli.nets.forms import ROLES, Turns, read_messages
 from geli.run.errors import UserError, one_line
 
+MAGIC = {  # first bytes of files that are no JSONL -> what they are
+    codecs.BOM_UTF16_LE: "UTF-16: convert it, as with iconv -f UTF-16 -t UTF-8",
+    codecs.BOM_UTF16_BE: "UTF-16: convert it, as with iconv -f UTF-16 -t UTF-8",
+    b"\x1f\x8b": "gzip: unpack it",
+    b"PAR1": "Parquet: write its rows as JSON, as with pandas",
+    b"version https://git-lfs.": "a pointer to it: run git lfs pull in its folder",
+}
+
 
 class Dialogue(NamedTuple):
     """A conversation.
@@ -135,8 +143,9 @@ def other_form(path: Path) -> str:
     """The form of a file that is not JSONL as `ChatFiles` reads it, by its beginning; empty for one that may be."""
     with open(path, "rb") as file:
         first = next((line for line in iter(partial(file.readline, MOST_BYTES), b"") if line.strip()), b"")
-    if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "UTF-16: convert it, as with iconv -f UTF-16 -t UTF-8"
+    for start, form in MAGIC.items():
+        if first.startswith(start):
+            return form
     try:
         content = json.loads(first.decode("utf-8-sig"))
     except (ValueError, RecursionError):

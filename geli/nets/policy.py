@@ -22,6 +22,11 @@ from geli.run.errors import UserError, first_line
 from geli.run.files import atomic_folder
 
 LOGITS_PER_CHUNK = 1 << 25  # 128 MiB of float32
+# names of weights in vision-text models, whose text model is used alone -> its own
+TEXT_MODEL = {
+    r"^(?:model\.)?language_model\.lm_head": "lm_head",
+    r"^(?:model\.)?language_model\.(?:model\.)?": "model.",
+}
 VALUE_HEAD = "value_head.safetensors"  # in the folder of a saved policy
 
 
@@ -250,10 +255,10 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _check_logits(self) -> None:
-        """Compares `_logits` with the model's own forward pass on one token.
+        """Compares `_logits` with the model's own forward pass on one token, and generates two.
 
         Raises:
-            UserError: if they differ.
+            UserError: if they differ, or what a decoder predicts depends on what follows.
         """
         query = torch.tensor([[self.end, self.end]], device=self.device)
         mask, response = torch.ones_like(query), query[:, :1]
@@ -262,6 +267,13 @@ class Policy(nn.Module):
             expected = self.model(input_ids=query, attention_mask=mask, decoder_input_ids=start).logits[:, -1]
         else:
             expected = self.model(input_ids=query, attention_mask=mask).logits[:, -1]
+            first, other = (self.model(input_ids=ids).logits[:, 0] for ids in (query, query * mask.cumsum(1).eq(1)))
+            if not torch.allclose(first.float(), other.float(), atol=0.05, rtol=0.02, equal_nan=True):
+                raise UserError(
+                    f"--model_name: a model of the kind {self.model.config.model_type} predicts tokens from those that "
+                    "follow, so it cannot write; choose a causal language model"
+                )
+        self.generate(query, mask, torch.zeros(1, 2, dtype=torch.float64))
         found = self._logits(self._states(query, mask, response, torch.ones_like(response))[:, 0])
         if not torch.allclose(found.float(), expected.float(), atol=0.05, rtol=0.02):
             raise UserError(
@@ -396,7 +408,9 @@ def load_policy(
     tokenizer = load_pretrained(AutoTokenizer, name, option, trust_remote_code)
     config = load_pretrained(AutoConfig, name, option, trust_remote_code)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = load_pretrained(kind, name, option, trust_remote_code, config=config, dtype=dtype)
+    text = config if config.is_encoder_decoder else config.get_text_config()
+    names = {} if text is config else {"key_mapping": TEXT_MODEL}
+    model = load_pretrained(kind, name, option, trust_remote_code, config=text, dtype=dtype, **names)
     check_vocabulary(tokenizer, model, name, option)
     try:
         return adapt_policy(model, tokenizer, rank, alpha, prompt_format, targets)

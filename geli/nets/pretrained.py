@@ -375,4 +375,7 @@ def _shapes(path: Path, option: str) -> list[list[int]]:
         with safe_open(path, "pt") as file:
             return [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (a handle, not a dict)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{option} {path}: expected a safetensors file, found something else ({error})") from None
+        with open(path, "rb") as file:
+            lfs = file.read(24) == b"version https://git-lfs."
+        found = "a pointer to it: run git lfs pull in its folder" if lfs else f"something else ({error})"
+        raise UserError(f"{option} {path}: expected a safetensors file, found {found}") from None

@@ -76,8 +76,10 @@ class Family(NamedTuple):
     folds: bool = False
 
 
-_BEGIN = r"(?:<s>|<bos>|<\|begin_of_text\|>|<\|startoftext\|>|<\uff5cbegin▁of▁sentence\uff5c>)?\s*"
-_END = re.compile(r"(?:</s>|<eos>|<\|endoftext\|>|<\|end_of_text\|>|\s)*\Z")
+# tokens before each message, and those behind the last one, which also pad texts on the left
+_BEGIN = r"(?:<s>|<bos>|<\|begin_of_text\|>|<\|startoftext\|>|<\uff5cbegin▁of▁sentence\uff5c>|\s)*"
+_PADS = r"(?:</s>|<eos>|<pad>|<\|(?:endoftext|end_of_text|eot_id|im_end|pad|finetune_right_pad_id)\|>|\s)*"
+_END = re.compile(rf"{_PADS}\Z")
 FAMILIES = {
     "ChatML, Qwen-2, Qwen-3, SmolLM, Phi-4": Family(
         r"<\|im_start\|>(?P<role>\w+)(?:\n|<\|im_sep\|>)(?P<content>.*?)(?:<\|im_end\|>|\Z)"
@@ -128,7 +130,7 @@ def opens_reply(messages: Messages) -> bool:
 
 def _read_family(text: str, family: Family) -> Messages | None:
     message, messages = re.compile(_BEGIN + family.message, re.DOTALL), []
-    place = re.compile(_BEGIN + family.start).match(text).end() if family.start else 0
+    place = re.compile(_PADS + _BEGIN + family.start).match(text).end()
     while found := message.match(text, place):
         groups = found.groupdict()
         named = [(groups["role"], groups["content"])] if "role" in groups else groups.items()

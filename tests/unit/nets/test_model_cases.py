@@ -8,7 +8,7 @@ import torch
 from cases import case
 from safetensors.torch import load_file, save_file
 from small_models import small_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
 
 from geli.nets.encoder import load_encoder
 from geli.nets.policy import load_policy
@@ -149,6 +149,25 @@ def test_cases_an_architecture_that_fails_is_refused_in_a_line(model, monkeypatc
 
     monkeypatch.setattr("transformers.LlamaModel.forward", fail)
     refused(model, "no policy can be made of a model of the kind llama: index out of range$")
+
+
+def test_cases_a_model_that_sees_what_follows_is_no_policy(tiny, tmp_path):
+    config = BertConfig(400, 32, 2, 2, 64, max_position_embeddings=64, is_decoder=False)
+    BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
+    AutoTokenizer.from_pretrained(tiny / "llama").save_pretrained(tmp_path / "bert")
+    refused(tmp_path / "bert", "of the kind bert predicts tokens from those that follow, so it cannot write")
+
+
+def test_cases_settings_of_generation_that_do_not_fit_together_are_saved_all_the_same(model):
+    change_json(model / "generation_config.json", temperature=0.9, top_p=0.6)  # as Llama-2's, without do_sample
+    load(model).save_merged(model.parent / "merged")
+    load(model.parent / "merged")
+
+
+def test_cases_a_pointer_of_git_lfs_is_named(model):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (model / "model.safetensors").write_text(pointer)
+    refused(model, "found a pointer to it: run git lfs pull in its folder")
 
 
 def test_cases_the_modules_of_the_adapter_can_be_named(model):

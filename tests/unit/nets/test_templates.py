@@ -16,7 +16,9 @@ def test_cases_a_templates_text_is_its_messages(family):
     text = render(TEMPLATES[family], TALK, add_generation_prompt=True)
     prompt = read_prompt(text, 10)
     assert prompt == read_prompt(TALK, 10) and prompt.context == CONTEXT
-    assert read_prompt(text.removeprefix("<s>").removeprefix("<bos>"), 10) == prompt  # trainers strip it or not
+    for begin in ("<s>", "<bos>"):  # trainers leave it out, write it twice, and pad texts
+        assert read_prompt(text.removeprefix(begin), 10) == prompt
+    assert read_prompt(f"<|endoftext|></s><s>{text}", 10) == prompt
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
