@@ -109,7 +109,7 @@ def read_completion(completion: str | Sequence[Message], prompt: object = None) 
 def split_query(
     query: str, prompt: str | None = None, template: OwnTemplate | None = None
 ) -> tuple[str | list[Message], str]:
-    """The prompt and the response that a query of OpenRLHF consists of.
+    """The prompt and the response (see `read_completion`) that a query of OpenRLHF consists of.
 
     Args:
         query: the prompt and the response as one text, with special tokens.

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from geli.nets.decoding import CausalDecoder, EncoderDecoder, left_aligned
 from geli.nets.options import DONE_EVERY, MAX_NEW_TOKENS
 from geli.nets.pretrained import check_adapter, check_adapter_weights, check_vocabulary, load_pretrained
-from geli.nets.prompts import PROMPT_FORMATS, Prompt, PromptFormat
+from geli.nets.prompts import PROMPT_FORMATS, ChatFormat, Prompt, PromptFormat
 from geli.run.console import is_main_process
 from geli.run.errors import UserError, first_line
 from geli.run.files import atomic_folder
@@ -267,8 +268,9 @@ class Policy(nn.Module):
             expected = self.model(input_ids=query, attention_mask=mask, decoder_input_ids=start).logits[:, -1]
         else:
             expected = self.model(input_ids=query, attention_mask=mask).logits[:, -1]
-            first, other = (self.model(input_ids=ids).logits[:, 0] for ids in (query, query * mask.cumsum(1).eq(1)))
-            if not torch.allclose(first.float(), other.float(), atol=0.05, rtol=0.02, equal_nan=True):
+            changed = torch.tensor([[self.end, int(self.end == 0)]], device=self.device)
+            first, other = (self.model(input_ids=ids).logits[:, 0] for ids in (query, changed))
+            if not torch.allclose(first, other, atol=1e-4 if first.dtype == torch.float32 else 0.05, equal_nan=True):
                 raise UserError(
                     f"--model_name: a model of the kind {self.model.config.model_type} predicts tokens from those that "
                     "follow, so it cannot write; choose a causal language model"
@@ -341,6 +343,8 @@ def _end_tokens(model: PeftModel, form: PromptFormat) -> tuple[int, ...]:
             "tokenizer_config.json"
         )
     listed = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    with suppress(UserError):  # without a usable chat template
+        listed = [*listed, ChatFormat(form.tokenizer).end]
     ends = {form.end, form.tokenizer.eos_token_id, *listed} - {None}
     settings.eos_token_id = sorted(ends) if len(ends) > 1 else form.end
     return tuple(sorted(ends))
@@ -411,6 +415,8 @@ def load_policy(
     text = config if config.is_encoder_decoder else config.get_text_config()
     names = {} if text is config else {"key_mapping": TEXT_MODEL}
     model = load_pretrained(kind, name, option, trust_remote_code, config=text, dtype=dtype, **names)
+    if names:
+        model._weight_conversions = []  # it is saved by its own names
     check_vocabulary(tokenizer, model, name, option)
     try:
         return adapt_policy(model, tokenizer, rank, alpha, prompt_format, targets)
@@ -431,13 +437,13 @@ def adapt_policy(
     config = model.config
     attention = {"q_proj", "v_proj"} if any(n.endswith("q_proj") for n, _ in model.named_modules()) else "all-linear"
     targets = "all-linear" if targets and "all-linear" in targets else targets and list(targets)
-    known = config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config.model_type)
     adapter = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=0.05,
         task_type="SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM",
-        target_modules=targets or (None if known else attention),
+        target_modules=targets or (known if isinstance(known, list) else attention),
         fan_in_fan_out=config.model_type == "gpt2",  # it stores weights transposed
     )
     return Policy(get_peft_model(model, adapter), tokenizer, prompt_format)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import case
 from conftest import small_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -61,6 +62,14 @@ def test_a_reply_ends_where_the_next_turn_begins_and_its_beginning_is_never_show
 
 def test_a_reply_ends_at_the_limit_with_what_was_held_back():
     assert replies_of(LetterPolicy("So USA"), limit=6) == [["S", "So", "So US", "So USA"]]
+
+
+def test_cases_a_reply_ends_with_any_of_several_end_tokens():
+    policy = LetterPolicy("Hi.;and more|")
+    policy.ends = (ord("|"), ord(";"))
+    assert replies_of(policy) == [["H", "Hi", "Hi.", "Hi."]]
+    partner = load_partner(str(case("models/c06_two_ends")), make_accelerator("cpu", "float32"), cache_dir=Path())
+    assert [*partner.stream(PROMPT, torch.full((1, 9), 0.5, dtype=torch.float64))][-1] == "Hi."
 
 
 def test_an_empty_reply_is_yielded_too():

@@ -133,14 +133,13 @@ def test_cases_a_template_that_always_thinks_is_refused_and_one_with_a_mode_is_a
 
 
 @pytest.mark.parametrize("name", ["v01_gemma3_vlm", "v07_mixtral"])
-def test_cases_other_architectures_are_trained_or_refused_in_a_line(name):
-    folder = case(f"models/{name}")
-    try:
-        policy = load(folder)
-    except UserError as error:
-        assert "\n" not in str(error)
-    else:
-        train_a_step(policy)
+def test_cases_other_architectures_are_trained_and_loaded_again(name, tmp_path):
+    policy = load(case(f"models/{name}"))  # of a vision-text model the text model
+    train_a_step(policy)
+    policy.save(tmp_path / "saved")
+    load(case(f"models/{name}")).load(tmp_path / "saved")
+    policy.save_merged(tmp_path / "merged")
+    train_a_step(load(tmp_path / "merged"))
 
 
 def test_cases_an_architecture_that_fails_is_refused_in_a_line(model, monkeypatch):
@@ -152,7 +151,9 @@ def test_cases_an_architecture_that_fails_is_refused_in_a_line(model, monkeypatc
 
 
 def test_cases_a_model_that_sees_what_follows_is_no_policy(tiny, tmp_path):
-    config = BertConfig(400, 32, 2, 2, 64, max_position_embeddings=64, is_decoder=False)
+    config = BertConfig(
+        vocab_size=1000, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
     BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
     AutoTokenizer.from_pretrained(tiny / "llama").save_pretrained(tmp_path / "bert")
     refused(tmp_path / "bert", "of the kind bert predicts tokens from those that follow, so it cannot write")
