@@ -317,8 +317,8 @@ class Policy(nn.Module):
         saved, own = check_adapter(folder, "the policy's checkpoint"), self.model.peft_config["default"]
         if saved["r"] != own.r:
             raise UserError(f"{folder}: an adapter of rank {saved['r']}, the options ask for {own.r} (see --no_accel)")
-        if set(saved.get("target_modules") or ()) != set(own.target_modules):
-            names = " ".join(sorted(saved["target_modules"]))
+        names = " ".join(sorted(saved.get("target_modules") or ()))
+        if names != " ".join(sorted(own.target_modules)):
             raise UserError(f"{folder}: an adapter of other modules: give --lora_target_modules {names}")
         base = saved.get("base_model_name_or_path")
         if base != own.base_model_name_or_path:
