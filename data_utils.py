@@ -98,13 +98,11 @@ class Reactions(NamedTuple):
     Attributes:
         polarity: (n,) 1 pleased, -1 displeased, 0 neither. strength: (n,) how pleased, in [0, 1].
         labels: (n,) integer class of the reaction, for the contrastive loss.
-        known: (n,) bool, whether there was a reaction, as a frame of the face; None: to every turn.
     """
 
     polarity: np.ndarray
     strength: np.ndarray
     labels: np.ndarray
-    known: np.ndarray | None = None
 
 
 def reactions_of_faces(affects: np.ndarray, happy_shares: np.ndarray) -> Reactions:
@@ -127,10 +125,18 @@ def face_reactions(trajectories: list[Trajectory], *_) -> Reactions:
     """The LI signal of the paper: the listener's face during each agent turn."""
     turns = _agent_turns(trajectories)
     affects = np.array([turn.affect for turn in turns], dtype=int)
+    return reactions_of_faces(affects, np.array([turn.happy_share for turn in turns], dtype=np.float64))
+
+
+def has_face(trajectories: list[Trajectory]) -> list[bool]:
+    """Whether the listener's face is known in a second of each agent turn."""
     unseen = [set(t.conversation.unseen) for t in trajectories]
-    known = [i not in found for t, found in zip(trajectories, unseen, strict=True) for i in t.agent_turns]
-    happy_shares = np.array([turn.happy_share for turn in turns], dtype=np.float64)
-    return reactions_of_faces(affects, happy_shares)._replace(known=np.array(known, dtype=bool))
+    return [i not in found for t, found in zip(trajectories, unseen, strict=True) for i in t.agent_turns]
+
+
+def has_answer(trajectories: list[Trajectory]) -> list[bool]:
+    """Whether the user says something after each agent turn."""
+    return [bool(next_user_utterance(t.conversation, i, t.user)) for t in trajectories for i in t.agent_turns]
 
 
 def sentiment_reactions(
@@ -146,8 +152,7 @@ def sentiment_reactions(
     else:
         sentiments = lexicon_sentiment(texts)
     answered = np.array([bool(text) for text in texts], dtype=bool)  # nobody reacts to a last turn
-    sentiments = np.where(answered, np.asarray(sentiments, dtype=np.float64), 0.0)
-    return reactions_of_sentiments(sentiments)._replace(known=answered)
+    return reactions_of_sentiments(np.where(answered, np.asarray(sentiments, dtype=np.float64), 0.0))
 
 
 class LISignal(NamedTuple):
@@ -158,17 +163,21 @@ class LISignal(NamedTuple):
             trajectory after the other.
         help: one line for `--help`. uses_model: whether `--sentiment_model` is for it.
         needs_faces: whether it reads the listener's face, so that conversations without faces cannot be learned from.
+        known: trajectories -> whether there was a reaction to each agent turn; None: to all.
     """
 
     reactions: Callable[..., Reactions]
     help: str
     uses_model: bool = False
     needs_faces: bool = False
+    known: Callable | None = None
 
 
 LI_SIGNALS = {
-    "face": LISignal(face_reactions, "the listener's face during the turn", needs_faces=True),
-    "sentiment": LISignal(sentiment_reactions, "the sentiment of the user's next turn", uses_model=True),
+    "face": LISignal(face_reactions, "the listener's face during the turn", needs_faces=True, known=has_face),
+    "sentiment": LISignal(
+        sentiment_reactions, "the sentiment of the user's next turn", uses_model=True, known=has_answer
+    ),
 }
 
 
@@ -490,7 +499,7 @@ class TurnSet:
             affects=affects,
             targets=targets,
             labels=reactions.labels,
-            known=np.ones(len(turns), dtype=bool) if reactions.known is None else reactions.known,
+            known=np.array(li_signal.known(trajectories) if li_signal.known else [True] * len(turns), dtype=bool),
             n_words=np.array([turn.n_words for turn in turns], dtype=int),
             scores=np.array([t.score for t in trajectories]),
         )

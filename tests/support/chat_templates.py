@@ -103,7 +103,7 @@ MARKS = (
     "<|start_header_id|>user<|end_header_id|>", "<|turn|>", "<|stop|>",
 )  # fmt: skip
 
-texts = st.text(st.characters(codec="utf-8", exclude_characters="<>[]|#"), max_size=12)
+texts = st.text("abAI User:.,\n-'é日🙂\u00a0", max_size=12)
 marked = st.builds("{}{}x{}".format, texts, st.sampled_from(MARKS), texts)
 contents = st.one_of(texts, texts, texts, marked)
 talks = st.lists(contents, min_size=1, max_size=6).map(

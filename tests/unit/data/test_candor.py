@@ -196,7 +196,7 @@ def retimed(folder, faces: float = 1.0, transcript: float = 1.0, later: float = 
         (dict(faces=30), "its times end about 10 times as late"),  # numbers of frames
         (dict(transcript=1000), "the transcript's times end about 1,000 times as late as its"),
         (dict(transcript=25), "the transcript's times end about 10 times as late"),
-        (dict(later=3600), "no frame with a face during a turn"),
+        (dict(later=300), "no frame with a face during a turn"),
         (dict(later=1.6e9), "times as late"),  # since 1970
         (dict(faces=1000, transcript=1000), ""),
         (dict(faces=0.02), ""),  # a camera that was turned off
