@@ -125,6 +125,17 @@ def face_reactions(trajectories: list[Trajectory], *_) -> Reactions:
     return reactions_of_faces(affects, np.array([turn.happy_share for turn in turns], dtype=np.float64))
 
 
+def has_face(trajectories: list[Trajectory]) -> list[bool]:
+    """Whether the listener's face is known in a second of each agent turn."""
+    unseen = [set(t.conversation.unseen) for t in trajectories]
+    return [i not in found for t, found in zip(trajectories, unseen, strict=True) for i in t.agent_turns]
+
+
+def has_answer(trajectories: list[Trajectory]) -> list[bool]:
+    """Whether the user says something after each agent turn."""
+    return [bool(next_user_utterance(t.conversation, i, t.user)) for t in trajectories for i in t.agent_turns]
+
+
 def sentiment_reactions(
     trajectories: list[Trajectory], options: "SignalOptions", trust_remote_code: bool = False
 ) -> Reactions:
@@ -149,17 +160,21 @@ class LISignal(NamedTuple):
             trajectory after the other.
         help: one line for `--help`. uses_model: whether `--sentiment_model` is for it.
         needs_faces: whether it reads the listener's face, so that conversations without faces cannot be learned from.
+        known: trajectories -> whether there was a reaction to each agent turn; None: to all.
     """
 
     reactions: Callable[..., Reactions]
     help: str
     uses_model: bool = False
     needs_faces: bool = False
+    known: Callable | None = None
 
 
 LI_SIGNALS = {
-    "face": LISignal(face_reactions, "the listener's face during the turn", needs_faces=True),
-    "sentiment": LISignal(sentiment_reactions, "the sentiment of the user's next turn", uses_model=True),
+    "face": LISignal(face_reactions, "the listener's face during the turn", needs_faces=True, known=has_face),
+    "sentiment": LISignal(
+        sentiment_reactions, "the sentiment of the user's next turn", uses_model=True, known=has_answer
+    ),
 }
 
 
@@ -432,6 +447,7 @@ class TurnSet:
         affects: (N,) indices into `FACES`, `NO_FACE` in conversations without faces.
         targets: (N,) float32 f_t of the LI loss, NaN where the signal needs faces and the conversation has none.
         labels: (N,) the class of the user's reaction that the targets come from.
+        known: (N,) whether there was a reaction. n_words: (N,) words of each turn.
         scores: (n,) R in points.
         shares: (N,) float32 T times a turn's share of the score, in points, so that their mean over a trajectory is R;
             None unless a language model shared the scores out (`with_shares`).
@@ -443,6 +459,8 @@ class TurnSet:
     affects: np.ndarray
     targets: np.ndarray
     labels: np.ndarray
+    known: np.ndarray
+    n_words: np.ndarray
     scores: np.ndarray
     shares: np.ndarray | None = None
 
@@ -455,7 +473,8 @@ class TurnSet:
         li_signal = LI_SIGNALS[signal.li_signal or "face"]
         reactions = li_signal.reactions(trajectories, signal, trust_remote_code)
         targets = li_targets(reactions, signal.reaction_type, signal.negative_affect)
-        affects = np.array([turn.affect for turn in _agent_turns(trajectories)], dtype=int)
+        turns = _agent_turns(trajectories)
+        affects = np.array([turn.affect for turn in turns], dtype=int)
         faceless = np.array([bool(t.conversation.no_faces) for t in trajectories for _ in t.agent_turns], dtype=bool)
         affects[faceless] = NO_FACE
         if li_signal.needs_faces:
@@ -467,6 +486,8 @@ class TurnSet:
             affects=affects,
             targets=targets,
             labels=reactions.labels,
+            known=np.array(li_signal.known(trajectories) if li_signal.known else [True] * len(turns), dtype=bool),
+            n_words=np.array([turn.n_words for turn in turns], dtype=int),
             scores=np.array([t.score for t in trajectories]),
         )
 

@@ -806,7 +806,7 @@ class PPO:
         if config.exact_kl:
             advantages = advantages - beta * kl_ahead(old["kl"], batch.mask, self._total)
         # 7. Statistics over all processes; they include what whitening needs.
-        total = self._sum(_rollout_sums(batch, old, advantages, returns, limit, self.policy.end))
+        total = self._sum(_rollout_sums(batch, old, advantages, returns, limit, self.policy.ends))
         if not np.isfinite(list(total.values())).all():
             raise NotFinite("the policy's output")
         texts = gather_parts(batch.texts, self.accelerator)
@@ -939,7 +939,7 @@ class PPO:
         self._seconds[phase] = time.perf_counter() - start
 
 
-def _rollout_sums(batch: Rollout, old: dict, advantages, returns, limit: int, end: int) -> dict:
+def _rollout_sums(batch: Rollout, old: dict, advantages, returns, limit: int, ends: Sequence[int]) -> dict:
     """Sums over one process' responses and their kept tokens, from which the whole batch's statistics are computed."""
     mask, lengths = batch.mask, batch.mask.sum(dim=1)
     error = (returns - old["values"]) * mask
@@ -955,7 +955,7 @@ def _rollout_sums(batch: Rollout, old: dict, advantages, returns, limit: int, en
         "error_squared": (error**2).sum(),
         "advantage": (advantages * mask).sum(),
         "advantage_squared": (advantages**2 * mask).sum(),
-        "ended": ended_themselves(batch, end).sum(),
+        "ended": ended_themselves(batch, ends).sum(),
         "at_length": (lengths == limit).sum(),
     }
 

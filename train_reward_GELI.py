@@ -133,7 +133,7 @@ from geli.data.shares import read_shares
 from geli.nets.encoder import TurnEncoder, open_encoder, place_encoder
 from geli.nets.features import TurnFeatures, encoder_fingerprint
 from geli.nets.pretrained import named_by_file
-from geli.report.checks import conversations_seen, warn_of_constant_targets, warn_of_leaks
+from geli.report.checks import check_li_targets, conversations_seen, warn_of_leaks
 from geli.report.lineage import lineage_config
 from geli.report.rewards import RewardRun, affect_means, finish_run, measure, wandb_validation
 from geli.run.checkpoint import Checkpointer
@@ -267,7 +267,7 @@ def load_data(options: Options, saved: RewardHead | None, path: Path | None) -> 
     )  # fmt: skip
     warn_of_leaks(seen, validation.trajectories)
     if training_options.affect_path:
-        warn_of_constant_targets(training, options.signal)
+        check_li_targets(training, options.signal)
     return corpus, training, validation
 
 

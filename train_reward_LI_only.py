@@ -74,7 +74,7 @@ from geli.heads import load_reward_head, save_reward_head
 from geli.nets.batching import shuffled_batches
 from geli.nets.encoder import TurnEncoder, open_encoder
 from geli.nets.features import encode_together
-from geli.report.checks import warn_of_constant_targets
+from geli.report.checks import check_li_targets
 from geli.report.rewards import RewardRun, affect_means, choose_turns, finish_run, measure, wandb_validation
 from geli.run.checkpoint import Checkpointer
 from geli.run.distributed import gather_parts, local_part, make_accelerator, seed_everything
@@ -97,7 +97,7 @@ def main(options: Options) -> None:
         val_except=frozenset() if options.training.val_all else None, validate=options.training.val,
         trust_remote_code=options.run.trust_remote_code,
     )  # fmt: skip
-    warn_of_constant_targets(training, options.signal)
+    check_li_targets(training, options.signal)
     clock.lap("reading conversations")
     load = partial(open_encoder, options.encoder, accelerator, options.run.trust_remote_code)
     encoder = load(trains=True)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from data_utils import DataOptions, load_prompts
 from geli.data.questions import QUESTIONS
-from geli.nets.options import SMOLLM2, PolicyOptions
+from geli.nets.options import SMOLLM2, Adapter, PolicyOptions
 from geli.nets.prompts import Prompt
 from geli.rl.reward_options import BASE, RF_MODELS, RewardOptions
 from geli.rl.rollout import RandomScorer
@@ -326,7 +326,7 @@ from accelerate.utils import broadcast_object_list
 
 from geli.distill import Distillation
 from geli.heads import find_head, is_finished, load_reward_head, saved_heads
-from geli.nets.policy import Policy, load_policy, lora_of, trained_as
+from geli.nets.policy import Policy, adapter_of, load_policy, trained_as
 from geli.nets.smollm2 import PACKAGE, make_smollm2
 from geli.report.lineage import lineage_config
 from geli.report.policies import PolicyRun, finish_policy_run
@@ -523,10 +523,10 @@ def start_policy(options: Options, accelerator, names: OutputNames, resumed: boo
         source = str(names.sft_model.resolve())
         seed_everything(options.run.seed)  # as `warm_start` does
     if checkpoint:
-        adapter = lora_of(checkpoint, "the policy's checkpoint")
+        adapter = adapter_of(checkpoint, "the policy's checkpoint")
     else:
         layers = options.policy.num_layers_unfrozen if warmed or not options.rl.sft_steps else 0  # SFT adapts all
-        adapter = (*options.policy.lora, layers)
+        adapter = options.policy.adapter._replace(layers=layers)
     policy = build_policy(options, accelerator, source, prompt_format, adapter)
     if checkpoint:
         policy.load(checkpoint)
@@ -543,12 +543,11 @@ def make_local_model(options: Options) -> None:
         PartialState().wait_for_everyone()
 
 
-def build_policy(options: Options, accelerator, source: str, prompt_format: str, adapter: tuple) -> Policy:
-    """The policy around the model `source` with a fresh `adapter` (rank, alpha, layers at the top), on its device.
-    Frozen weights are of the type that it computes in."""
+def build_policy(options: Options, accelerator, source: str, prompt_format: str, adapter: Adapter) -> Policy:
+    """The policy around the model `source` with a fresh adapter, on its device. Frozen weights are of the type that it
+    computes in."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    rank, alpha, layers = adapter
-    policy = load_policy(source, rank, alpha, dtype, options.run.trust_remote_code, prompt_format, layers=layers)
+    policy = load_policy(source, adapter, dtype, options.run.trust_remote_code, prompt_format)
     policy.limit_responses(options.ppo.max_new_tokens)
     policy = shard(policy, accelerator)
     if policy.is_sharded and (not ALGORITHMS[options.rl.algo].shards or options.rl.sft_steps):
@@ -581,8 +580,7 @@ def warm_start(
     first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
     print(f"SFT: {first:.2f} nats a token in the first tenth of its steps, {last:.2f} in the last: {folder}")
     seed_everything(options.run.seed)  # dropout drew differently in every process, and adapters must start the same
-    adapter = (*options.policy.lora, options.policy.num_layers_unfrozen)
-    return build_policy(options, accelerator, str(folder.resolve()), policy.prompt_format, adapter)
+    return build_policy(options, accelerator, str(folder.resolve()), policy.prompt_format, options.policy.adapter)
 
 
 def hash_inputs(prompts: list[Prompt], head_path: Path | None) -> dict[str, str]:

@@ -17,6 +17,7 @@ import torch
 from apps.chat.partner import Partner
 from apps.chat.talk import Talk, TalkTurn
 from geli.nets.encoder import load_encoder
+from geli.nets.options import Adapter
 from geli.nets.policy import load_policy
 from geli.reward import GELIReward
 from geli.run.console import format_table
@@ -93,7 +94,7 @@ def main() -> None:
     args = parser.parse_args()
     accelerator = make_accelerator(args.device, "auto", cpu_dtype="float32")
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    policy = load_policy(args.policy, 16, 32, dtype, prompt_format=args.prompt_format).to(accelerator.device)
+    policy = load_policy(args.policy, Adapter(16, 32), dtype, prompt_format=args.prompt_format).to(accelerator.device)
     partner = Beginning(policy, "policy", tuned=True)
     policy.sample = partner.note(policy.sample)
     encoder = load_encoder(args.encoder).to(accelerator.device)

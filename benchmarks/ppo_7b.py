@@ -21,6 +21,7 @@ import torch
 from transformers import LlamaForCausalLM
 from trl_ppo import ALPHA, RANK, llama_config, tokenizer_of, word_prompts
 
+from geli.nets.options import Adapter
 from geli.nets.policy import adapt_policy
 from geli.nets.prompts import Prompt
 from geli.rl.rollout import RandomScorer, draw_uniforms
@@ -79,7 +80,7 @@ def main() -> None:
     with torch.device(device):
         model = LlamaForCausalLM(config).to(dtype)
     weights = sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel()  # those multiplied
-    policy = adapt_policy(model, tokenizer_of(args.vocabulary), RANK, ALPHA).to(device)
+    policy = adapt_policy(model, tokenizer_of(args.vocabulary), Adapter(RANK, ALPHA)).to(device)
     settings = PPOConfig(batch_size=args.batch, min_new_tokens=args.new_tokens, max_new_tokens=args.new_tokens)
     ppo = PPO(policy, RandomScorer(0), settings, accelerator, seed=0)
     texts = word_prompts(args.batch * (args.steps + 1), (args.prompt, args.prompt), args.vocabulary)

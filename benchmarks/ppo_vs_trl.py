@@ -39,6 +39,7 @@ from trl_ppo import (
     word_prompts,
 )
 
+from geli.nets.options import Adapter
 from geli.nets.policy import load_policy
 from geli.nets.prompts import Prompt
 from geli.run.distributed import make_accelerator, seed_everything
@@ -57,7 +58,7 @@ def work(shape: Shape, top_third: bool) -> None:
         LlamaForCausalLM(config).save_pretrained(folder)
         tokenizer_of(shape.vocabulary).save_pretrained(folder)
         layers = config.num_hidden_layers // 3 if top_third else 0
-        policy = load_policy(folder, RANK, ALPHA, torch.float32, layers=layers)
+        policy = load_policy(folder, Adapter(RANK, ALPHA, layers), torch.float32)
     scorer = scorer_of(shape.vocabulary)
 
     def score(prompts, responses):

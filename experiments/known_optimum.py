@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
 
+from geli.nets.options import Adapter
 from geli.run.errors import run as run_command
 from geli.run.options import new_parser, positive_int
 
@@ -108,7 +109,7 @@ def run_ppo(
         model: folder. until: the run ends when the mean score of three steps reaches it. changes: of `PPO_OPTIONS`.
     """
     seed_everything(seed)
-    policy = load_policy(str(model), 16, 32, torch.float32)
+    policy = load_policy(str(model), Adapter(16, 32), torch.float32)
     ppo = PPO(policy, score, PPOConfig(**{**PPO_OPTIONS, **changes}), make_accelerator("cpu", "float32"), seed)
     rng, rows, start = np.random.default_rng(seed), [], time.perf_counter()
     for _ in range(steps):
@@ -130,7 +131,7 @@ def run_trl(algo: str, model: Path, seed: int, steps: int, until: float | None, 
     """Steps of TRL's trainer, as `run_ppo`."""
     seed_everything(seed)
     make_accelerator("cpu", "float32")
-    policy = load_policy(str(model), 16, 32, torch.float32)
+    policy = load_policy(str(model), Adapter(16, 32), torch.float32)
     rows, start = [], time.perf_counter()
 
     def on_step(step, logged):

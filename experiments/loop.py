@@ -21,7 +21,7 @@ from experiments.commands import finished_head, run_command
 from experiments.loop_options import SMALL, LoopOptions
 from experiments.loop_report import write_report
 from geli.nets.options import PolicyOptions
-from geli.nets.policy import Policy, load_policy, lora_of
+from geli.nets.policy import Policy, adapter_of, load_policy
 from geli.reward import GELIReward
 from geli.rl.evaluation import evaluate_policy
 from geli.rl.reward_functions import FunctionScorer
@@ -171,10 +171,10 @@ def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:
     )
     stem = stem_of(options, run)
     checkpoints = [] if run.algo.startswith(BEST_OF) else saved_steps(stem)
-    adapter = lora_of(f"{stem}_{checkpoints[-1]}", "the checkpoint") if checkpoints else (*PolicyOptions().lora, 0)
+    adapter = adapter_of(f"{stem}_{checkpoints[-1]}", "the checkpoint") if checkpoints else PolicyOptions().adapter
     frozen = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32  # as in stage 3
     source = PolicyOptions(model_name=policy_source(options)).source(cache)
-    policy = load_policy(source, *adapter[:2], frozen, prompt_format=prompt_format(options), layers=adapter[2])
+    policy = load_policy(source, adapter, frozen, prompt_format=prompt_format(options))
     policy.to(accelerator.device)
 
     def evaluate() -> dict:

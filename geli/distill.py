@@ -75,7 +75,7 @@ class Distillation(PPO):
         `effective_share` is how large a sample of its own they are worth, as a share of the batch."""
         log_ratio = ((old["logprobs"] - old["ref_logprobs"]) * batch.mask).sum(dim=1)
         rows = zip(
-            log_ratio.tolist(), batch.mask.sum(dim=1).tolist(), ended_themselves(batch, self.policy.end).tolist(),
+            log_ratio.tolist(), batch.mask.sum(dim=1).tolist(), ended_themselves(batch, self.policy.ends).tolist(),
             strict=True,
         )  # fmt: skip
         log_ratio, lengths, ended = np.array(gather_parts(list(rows), self.accelerator)).T

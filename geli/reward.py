@@ -14,6 +14,7 @@ from geli.heads import find_head, load_encoder_of_head, load_reward_head
 from geli.nets.encoder import TurnEncoder
 from geli.nets.forms import Message, Turns, read_completion, read_messages, read_prompt, trajectory_of
 from geli.nets.prompts import Prompt
+from geli.nets.templates import OwnTemplate
 from geli.rl.rollout import first_turn
 from geli.run.distributed import local_device, uses_bfloat16
 from geli.run.errors import UserError
@@ -42,7 +43,10 @@ class GELIReward:
 
     Attributes:
         name: of the head's file.
+        template: the `OwnTemplate` that prompts are written by; None: those in wide use are recognised.
     """
+
+    template: OwnTemplate | None = None
 
     def __init__(
         self, encoder: TurnEncoder, head: RewardHead, *, autocast: Callable = nullcontext, path: Path = Path("reward"),
@@ -102,10 +106,11 @@ class GELIReward:
         Args:
             prompts: n `Prompt`s of stage 3, texts, or lists of chat messages (see `geli.nets.forms.read_prompt`).
             responses: n texts or lists of chat messages. What follows a turn (`User:` or `AI:`) is cut off, as stage 3
-                does; responses to `Prompt`s are cut already.
+                does; responses to `Prompt`s are cut already. Thoughts (up to `</think>`) are left out.
 
         Raises:
-            UserError: if there are not as many prompts as responses, or one has another form.
+            UserError: if there are not as many prompts as responses, or one has another form or a chat template's
+                markup left in it.
         """
         if len(prompts) != len(responses):
             raise UserError(f"expected a completion to each prompt, found {len(prompts)} and {len(responses)}")
@@ -113,10 +118,10 @@ class GELIReward:
 
     def read(self, prompt, response) -> Pair:
         """The state and the response of a prompt and a response in any form that `score` takes."""
-        response = read_completion(response)
+        response = read_completion(response, prompt)
         if isinstance(prompt, Prompt):
             return prompt, response
-        return read_prompt(prompt, self.context_turns), first_turn(response)
+        return read_prompt(prompt, self.context_turns, self.template), first_turn(response)
 
     def score_pairs(self, pairs: Sequence[Pair]) -> list[float]:
         """The rewards of n states and responses. With a cache, equal pairs are computed once."""

@@ -149,7 +149,8 @@ def _read_table(path: Path) -> list[dict[str, str]]:
         header.pop()
     rows = [row[: len(header)] + list(filter(None, row[len(header) :])) for row in rows]
     if "person" not in header or len(set(header)) < len(header):
-        raise Dropped(f"{path.name}: expected a column person and each column once, found {', '.join(header)[:200]}")
+        found = ", ".join(header)[:200]
+        raise Dropped(f"{path.name}: expected a column person and each column once, with commas, found {found}")
     if any(len(row) != len(header) for row in rows):
         raise Dropped(f"{path.name}: a row has more or fewer cells than the header")
     table = [dict(zip(header, row, strict=True)) for row in rows]

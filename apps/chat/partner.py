@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from geli.nets.options import SMOLLM2, PolicyOptions
-from geli.nets.policy import Policy, load_policy, lora_of, trained_as
+from geli.nets.policy import Policy, adapter_of, load_policy, trained_as
 from geli.nets.pretrained import named_by_file, recorded_base
 from geli.nets.prompts import Prompt
 from geli.nets.smollm2 import make_smollm2
@@ -78,13 +78,13 @@ class Partner:
                 token = policy.sample(decoder.state, uniforms[:, place])
             tokens.append(int(token))
             text = texts_of([tokens])[0]
-            if tokens[-1] == policy.end or MARKERS.search(text):
+            if tokens[-1] in policy.ends or MARKERS.search(text):
                 break
             grown = so_far(text)
             if len(grown) > len(shown) and grown.startswith(shown):  # some tokenizers change what they wrote before
                 shown = grown
                 yield shown
-        yield cut_responses(torch.tensor([tokens]), texts_of, policy.end)[1][0]
+        yield cut_responses(torch.tensor([tokens]), texts_of, policy.ends)[1][0]
 
     @contextmanager
     def _model(self, base: bool) -> Iterator[None]:
@@ -162,20 +162,17 @@ def load_partner(
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     tuned, trained = is_checkpoint(weights), training_of(weights)
     if tuned:
-        base = base_model or base_of_checkpoint(weights)
-        rank, alpha, layers = lora_of(weights, "--weights")
+        base, adapter = base_model or base_of_checkpoint(weights), adapter_of(weights, "--weights")
         recorded = trained_as(weights)
         prompt_format = prompt_format or recorded.prompt_format
     else:
         if base_model:
             raise UserError(f"--base_model is for a checkpoint with an adapter: {weights} has no adapter_config.json")
         options = PolicyOptions(model_name=weights)
-        base, (rank, alpha), layers = options.source(cache_dir), options.lora, 0
+        base, adapter = options.source(cache_dir), options.adapter
         if weights == SMOLLM2 and not Path(base).is_dir():
             make_smollm2(base)
-    policy = load_policy(
-        base, rank, alpha, dtype, trust_remote_code, prompt_format or "raw", option="--weights", layers=layers
-    )
+    policy = load_policy(base, adapter, dtype, trust_remote_code, prompt_format or "raw", option="--weights")
     if tuned:
         policy.load(weights)
         policy.limit_responses(recorded.max_new_tokens)

@@ -37,6 +37,10 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument(
         "--context_turns", type=positive_int, help="turns of chat messages that are read (default: as in training)"
     )
+    parser.add_argument(
+        "--tokenizer", metavar="MODEL", help="hub id or folder of the policy's tokenizer, whose chat template wrote "
+        "the prompts (default: templates in wide use are recognised)",
+    )  # fmt: skip
     add_head_options(parser)
     return parser.parse_args(argv)
 
@@ -44,7 +48,11 @@ def parse_options(argv: Sequence[str] | None = None):
 # Parsed before the imports below, which take seconds, so that --help and mistakes in options are answered at once.
 OPTIONS = parse_options() if __name__ == "__main__" else None
 
+from transformers import AutoTokenizer
+
 from apps.packages import install, require
+from apps.serve.template import TokenizerTemplate
+from geli.nets.pretrained import load_pretrained
 from geli.reward import GELIReward
 
 
@@ -57,6 +65,9 @@ def main(options) -> None:
         context_turns=options.context_turns, lang_model_path=options.lang_model_path,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
+    if options.tokenizer:
+        found = load_pretrained(AutoTokenizer, options.tokenizer, "--tokenizer", options.trust_remote_code)
+        reward.template = TokenizerTemplate(found)
     limits = serving.Limits(waiting=options.max_waiting, together=options.max_together)
     server = serving.RewardServer(reward, options.host, options.port, limits, token)
     print(f"Rewards of {reward.path} on {server.url}: POST /get_reward, POST /score, GET /health, GET /metrics")

@@ -131,7 +131,8 @@ def make_app(reward: GELIReward, batcher: Batcher, limits: Limits, token: str | 
             if len(prompts) != len(asked.query):
                 raise HTTPException(422, f"expected {len(asked.query)} prompts, found {len(prompts)}")
             with named_errors("query"):
-                pairs = [reward.read(*split_query(*both)) for both in zip(asked.query, prompts, strict=True)]
+                queries = zip(asked.query, prompts, strict=True)
+                pairs = [reward.read(*split_query(*query, reward.template)) for query in queries]
             size = sum(1 + len(text) // CHARACTERS_A_TEXT for text in asked.query)
             rewards = await scored(reward.score_pairs, pairs, size)
             return JSONResponse({"rewards": rewards, "scores": rewards, "extra_logs": {}})

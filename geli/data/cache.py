@@ -72,7 +72,7 @@ class ConversationCache:
             columns = dict(zip(Turn._fields, map(list, zip(*conversation.turns, strict=True)), strict=True))
             columns["speaker"] = [number[user] for user in columns["speaker"]]
             about = [conversation.speakers, conversation.answers, sorted(conversation.questions)]
-            more = [conversation.skipped_turns, conversation.off_scale, conversation.no_faces]
+            more = [conversation.skipped_turns, conversation.off_scale, conversation.no_faces, conversation.unseen]
             columns["about"] = json.dumps([*about, *more])
             columns["folder"] = folder.name.encode("utf-8", "surrogateescape")
             columns["signature"] = signature or self._rows[folder.name][0]
@@ -106,7 +106,8 @@ class ConversationCache:
 def _conversation(folder: bytes, signature: str, about: str, turn_ids, speaker, *columns):
     """A row of the file: (folder name, (signature, conversation))."""
     name = folder.decode("utf-8", "surrogateescape")
-    speakers, answers, questions, skipped, *more = json.loads(about)
+    speakers, answers, questions, skipped, off_scale, no_faces, unseen = json.loads(about)
     turns = tuple(map(Turn, turn_ids, [speakers[i] for i in speaker], *columns))
     questions, skipped = frozenset(questions), Counter(skipped)
-    return name, (signature, Conversation(name, tuple(speakers), turns, answers, questions, skipped, *more))
+    more = (skipped, off_scale, no_faces, tuple(unseen))
+    return name, (signature, Conversation(name, tuple(speakers), turns, answers, questions, *more))

@@ -22,7 +22,7 @@ from pyarrow import csv as arrow_csv
 from geli.data.questions import QUESTIONS
 from geli.data.words import count_words
 
-READER_VERSION = 2  # part of the cache's key: raise it when the same files are read differently
+READER_VERSION = 3  # part of the cache's key: raise it when the same files are read differently
 
 TRANSCRIPTS = ("cliffhanger", "audiophile", "backbiter")
 
@@ -82,7 +82,8 @@ class Conversation:
         questions: the columns of the survey that are in `QUESTIONS`.
         skipped_turns: reason -> number of transcript rows that are not turns.
         off_scale: question -> answers of the speakers that are outside its limits, which are left out of `answers`.
-        no_faces: why neither speaker's face is known in any second; empty if one is.
+        no_faces: why neither speaker's face is known in any second of a turn; empty if one is.
+        unseen: indices of the turns without a frame of the listener's face.
     """
 
     id: str
@@ -93,6 +94,7 @@ class Conversation:
     skipped_turns: Counter = field(default_factory=Counter)
     off_scale: dict[str, list[float]] = field(default_factory=dict)
     no_faces: str = ""
+    unseen: tuple[int, ...] = field(default=(), compare=False)
 
 
 def affect_of_turns(start, stop, n_words, seconds, probabilities) -> tuple[np.ndarray, np.ndarray]:
@@ -109,8 +111,7 @@ def affect_of_turns(start, stop, n_words, seconds, probabilities) -> tuple[np.nd
     Returns:
         (n,) indices into `FACES`, and (n,) the share of frames that are happy (0 without frames or words enough).
     """
-    first = np.searchsorted(seconds, start, side="left")
-    end = np.searchsorted(seconds, stop, side="right")
+    first, end = _frames_within(start, stop, seconds)
     classes = probabilities.argmax(axis=1) if len(seconds) else np.zeros(0, dtype=int)
     counts = _window_sums(np.eye(len(FACES))[classes], first, end)
     # sums compare as means do, since all are of the same frames; integers, so that rounding cannot decide a tie
@@ -121,6 +122,11 @@ def affect_of_turns(start, stop, n_words, seconds, probabilities) -> tuple[np.nd
     readable = (frames > 0) & (np.asarray(n_words) >= MIN_WORDS)
     share = np.where(readable, counts[:, HAPPINESS] / np.maximum(frames, 1), 0.0)
     return np.where(readable, affect, NEUTRAL), share
+
+
+def _frames_within(start, stop, seconds) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) indices of the first frame of each turn, and of the first one behind it."""
+    return np.searchsorted(seconds, start, side="left"), np.searchsorted(seconds, stop, side="right")
 
 
 def _window_sums(values: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -138,13 +144,42 @@ def read_conversation(folder: Path, transcript: str = "cliffhanger") -> Conversa
 
     who = np.array([speakers.index(turn.speaker) for turn in turns])
     start, stop, n_words = (np.array([getattr(turn, name) for turn in turns]) for name in ("start", "stop", "n_words"))
-    affect, share = np.full(len(turns), NEUTRAL), np.zeros(len(turns))
+    if not no_faces:
+        no_faces = _two_clocks(start, stop, n_words, np.concatenate([seconds for seconds, _ in faces.values()]))
+        faces = dict.fromkeys(speakers, _NO_FRAMES) if no_faces else faces
+    affect, share, unseen = np.full(len(turns), NEUTRAL), np.zeros(len(turns)), np.zeros(len(turns), dtype=bool)
     for i, listener in enumerate(speakers[::-1]):
         rows = np.flatnonzero(who == i)
         affect[rows], share[rows] = affect_of_turns(start[rows], stop[rows], n_words[rows], *faces[listener])
+        first, end = _frames_within(start[rows], stop[rows], faces[listener][0])
+        unseen[rows] = first == end
     seen = zip(turns, affect.tolist(), share.tolist(), strict=True)
     turns = tuple(turn._replace(affect=face, happy_share=happy) for turn, face, happy in seen)
-    return Conversation(folder.name, speakers, turns, answers, questions, skipped, off_scale, no_faces)
+    return Conversation(
+        folder.name, speakers, turns, answers, questions, skipped, off_scale, no_faces,
+        unseen=tuple(np.flatnonzero(unseen).tolist()),
+    )  # fmt: skip
+
+
+# Of two clocks that agree, one rarely ends this many times later than the other; of milliseconds, frame numbers and
+# seconds it does. Nobody takes so many seconds for a word, but in a chat a turn may last until the next one.
+_TIMES_LATER, _SECONDS_A_WORD, _SLACK = 5, 3.0, 60.0
+
+
+def _two_clocks(start: np.ndarray, stop: np.ndarray, n_words: np.ndarray, seconds: np.ndarray) -> str:
+    """Why the times of turns (n,) and of frames (m,) cannot be of one clock that counts seconds; empty if they can."""
+    said, shown = max(1.0, float(stop.max())), max(1.0, float(seconds.max()))
+    slow = np.median((stop - start) / np.maximum(n_words, 1)) > _SECONDS_A_WORD
+    if shown > _TIMES_LATER * said + _SLACK or (said > _TIMES_LATER * shown + _SLACK and slow):
+        later, other = ("its", "the transcript's") if shown > said else ("the transcript's", "its")
+        factor = 10 ** round(abs(math.log10(shown / said)))
+        return (
+            f"{FEATURES_FILE}: {later} times end about {factor:,} times as late as {other}: expected seconds from the "
+            "beginning of the call in both"
+        )
+    seconds = np.sort(seconds)
+    first, end = _frames_within(start, stop, seconds)
+    return "" if (end > first).any() else f"{FEATURES_FILE}: no frame with a face during a turn"
 
 
 def read_turns(folder: Path, transcript: str = "cliffhanger") -> tuple[list[Turn], tuple[str, str], Counter]:
@@ -282,6 +317,7 @@ def _read_transcript(path: Path) -> tuple[list[Turn], Counter]:
 
 
 _Frames = tuple[np.ndarray, np.ndarray]  # (m,) ascending seconds, (m, 8) face probabilities
+_NO_FRAMES: _Frames = (np.zeros(0), np.zeros((0, len(FACES))))
 
 
 def _read_faces(path: Path, speakers: tuple[str, str]) -> tuple[dict[str, _Frames], str]:
@@ -289,7 +325,7 @@ def _read_faces(path: Path, speakers: tuple[str, str]) -> tuple[dict[str, _Frame
     try:
         users, times, probabilities = _fast_faces(path) or _careful_faces(path, speakers)
     except Missing as reason:
-        return dict.fromkeys(speakers, (np.zeros(0), np.zeros((0, len(FACES))))), str(reason)
+        return dict.fromkeys(speakers, _NO_FRAMES), str(reason)
     users = _map_distinct(users, lambda text: {name: i for i, name in enumerate(speakers)}.get(text.strip(), -1))
     seconds = _map_distinct(times, _seconds)
     valid = (probabilities >= 0) & (probabilities <= 1 + 1e-6)  # False for NaN; a little more than 1 is rounding

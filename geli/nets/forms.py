@@ -5,6 +5,14 @@ from collections.abc import Mapping, Sequence
 
 from geli.nets.options import INSTRUCTION
 from geli.nets.prompts import Prompt, context_text, prompt_text
+from geli.nets.templates import (
+    MARKUP,
+    OwnTemplate,
+    ends_in_thought,
+    read_template,
+    refuse_markup,
+    spoken,
+)
 from geli.run.errors import UserError
 
 Turns = list[tuple[bool, str]]  # (is_agent, utterance) of each turn
@@ -14,23 +22,18 @@ ROLES = {"user": False, "assistant": True}  # -> whether its messages are the ag
 UNREAD_ROLES = ("system", "developer")  # heads have read conversations without instructions
 
 _TURN = re.compile(r"(?:^|(?<=\s))(User|AI): ?")  # begins a turn in the published form
-# A message as the chat templates in wide use write it: ChatML (Qwen, SmolLM2 and others) and Llama 3. The end is
-# missing behind the last message of a prompt.
-_MARKUP = (
-    re.compile(r"<\|im_start\|>(?P<role>\w+)\n(?P<content>.*?)(?:<\|im_end\|>|\Z)", re.DOTALL),
-    re.compile(
-        r"<\|start_header_id\|>(?P<role>\w+)<\|end_header_id\|>\n\n(?P<content>.*?)(?:<\|eot_id\|>|\Z)", re.DOTALL
-    ),
-)
+_BEGIN = re.compile(r"^(?:<s>|<bos>|<\|begin_of_text\|>)")
 _FIRST_TOKEN = re.compile(r"<[^<>\s]+>")  # as <s>, which tokenizers put before a text
-_END_TOKEN = re.compile(r"<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>|<end_of_turn>|<eos>|</s>")
 
 
-def read_messages(messages: Sequence[Message]) -> Turns:
-    """The turns of chat messages, stripped. System messages are left out.
+def read_messages(messages: Sequence[Message], cuts: bool = False) -> Turns:
+    """The turns of chat messages, stripped. System messages are left out, and what the assistant only thought.
+
+    Args:
+        cuts: cut a text before markup, as what a policy wrote is, instead of refusing it.
 
     Raises:
-        UserError: for anything but messages of system, user and assistant with a text each.
+        UserError: for anything but messages of system, user and assistant with a text without markup each.
     """
     turns = []
     if isinstance(messages, str) or not isinstance(messages, Sequence):
@@ -43,7 +46,10 @@ def read_messages(messages: Sequence[Message]) -> Turns:
                 + (f"role {role!r}, content of type {type(content).__name__}"[:100] if role else "something else")
             )
         if role in ROLES:
-            turns.append((ROLES[role], content.strip()))
+            text = spoken(content) if ROLES[role] else content.strip().removeprefix(INSTRUCTION)
+            text = MARKUP.split(text, maxsplit=1)[0] if cuts else text
+            refuse_markup(text, f"message {place}")
+            turns.append((ROLES[role], text.strip()))
     return turns
 
 
@@ -63,42 +69,47 @@ def prompt_of_turns(turns: Turns, context_turns: int) -> Prompt:
     return Prompt(prompt_text(context), context, "", (*before, (context, "")), len(before), turns=tuple(turns))
 
 
-def read_prompt(prompt: Prompt | str | Sequence[Message], context_turns: int) -> Prompt:
+def read_prompt(
+    prompt: Prompt | str | Sequence[Message], context_turns: int, template: OwnTemplate | None = None
+) -> Prompt:
     """A prompt in any form that a trainer gives it.
 
     - A `Prompt` stays as it is.
     - Chat messages are turns (`read_messages`); the last `context_turns` of them are read.
     - A text in the published form (`INSTRUCTION`, turns as ` User: …` and ` AI: …`, and ` AI:` at the end) is the state
       that it was made from, with all its turns. Another instruction before the first turn is left out.
-    - A text that a chat template wrote (ChatML, Llama 3) is read as its messages.
+    - A text that a chat template wrote is read as its messages: by `template`, or one of `FAMILIES`.
     - Any other text is one message of the user.
 
     Raises:
-        UserError: if messages are not chat messages.
+        UserError: if messages are not chat messages, or there is markup in a text.
     """
     if isinstance(prompt, Prompt):
         return prompt
-    if not isinstance(prompt, str):
-        return prompt_of_turns(read_messages(prompt), context_turns)
-    context = _published_context(prompt)
-    if context is not None:
-        turns = _published_turns(context)
-        return prompt_of_turns(turns, context_turns)._replace(text=prompt, context=context)
-    turns = _template_turns(prompt)
-    if turns is None:
-        return prompt_of_turns([(False, prompt.strip())], context_turns)
+    if isinstance(prompt, str):
+        context = _published_context(prompt)
+        if context is not None:
+            turns = _published_turns(context)
+            return prompt_of_turns(turns, context_turns)._replace(text=prompt, context=context)
+        prompt = read_template(prompt, template) or [{"role": "user", "content": prompt}]
+    turns = read_messages(prompt)
     return prompt_of_turns(turns[:-1] if turns[-1:] == [(True, "")] else turns, context_turns)
 
 
-def read_completion(completion: str | Sequence[Message]) -> str:
-    """The text of a completion: of chat messages, the assistant's."""
-    if isinstance(completion, str):
-        return completion
-    return " ".join(utterance for is_agent, utterance in read_messages(completion) if is_agent)
+def read_completion(completion: str | Sequence[Message], prompt: object = None) -> str:
+    """The text of a completion: of chat messages, the assistant's. What was only thought is left out, also where the
+    prompt has begun the thought, and so is what follows the first markup, which ends a turn."""
+    if not isinstance(completion, str):
+        return " ".join(utterance for is_agent, utterance in read_messages(completion, cuts=True) if is_agent)
+    if isinstance(prompt, str) and ends_in_thought(prompt):
+        completion = f"<think>{completion}"
+    return MARKUP.split(spoken(completion), maxsplit=1)[0]
 
 
-def split_query(query: str, prompt: str | None = None) -> tuple[str | list[Message], str]:
-    """The prompt and the response that a query of OpenRLHF consists of.
+def split_query(
+    query: str, prompt: str | None = None, template: OwnTemplate | None = None
+) -> tuple[str | list[Message], str]:
+    """The prompt and the response (see `read_completion`) that a query of OpenRLHF consists of.
 
     Args:
         query: the prompt and the response as one text, with special tokens.
@@ -109,23 +120,23 @@ def split_query(query: str, prompt: str | None = None) -> tuple[str | list[Messa
         UserError: if it cannot be told where the response begins.
     """
     first = _FIRST_TOKEN.match(query)
-    for text in (query, query[first.end() :]) if first else (query,):
+    bare = query[first.end() :] if first else query
+    for text in (query, bare):
         if prompt is not None and text.startswith(prompt):
-            return prompt, _END_TOKEN.split(text[len(prompt) :], maxsplit=1)[0]
-    turns = _template_turns(query)
-    if turns and turns[-1][0]:
-        messages = [{"role": "assistant" if is_agent else "user", "content": text} for is_agent, text in turns]
-        return messages[:-1], messages[-1]["content"]
-    before, marker, response = query.rpartition(" AI:")
+            return prompt, text[len(prompt) :]
+    before, marker, response = bare.rpartition(" AI:")
     if marker and _published_context(before + marker) is not None:
-        return before + marker, _END_TOKEN.split(response, maxsplit=1)[0]
+        return before + marker, response
+    messages = read_template(query, template)
+    if messages and messages[-1]["role"] == "assistant":
+        return messages[:-1], messages[-1]["content"]
     raise UserError("it is not seen where the response begins: send the prompts, too, with which the queries begin")
 
 
 def _published_context(text: str) -> str | None:
     """The state in a prompt of the published form; None for another form."""
-    text = text.rstrip()
-    if not text.endswith(" AI:"):
+    text = _BEGIN.sub("", text).rstrip()
+    if not text.endswith(" AI:") or MARKUP.search(text):
         return None
     text = text.removesuffix(" AI:")
     if text.startswith(INSTRUCTION):
@@ -138,12 +149,3 @@ def _published_turns(context: str) -> Turns:
     """The turns in a state of the published form."""
     parts = _TURN.split(context)[1:]
     return [(name == "AI", text.strip()) for name, text in zip(parts[::2], parts[1::2], strict=True)]
-
-
-def _template_turns(text: str) -> Turns | None:
-    """The turns in a text that a chat template wrote, the last of them perhaps empty; None for another form."""
-    for markup in _MARKUP:
-        found = [(match["role"], match["content"].strip()) for match in markup.finditer(text)]
-        if found:
-            return [(ROLES[role], content) for role, content in found if role in ROLES]
-    return None

@@ -1,6 +1,7 @@
 """Options of the encoder and the policy, and the short names of published models. Imports neither torch nor
 transformers, so that `--help` answers quickly."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -77,6 +78,20 @@ class EncoderOptions:
         return self.model in ENCODERS and ENCODERS[self.model].adapted
 
 
+class Adapter(NamedTuple):
+    """A LoRA adapter (Hu et al., 2022).
+
+    Attributes:
+        rank, alpha: of LoRA. layers: how many layers at the top it is in, in all their linear maps; 0: in the attention
+            of all. targets: names of the modules that it changes instead.
+    """
+
+    rank: int
+    alpha: float
+    layers: int = 0
+    targets: Sequence[str] | None = None
+
+
 @dataclass(frozen=True)
 class PolicyOptions:
     """Which language model is aligned in stage 3."""
@@ -91,10 +106,17 @@ class PolicyOptions:
     no_accel: bool = option(False, "one device, with LoRA r=24 alpha=48 instead of r=16 alpha=32")
     lora_r: int | None = option(None, "rank of the adapter (default: 16; with --no_accel 24)", type=positive_int)
     lora_alpha: int | None = option(None, "its scale (default: 32; with --no_accel 48)", type=positive_int)
+    lora_target_modules: list[str] | None = option(
+        None,
+        "names of the modules that the adapter changes, as q_proj v_proj (default: those that peft knows for this "
+        "kind of model, else its attention's; with --num_layers_unfrozen all linear maps)",
+        nargs="+",
+        metavar="NAME",
+    )
     num_layers_unfrozen: int = option(
         0,
-        "adapt so many layers at the top alone, in all their linear maps; those below are then computed once for "
-        "policy, reference and update; 0: the attention of all layers",
+        "adapt so many layers at the top alone; those below are then computed once for policy, reference and update; "
+        "0: all layers",
         type=non_negative_int,
         metavar="N",
     )
@@ -118,7 +140,8 @@ class PolicyOptions:
         return POLICIES.get(self.model_name, self.model_name)
 
     @property
-    def lora(self) -> tuple[int, int]:
-        """LoRA's rank and alpha (Hu et al., 2022)."""
+    def adapter(self) -> Adapter:
+        """The adapter that is trained."""
         rank, alpha = (24, 48) if self.no_accel else (16, 32)
-        return self.lora_r or rank, self.lora_alpha or alpha
+        targets = self.lora_target_modules and tuple(self.lora_target_modules)
+        return Adapter(self.lora_r or rank, self.lora_alpha or alpha, self.num_layers_unfrozen, targets)

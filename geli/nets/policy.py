@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,15 +17,20 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from geli.nets.decoding import CausalDecoder, EncoderDecoder, left_aligned
-from geli.nets.options import DONE_EVERY, MAX_NEW_TOKENS
+from geli.nets.options import DONE_EVERY, MAX_NEW_TOKENS, Adapter
 from geli.nets.pretrained import check_adapter, check_adapter_weights, check_vocabulary, load_pretrained
-from geli.nets.prompts import PROMPT_FORMATS, Prompt
+from geli.nets.prompts import PROMPT_FORMATS, ChatFormat, Prompt, PromptFormat
 from geli.nets.trunk import Trunk
 from geli.run.console import is_main_process
 from geli.run.errors import UserError, first_line
 from geli.run.files import atomic_folder
 
 LOGITS_PER_CHUNK = 1 << 25  # 128 MiB of float32
+# names of weights in vision-text models, whose text model is used alone -> its own
+TEXT_MODEL = {
+    r"^(?:model\.)?language_model\.lm_head": "lm_head",
+    r"^(?:model\.)?language_model\.(?:model\.)?": "model.",
+}
 VALUE_HEAD = "value_head.safetensors"  # in the folder of a saved policy
 
 
@@ -46,7 +52,8 @@ class Policy(nn.Module):
             adapter; 0: all.
 
     Attributes:
-        max_new_tokens: most tokens of a response, see `limit_responses`.
+        ends: ids of the tokens that end a response: those of the model's generation_config, of its tokenizer and of the
+            chat template. max_new_tokens: most tokens of a response, see `limit_responses`.
         is_sharded: whether each process holds only a part of the weights (`geli.run.sharding.shard`). Every forward
             pass then needs all processes.
         largest: a function that returns the largest of the numbers that the processes call it with; of a model that is
@@ -60,8 +67,9 @@ class Policy(nn.Module):
     def __init__(self, model: PeftModel, tokenizer, prompt_format: str = "raw", layers: int = 0):
         super().__init__()
         self.model, self.tokenizer, self.prompt_format = model, tokenizer, prompt_format
-        self.format = PROMPT_FORMATS[prompt_format](tokenizer)
         self.has_encoder = bool(model.config.is_encoder_decoder)
+        self.format = PROMPT_FORMATS[prompt_format](tokenizer, continues=not self.has_encoder)
+        self.ends = _end_tokens(model, self.format)
         self.max_new_tokens = MAX_NEW_TOKENS
         self.is_sharded, self.largest = False, int
         self.value_head = nn.Linear(model.config.hidden_size, 1)  # starts at 0
@@ -127,7 +135,7 @@ class Policy(nn.Module):
 
     @property
     def end(self) -> int:
-        """Id of the token that ends a response."""
+        """Id of the token that is written behind a response, one of `ends`."""
         return self.format.end
 
     @property
@@ -160,11 +168,12 @@ class Policy(nn.Module):
         decoder = self.decoder(query, query_mask, uniforms.shape[1], copies)
         response = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
         ended, states = torch.zeros(len(query), dtype=torch.bool, device=query.device), []
+        ends = torch.tensor(self.ends, device=query.device)
         for step in range(1, uniforms.shape[1] + 1):
             token = self.sample(decoder.state, uniforms[:, step - 1]).masked_fill(ended, self.pad)
             response = torch.cat([response, token[:, None]], dim=1)
             states.append(decoder.state)
-            ended |= token == self.end
+            ended |= torch.isin(token, ends)
             if done and step % DONE_EVERY == 0:
                 ended |= done(response).to(ended.device)
             unfinished = int(not ended.all()) if step < uniforms.shape[1] else 0
@@ -302,10 +311,10 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _check_logits(self) -> None:
-        """Compares `_logits` with the model's own forward pass on one token.
+        """Compares `_logits` with the model's own forward pass on one token, and generates two.
 
         Raises:
-            UserError: if they differ.
+            UserError: if they differ, or what a decoder predicts depends on what follows.
         """
         query = torch.tensor([[self.end, self.end]], device=self.device)
         mask, response = torch.ones_like(query), query[:, :1]
@@ -314,6 +323,14 @@ class Policy(nn.Module):
             expected = self.model(input_ids=query, attention_mask=mask, decoder_input_ids=start).logits[:, -1]
         else:
             expected = self.model(input_ids=query, attention_mask=mask).logits[:, -1]
+            changed = torch.tensor([[self.end, int(self.end == 0)]], device=self.device)
+            first, other = (self.model(input_ids=ids).logits[:, 0] for ids in (query, changed))
+            if not torch.allclose(first, other, atol=1e-4 if first.dtype == torch.float32 else 0.05, equal_nan=True):
+                raise UserError(
+                    f"--model_name: a model of the kind {self.model.config.model_type} predicts tokens from those that "
+                    "follow, so it cannot write; choose a causal language model"
+                )
+        self.generate(query, mask, torch.zeros(1, 2, dtype=torch.float64))
         found = self._logits(self.states(query, mask, response, torch.ones_like(response))[:, 0])
         if not torch.allclose(found.float(), expected.float(), atol=0.05, rtol=0.02):
             raise UserError(
@@ -364,6 +381,23 @@ class Policy(nn.Module):
             self.value_head.load_state_dict(value_head)
         except Exception as error:  # other people's files can fail in any way
             raise UserError(f"{folder}: not an adapter that fits this policy ({first_line(error)})") from None
+
+
+def _end_tokens(model: PeftModel, form: PromptFormat) -> tuple[int, ...]:
+    """The ids of `Policy.ends`, ascending, which the model's generation_config then has, too: TRL's trainers and merged
+    models read them there."""
+    settings = model.get_base_model().generation_config
+    if form.end is None:
+        raise UserError(
+            f"--model_name {form.tokenizer.name_or_path}: expected an end token, found none: name it as eos_token in "
+            "tokenizer_config.json"
+        )
+    listed = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    with suppress(UserError):  # without a usable chat template
+        listed = [*listed, ChatFormat(form.tokenizer).end]
+    ends = {form.end, form.tokenizer.eos_token_id, *listed} - {None}
+    settings.eos_token_id = sorted(ends) if len(ends) > 1 else form.end
+    return tuple(sorted(ends))
 
 
 def _token_logprobs(logits_of: Callable, vocabulary: int, states: torch.Tensor, tokens: torch.Tensor):
@@ -418,14 +452,14 @@ def trained_as(folder: str | Path) -> TrainedAs:
     return found
 
 
-def lora_of(folder: str | Path, option: str) -> tuple[int, float, int]:
-    """Rank and alpha of a saved policy's adapter, and how many layers at the top it adapts (0: all).
+def adapter_of(folder: str | Path, option: str) -> Adapter:
+    """The adapter of a saved policy.
 
     Raises:
         UserError: if it scales its weights in another way than stage 3's adapters, or adapts other layers.
     """
     saved = check_adapter(folder, option)
-    alpha, layers = saved.get("lora_alpha"), saved.get("layers_to_transform")
+    alpha, layers, targets = (saved.get(key) for key in ("lora_alpha", "layers_to_transform", "target_modules"))
     if saved.get("use_rslora") or type(alpha) not in (int, float) or not (math.isfinite(alpha) and alpha > 0):
         raise UserError(
             f"{option} {folder}: adapter_config.json: expected an adapter of stage 3, with a positive lora_alpha and "
@@ -433,63 +467,72 @@ def lora_of(folder: str | Path, option: str) -> tuple[int, float, int]:
         )
     if layers is not None and not (isinstance(layers, list) and layers and all(type(i) is int for i in layers)):
         raise UserError(f"{option} {folder}: adapter_config.json: layers_to_transform: expected a list of numbers")
-    return saved["r"], alpha, len(layers or ())
+    return Adapter(saved["r"], alpha, len(layers or ()), targets)
 
 
 def load_policy(
     name: str,
-    rank: int,
-    alpha: int,
+    adapter: Adapter,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
     prompt_format: str = "raw",
     option: str = "--model_name",
-    layers: int = 0,
 ) -> Policy:
     """Loads a language model (hub id or folder) as a policy with a new adapter, which does not change its output yet.
 
     Args:
-        rank, alpha: of LoRA (Hu et al., 2022). dtype: of the frozen weights; the adapter is float32.
+        dtype: of the frozen weights; the adapter is float32.
         trust_remote_code: run code that the model brings along. prompt_format: a key of `PROMPT_FORMATS`.
-        option: the option that names it, for error messages. layers: see `adapt_policy`.
+        option: the option that names it, for error messages.
 
     Raises:
-        UserError: if the model cannot be loaded, or its tokenizer lacks what the prompt format needs.
+        UserError: if the model cannot be loaded, its tokenizer lacks what the prompt format needs, or no policy can be
+            made of it.
     """
     tokenizer = load_pretrained(AutoTokenizer, name, option, trust_remote_code)
     config = load_pretrained(AutoConfig, name, option, trust_remote_code)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = load_pretrained(kind, name, option, trust_remote_code, config=config, dtype=dtype)
+    text = config if config.is_encoder_decoder else config.get_text_config()
+    names = {} if text is config else {"key_mapping": TEXT_MODEL}
+    model = load_pretrained(kind, name, option, trust_remote_code, config=text, dtype=dtype, **names)
+    if names:
+        model._weight_conversions = []  # it is saved by its own names
     check_vocabulary(tokenizer, model, name, option)
-    return adapt_policy(model, tokenizer, rank, alpha, prompt_format, layers)
+    try:
+        return adapt_policy(model, tokenizer, adapter, prompt_format)
+    except UserError:
+        raise
+    except Exception as error:  # architectures differ in any way
+        hint = ": name other modules with --lora_target_modules" if "module" in str(error).lower() else ""
+        raise UserError(
+            f"{option} {name}: no policy can be made of a model of the kind {config.model_type}: "
+            f"{first_line(error)[:300]}{hint}"
+        ) from None
 
 
-def adapt_policy(model, tokenizer, rank: int, alpha: int, prompt_format: str = "raw", layers: int = 0) -> Policy:
-    """A policy of a loaded language model with a new LoRA adapter of this rank and alpha.
-
-    Args:
-        layers: adapt all linear maps of so many layers at the top; 0: the attention of all layers.
+def adapt_policy(model, tokenizer, adapter: Adapter, prompt_format: str = "raw") -> Policy:
+    """A policy of a loaded language model with a new adapter.
 
     Raises:
-        UserError: if the model is not Llama-shaped, so that it has no top `layers` (see `Trunk`).
+        UserError: if the adapter is for the top layers, and the model is not Llama-shaped (see `Trunk`).
     """
-    config = model.config
-    if layers:
+    config, targets = model.config, adapter.targets and list(adapter.targets)
+    if adapter.layers:
         linear = re.compile(r"\.layers\.\d+\..*?(\w+)$")
         names = {found[1] for n, m in model.named_modules() if isinstance(m, nn.Linear) and (found := linear.search(n))}
-        last = config.num_hidden_layers
-        adapter = LoraConfig(
-            r=rank, lora_alpha=alpha, task_type="CAUSAL_LM", target_modules=names or "all-linear",
-            layers_to_transform=list(range(max(last - layers, 0), last)),
-        )  # fmt: skip
-        return Policy(get_peft_model(model, adapter), tokenizer, prompt_format, layers)
-    attention = {"q_proj", "v_proj"} if any(n.endswith("q_proj") for n, _ in model.named_modules()) else "all-linear"
-    adapter = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
+        last, settings = config.num_hidden_layers, {"target_modules": targets or names or "all-linear"}
+        settings["layers_to_transform"] = list(range(max(last - adapter.layers, 0), last))
+    else:
+        has_q = any(n.endswith("q_proj") for n, _ in model.named_modules())
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config.model_type)
+        found = targets or known or ({"q_proj", "v_proj"} if has_q else "all-linear")
+        settings = {"target_modules": "all-linear" if "all-linear" in found else found}
+    lora = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
         lora_dropout=0.05,
         task_type="SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM",
-        target_modules=None if config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING else attention,
         fan_in_fan_out=config.model_type == "gpt2",  # it stores weights transposed
+        **settings,
     )
-    return Policy(get_peft_model(model, adapter), tokenizer, prompt_format)
+    return Policy(get_peft_model(model, lora), tokenizer, prompt_format, adapter.layers)

@@ -61,6 +61,8 @@ def load_pretrained(auto_class, name: str, option: str, trust_remote_code: bool 
             arguments |= {"config": config, "output_loading_info": True}
             if local and (Path(name) / "adapter_config.json").is_file():  # transformers would load its base model
                 raise UserError(f"{option} {name}: expected a whole model, found an adapter (adapter_config.json)")
+            if quantized := getattr(config, "quantization_config", None):
+                raise UserError(f"{option} {name}: {_said_of_quantization(quantized)}")
             if local and not trust_remote_code:
                 check_size(auto_class, name, option, config)
         loaded = auto_class.from_pretrained(
@@ -79,13 +81,14 @@ def load_pretrained(auto_class, name: str, option: str, trust_remote_code: bool 
             "model.safetensors, or a .bin file of tensors alone"
         ) from None
     except Exception as error:  # other people's files can fail in any way
-        reason = first_line(error) if not first_line(error).endswith(":") else one_line(str(error))[:200]
         kind = "folder" if local else "hub id (and no folder of that name is here)"
-        raise UserError(f"{option} {name}: this {kind} could not be loaded: {reason}") from None
+        raise UserError(f"{option} {name}: this {kind} could not be loaded: {first_line(error)[:300]}") from None
     if missing:
         raise UserError(
             f"{option} {name}: its weights lack {len(missing)} that its config.json asks for, such as {min(missing)}"
         )
+    if config is not None:
+        check_finite(loaded, name, option)
     return loaded
 
 
@@ -151,8 +154,27 @@ def check_size(auto_class, name: str, option: str, config) -> None:
         )
 
 
+def _said_of_quantization(found) -> str:
+    """Why a model with such a `quantization_config` is refused."""
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    method = one_line(str(getattr(method, "value", method)))[:40]
+    return f"quantized ({method}): expected weights in float: give the model that it was made of"
+
+
+def check_finite(model, name: str, option: str) -> None:
+    """Refuses weights that are not finite, of which everything would be NaN.
+
+    Raises:
+        UserError: with the first of them.
+    """
+    for weight, values in model.named_parameters():
+        if values.numel() and values.is_floating_point() and not torch.stack(values.aminmax()).isfinite().all():
+            raise UserError(f"{option} {name}: its weights hold values that are not finite, the first in {weight}")
+
+
 def check_vocabulary(tokenizer, model, name: str, option: str) -> None:
-    """Refuses a tokenizer with ids for which its model has no embedding.
+    """Refuses a tokenizer with ids for which its model has no embedding. A padding token without one, which some
+    tokenizers were given later, is replaced by the end token: what stands where the mask is 0 is never read.
 
     Raises:
         UserError: with both numbers.
@@ -162,6 +184,8 @@ def check_vocabulary(tokenizer, model, name: str, option: str) -> None:
     size = max((vocabulary[token] for token in own), default=0) + 1
     if size > rows:
         raise UserError(f"{option} {name}: its tokenizer has {size:,} tokens, its model has {rows:,} embeddings")
+    if (tokenizer.pad_token_id or 0) >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def named_by_file(name: str, file: str | Path) -> str:
@@ -243,7 +267,11 @@ def check_adapter_weights(model: PeftModel, folder: str | Path) -> dict[str, tor
         ValueError: if they are not finite, or do not have exactly the names and shapes of the adapter of `model`.
     """
     saved, own = load_file(Path(folder) / "adapter_model.safetensors"), get_peft_model_state_dict(model)
-    if {name: tensor.shape for name, tensor in saved.items()} != {name: t.shape for name, t in own.items()}:
+    for name in saved.keys() & own.keys():
+        if saved[name].shape != own[name].shape:
+            shapes = " and ".join(str(tuple(tensors[name].shape)) for tensors in (saved, own))
+            raise ValueError(f"{name} has the shapes {shapes} in the adapter and in the model")
+    if saved.keys() != own.keys():
         raise ValueError(f"its {len(saved)} tensors are not the {len(own)} that this model's adapter has")
     if not all(torch.isfinite(tensor).all() for tensor in saved.values()):
         raise ValueError("weights that are not finite")
@@ -321,4 +349,7 @@ def _shapes(path: Path, option: str) -> list[list[int]]:
         with safe_open(path, "pt") as file:
             return [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (a handle, not a dict)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{option} {path}: expected a safetensors file, found something else ({error})") from None
+        with open(path, "rb") as file:
+            lfs = file.read(24) == b"version https://git-lfs."
+        found = "a pointer to it: run git lfs pull in its folder" if lfs else f"something else ({error})"
+        raise UserError(f"{option} {path}: expected a safetensors file, found {found}") from None

@@ -5,6 +5,7 @@ from itertools import takewhile
 from typing import NamedTuple, Protocol
 
 from geli.nets.options import INSTRUCTION
+from geli.nets.templates import ends_in_thought, is_empty_thought
 from geli.run.errors import UserError, first_line
 
 
@@ -43,7 +44,7 @@ class PromptFormat(Protocol):
     """A form in which a language model reads prompts.
 
     Attributes:
-        end: id of the token that ends a response.
+        end: id of the token that is written behind a response; None if the tokenizer has none.
     """
 
     end: int
@@ -54,30 +55,32 @@ class PromptFormat(Protocol):
     def answer(self, prompt: Prompt, text: str) -> list[int]:
         """Token ids of a response to the prompt, with the end token."""
 
-    def for_trl(self, prompt: Prompt, limit: int) -> str | list[dict[str, str]]:
-        """The prompt as TRL's trainers take it: a text or chat messages, of at most `limit` tokens."""
-
 
 class RawFormat:
     """The published form: the instruction, ` User: …` and ` AI: …` for the turns, and ` AI:`, as plain text.
 
     Args:
-        tokenizer: of the language model.
+        tokenizer: of the language model. continues: whether responses continue prompts, as a causal model's do.
     """
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, continues: bool = True):
+        self.tokenizer, self.continues = tokenizer, continues
 
     @property
-    def end(self) -> int:
+    def end(self) -> int | None:
         """Id of the tokenizer's end token."""
         return self.tokenizer.eos_token_id
 
+    def _tokens(self, text: str) -> list[int]:
+        """Ids of a text, without the end token that some tokenizers add, where a response is to follow."""
+        tokens = self.tokenizer(text, verbose=False)["input_ids"]
+        return tokens[:-1] if self.continues and tokens[-1:] == [self.end] and len(tokens) > 1 else tokens
+
     def encode(self, prompt: Prompt, limit: int) -> list[int]:
         """Token ids. A prompt that is too long keeps `INSTRUCTION` and its end."""
-        tokens = self.tokenizer(prompt.text, verbose=False)["input_ids"]
+        tokens = self._tokens(prompt.text)
         if len(tokens) > limit:
-            instruction = self.tokenizer(INSTRUCTION)["input_ids"]
+            instruction = self._tokens(INSTRUCTION)
             common = takewhile(lambda both: both[0] == both[1], zip(instruction, tokens, strict=False))
             kept = min(sum(1 for _ in common), limit - 1)
             tokens = [*tokens[:kept], *tokens[kept - limit :]]
@@ -85,19 +88,12 @@ class RawFormat:
 
     def answer(self, prompt: Prompt, text: str) -> list[int]:
         """Token ids of ` {text}` after the prompt, and the end token."""
-        alone = self.tokenizer(prompt.text, verbose=False)["input_ids"]
-        both = self.tokenizer(f"{prompt.text} {text}", verbose=False)["input_ids"]
+        alone, both = self._tokens(prompt.text), self._tokens(f"{prompt.text} {text}")
         if both[: len(alone)] == alone:
             answer = both[len(alone) :]
         else:  # the tokenizer merges the end of the prompt with the beginning of the answer
             answer = self.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
         return answer if answer[-1:] == [self.end] else [*answer, self.end]
-
-    def for_trl(self, prompt: Prompt, limit: int) -> str:
-        """The text; one that is too long is cut as `encode` cuts it."""
-        if len(self.tokenizer(prompt.text, verbose=False)["input_ids"]) <= limit:
-            return prompt.text
-        return self.tokenizer.decode(self.encode(prompt, limit), skip_special_tokens=True)
 
 
 class ChatFormat:
@@ -106,34 +102,45 @@ class ChatFormat:
     The instruction is the system message, the user's turns are user messages, and the agent's are assistant messages.
     Consecutive turns of one speaker are joined. A template without system messages gets the instruction at the
     beginning of the first user message, and one that must begin with a user message loses an agent's turn before it.
+    A template that has a mode without thinking is used in it; one that writes an empty thought before every answer
+    gets it in prompts, too.
 
     Args:
-        tokenizer: of the language model.
+        tokenizer: of the language model. continues: not used.
 
     Raises:
-        UserError: if it has no chat template, or one that fails.
+        UserError: if it has no chat template, or one that fails or begins every response with a thought.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, continues: bool = True):
         if not tokenizer.chat_template:
             raise UserError(
                 f"--prompt_format chat: the tokenizer of {tokenizer.name_or_path} has no chat template; use raw"
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.no_thought = tokenizer, ""
         try:
-            self.end = self._find_end()
+            self.end, self.no_thought = self._find_end()
         except Exception as error:  # templates are other people's programs
             name, reason = tokenizer.name_or_path, first_line(error)
             raise UserError(f"--prompt_format chat: the chat template of {name} fails: {reason}; use raw") from None
+        if ends_in_thought(self._prompt([{"role": "user", "content": "question"}])):
+            raise UserError(
+                f"--prompt_format chat: the chat template of {tokenizer.name_or_path} begins every response with a "
+                "thought (<think>), which is no speech: use a model with a mode without thinking, or raw"
+            )
 
-    def _find_end(self) -> int:
-        """Id of the token that the template puts behind an assistant message; the tokenizer's end token if it puts
-        none."""
+    def _find_end(self) -> tuple[int | None, str]:
+        """Id of the token that the template puts behind an assistant message (the tokenizer's end token if it puts
+        none), and the empty thought that it puts before the last one and not in prompts."""
         question, mark = [{"role": "user", "content": "question"}], "answer"
-        text = self._render([*question, {"role": "assistant", "content": mark}])
-        after = self._tokens(text.rpartition(mark)[2].lstrip())[:1]
+        before, _, text = self._render([*question, {"role": "assistant", "content": mark}]).rpartition(mark)
+        after = self._tokens(text.lstrip())[:1]
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        return after[0] if after and after[0] in special else self.tokenizer.eos_token_id
+        thought = before.removeprefix(self._prompt(question))
+        return (
+            after[0] if after and after[0] in special else self.tokenizer.eos_token_id,
+            thought if thought != before and is_empty_thought(thought) else "",
+        )
 
     def messages(self, turns: Sequence[tuple[bool, str]]) -> list[dict[str, str]]:
         """The chat messages of a state, in the first of three arrangements that the template takes.
@@ -176,10 +183,6 @@ class ChatFormat:
         answer = self._tokens(whole.removeprefix(start) if whole.startswith(start) else text)
         return [*(answer[: answer.index(self.end)] if self.end in answer else answer), self.end]
 
-    def for_trl(self, prompt: Prompt, limit: int) -> list[dict[str, str]]:
-        """Chat messages, which TRL renders with the same template."""
-        return self._fit(prompt, limit)
-
     def _fit(self, prompt: Prompt, limit: int) -> list[dict[str, str]]:
         """Messages of the last turns of the prompt that fit into `limit` tokens."""
         for first in range(len(prompt.turns) + 1):
@@ -192,9 +195,10 @@ class ChatFormat:
         """The text up to where the response begins. A last message of the agent is continued by it."""
         if messages[-1]["role"] == "assistant":
             return self._render(messages, continue_final_message=True)
-        return self._render(messages, add_generation_prompt=True)
+        return self._render(messages, add_generation_prompt=True) + self.no_thought
 
     def _render(self, messages: list[dict[str, str]], **how) -> str:
+        how |= {"enable_thinking": False, "thinking": False}  # the names that templates have for it
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **how)
 
     def _tokens(self, text: str) -> list[int]:

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from data_utils import SignalOptions, Trajectory, TurnSet
+from geli.data.candor import MIN_WORDS
 from geli.heads import encoder_of_head
 from geli.nets.pretrained import read_json
 from geli.run.errors import UserError
@@ -53,10 +56,31 @@ def warn_of_leaks(seen: frozenset[str], validation: Sequence[Trajectory]) -> Non
         )
 
 
-def warn_of_constant_targets(training: TurnSet, signal: SignalOptions) -> None:
-    """Prints a warning if all LI targets are the same, so that there is nothing to learn from them."""
-    if training.targets.min() == training.targets.max():
+def check_li_targets(training: TurnSet, signal: SignalOptions) -> None:
+    """Prints how many turns have a reaction to learn from and how much the LI targets differ, and warns of few.
+
+    Raises:
+        UserError: if no turn of `MIN_WORDS` words has a reaction: then nothing can be learned from them.
+    """
+    has_target = ~np.isnan(training.targets)
+    targets = training.targets[has_target]
+    known = training.known[has_target & (training.n_words >= MIN_WORDS)]
+    values, counts = np.unique(targets, return_counts=True)
+    differ, what = 1 - counts.max() / len(targets), f"--li_signal {signal.li_signal}"
+    print(
+        f"LI targets: {known.mean() if len(known) else 0:.0%} of the {len(known):,} turns of {MIN_WORDS} words or more "
+        f"have a reaction ({signal.li_signal}); {differ:.1%} of {len(targets):,} targets differ from the commonest, "
+        f"{values[counts.argmax()]:g}"
+    )
+    if len(known) and not known.any():
+        raise UserError(f"{what}: none of the {len(known):,} turns of {MIN_WORDS} words or more has a reaction")
+    if len(values) == 1:
         print(
-            f"Warning: all {len(training):,} LI targets are {training.targets[0]:g}: --li_signal {signal.li_signal} "
-            "found no reaction that differs; another signal may, or train GE alone"
+            f"Warning: all {len(targets):,} LI targets are {targets[0]:g}: {what} found no reaction that differs; "
+            "another signal may, or train GE alone"
+        )
+    if len(known) and known.mean() < 0.5:
+        print(
+            f"Warning: {what} has no reaction for most turns; do the times of transcript and faces agree (both in "
+            "seconds from the beginning of the call)?"
         )

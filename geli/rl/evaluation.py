@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from geli.data.words import count_words
 from geli.nets.policy import Policy
 from geli.nets.prompts import Prompt
 from geli.rl.rollout import distinct, draw_length, draw_uniforms, ended_themselves, logprobs_and_values, rollout
@@ -114,7 +115,7 @@ def evaluate_policy(
         metrics |= {"gold": found.mean().item(), "gold_std": found.std(unbiased=False).item()}
     metrics |= {
         "kl": float(np.mean(kls)),
-        "response_words": float(np.mean([len(text.split()) for text in texts])),
+        "response_words": float(np.mean([count_words(text) for text in texts])),
         "ended_share": float(np.mean(ended)),
         "empty_share": float(np.mean([not text for text in texts])),
         "distinct_1": distinct(texts, 1),
@@ -130,7 +131,7 @@ def _sample(
     nats, and whether it ends with the end token."""
     sampled = rollout(policy, prompts, uniforms)
     kl = logprobs_and_values(policy, sampled, mini_batch_size, exact_kl=True)["kl"].sum(dim=1)
-    return sampled.texts, kl.tolist(), ended_themselves(sampled, policy.end).tolist()
+    return sampled.texts, kl.tolist(), ended_themselves(sampled, policy.ends).tolist()
 
 
 def efficiency(gain: float, std: float, kl: float) -> float | None:

@@ -79,7 +79,7 @@ def rollout(policy: "Policy", prompts: Sequence[Prompt], uniforms: torch.Tensor,
     response, states = policy.generate(
         query, query_mask, uniforms, lambda so_far: reached_marker(so_far, texts_of), copies
     )
-    kept, texts = cut_responses(response, texts_of, policy.end)
+    kept, texts = cut_responses(response, texts_of, policy.ends)
     mask = (torch.arange(int(kept.max()), device=response.device) < kept[:, None].to(response.device)).float()
     width = mask.shape[1]
     # In lower precision, generation and a full forward pass round differently; the states are then computed again.
@@ -96,7 +96,7 @@ def reached_marker(response: torch.Tensor, texts_of: Callable) -> torch.Tensor:
     return torch.tensor([bool(MARKERS.search(text)) for text in texts_of(response[:, -MARKER_TOKENS:])])
 
 
-def cut_responses(response: torch.Tensor, texts_of: Callable, end: int) -> tuple[torch.Tensor, list[str]]:
+def cut_responses(response: torch.Tensor, texts_of: Callable, ends: Sequence[int]) -> tuple[torch.Tensor, list[str]]:
     """The number of tokens to keep of each response, and its text.
 
     A response ends with its first end token, which is kept, because the policy chose it, but is not part of the text;
@@ -104,14 +104,16 @@ def cut_responses(response: torch.Tensor, texts_of: Callable, end: int) -> tuple
     as empty text, and gets its score on its first token.
 
     Args:
-        response: (n, R) ids. texts_of: rows of token ids -> their texts, without special tokens. end: the end token.
+        response: (n, R) ids. texts_of: rows of token ids -> their texts, without special tokens. ends: the end tokens.
 
     Returns:
         (n,) numbers of tokens, and n texts.
     """
     places = torch.arange(1, response.shape[1] + 1, device=response.device)
-    kept = torch.where(response == end, places, response.shape[1]).min(dim=1).values.cpu()
-    rows = [row[:n] for row, n in zip(response.tolist(), kept.tolist(), strict=True)]
+    is_end = torch.isin(response, torch.tensor(ends, device=response.device))
+    kept = torch.where(is_end, places, response.shape[1]).min(dim=1).values.cpu()
+    said = kept - is_end.any(dim=1).long().cpu()  # an end token need not be a special one, which texts leave out
+    rows = [row[:n] for row, n in zip(response.tolist(), said.tolist(), strict=True)]
     texts = texts_of(rows)
     for i, text in enumerate(texts):
         marker = MARKERS.search(text)
@@ -128,10 +130,10 @@ def first_turn(text: str) -> str:
     return MARKERS.split(text, maxsplit=1)[0].strip()
 
 
-def ended_themselves(batch: Rollout, end: int) -> torch.Tensor:
-    """(n,) bool: whether the last kept token of each response is the end token."""
+def ended_themselves(batch: Rollout, ends: Sequence[int]) -> torch.Tensor:
+    """(n,) bool: whether the last kept token of each response is an end token."""
     last = batch.mask.sum(dim=1).long() - 1
-    return batch.response[torch.arange(len(last)), last] == end
+    return torch.isin(batch.response[torch.arange(len(last)), last], torch.tensor(ends, device=batch.response.device))
 
 
 def minibatches(policy: "Policy", lengths: np.ndarray, size: int) -> list[np.ndarray]:

@@ -67,7 +67,7 @@ def train(
 
     ours = list(prompts)
     rows = {
-        "prompt": [policy.format.for_trl(prompt, policy.max_prompt_tokens) for prompt in ours],
+        "prompt": [prompt.text for prompt in ours],
         "index": list(range(len(ours))),
     }
     with tempfile.TemporaryDirectory() as folder, _preserve_accelerate_state():
@@ -80,7 +80,7 @@ def train(
             config = make_config(**{**settings, **parse_options(options)})
         except (TypeError, ValueError) as error:
             raise UserError(f"--trl: TRL's {make_config.__name__} does not take this: {first_line(error)}") from None
-        trainer = _cutting(make_trainer, policy)(
+        trainer = _as_ppo(make_trainer, policy, ours)(
             model=policy.model, reward_funcs=reward, args=config, train_dataset=Dataset.from_dict(rows),
             processing_class=policy.tokenizer,
             callbacks=[_OnStep("reward", lambda step, logs: on_step(step, _ppo_metrics(logs)))],
@@ -90,26 +90,29 @@ def train(
     policy.eval()
 
 
-def _cutting(trainer: type, policy: Policy) -> type:
-    """The trainer whose responses are cut as PPO's are (see `cut_responses`), where they are sampled: an invented next
-    turn is neither scored nor trained on."""
+def _as_ppo(trainer: type, policy: Policy, prompts: Sequence[Prompt]) -> type:
+    """The trainer with the token ids of PPO's prompts, whose responses are cut as PPO's are (see `cut_responses`) where
+    they are sampled: an invented next turn is neither scored nor trained on."""
 
-    class Cutting(trainer):
+    class AsPPO(trainer):
         """Attributes: texts: the cut responses of the last batch."""
+
+        def _tokenize_prompts(self, texts: list[str]) -> tuple[list[list[int]], None, dict]:
+            return [policy.format.encode(by_text[text], policy.max_prompt_tokens) for text in texts], None, {}
 
         def _generate_single_turn(self, *args, **options):
             found = super()._generate_single_turn(*args, **options)  # of GRPO with log-probabilities, which may be None
             ids, logprobs = found if isinstance(found, tuple) else (found, None)
             width = max(map(len, ids))
             response = torch.tensor([row + [policy.end] * (width - len(row)) for row in ids])
-            kept, self.texts = cut_responses(response, partial(decode, skip_special_tokens=True), policy.end)
+            kept, self.texts = cut_responses(response, partial(decode, skip_special_tokens=True), policy.ends)
             ids, logprobs = (
                 rows and [row[:n] for row, n in zip(rows, kept.tolist(), strict=True)] for rows in (ids, logprobs)
             )
             return (ids, logprobs) if isinstance(found, tuple) else ids
 
-    decode = policy.tokenizer.batch_decode
-    return Cutting
+    decode, by_text = policy.tokenizer.batch_decode, {prompt.text: prompt for prompt in prompts}
+    return AsPPO
 
 
 def _check_batches(algo: str, policy: Policy, batch_size: int, generations: int, processes: int) -> None:

@@ -26,8 +26,9 @@ def one_line(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or the exception's name if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an exception's message, with the next one if it ends with a colon; or the exception's name."""
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join([first, *(line.strip() for line in more[:1] if first.rstrip().endswith(":"))])
 
 
 def program_name() -> str:

@@ -17,12 +17,17 @@ Functions take the group that they need, and tests and benchmarks make groups wi
 import argparse
 import dataclasses
 import math
+import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from geli.run.errors import program_name
+
+WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
+SERVER_URL = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:(?P<port>\d{1,5}))?(/[^\s?#]*)?", re.ASCII)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Types of option values
@@ -131,6 +136,9 @@ def build_parser(description: str, options) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, options, argv: Sequence[str] | None = None):
     """`options` with the values of the command line (`argv`, by default that of the process)."""
     values = vars(parser.parse_args(argv))
+    mode = os.environ.get("WANDB_MODE") or "online"
+    if mode not in WANDB_MODES:
+        parser.error(f"WANDB_MODE={mode}: expected {', '.join(WANDB_MODES[:3])} in the environment")
     groups = {}
     for field in dataclasses.fields(options):
         group = getattr(options, field.name)

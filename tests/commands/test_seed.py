@@ -13,6 +13,7 @@ import train_reward_GELI
 import train_reward_LI_only
 import train_rl_GELI
 from experiments.known_optimum import make_model, prompts, share_of_good_words
+from geli.nets.options import Adapter
 from geli.nets.policy import load_policy
 from geli.rl import trl_algorithms
 
@@ -130,8 +131,8 @@ def test_trls_order_of_prompts_follows_the_seed(tmp_path):
 
         torch.manual_seed(0)
         trl_algorithms.train(
-            "rloo", load_policy(str(model), 4, 8, torch.float32), chosen, score, lambda *_: None, steps=1, batch_size=4,
-            learning_rate=1e-2, seed=seed, generations=2, max_new_tokens=4, options=(),
+            "rloo", load_policy(str(model), Adapter(4, 8), torch.float32), chosen, score, lambda *_: None, steps=1,
+            batch_size=4, learning_rate=1e-2, seed=seed, generations=2, max_new_tokens=4, options=(),
         )  # fmt: skip
         return asked
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import train_rl_GELI
 from data_utils import make_prompts, read_corpus, split
+from geli.nets.options import Adapter
 from geli.nets.policy import load_policy
 
 OF_BASE = {f"GELI_llama_base{end}" for end in (".json", "_report.html", "_before_after.png")}
@@ -58,7 +59,7 @@ def stage_3(sample, tiny, tmp_path):
 
 
 def policy_of(folder):
-    return load_policy(str(folder), 16, 32, torch.float32)
+    return load_policy(str(folder), Adapter(16, 32), torch.float32)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import re
+import statistics
 from collections import Counter
 from pathlib import Path
 
@@ -119,6 +120,9 @@ def reference(folder: Path) -> Conversation:
         if user in frames and not math.isnan(second) and all(0 <= p <= 1 + 1e-6 for p in shown):
             frames[user].append((second, shown))
     no_faces = "" if any(frames.values()) else f"{FEATURES_FILE}: {no_faces}"
+    seconds = [second for both in frames.values() for second, _ in both]
+    if not no_faces and (no_faces := reference_clocks(turns, seconds)):
+        frames = {speaker: [] for speaker in speakers}
     turns = tuple(reference_turn(turn, frames[speakers[turn[1] == speakers[0]]]) for turn in turns)
 
     (_, *questions), rows = reference_table(folder, SURVEY_FILE, set(speakers))
@@ -149,6 +153,21 @@ def reference_faces(folder: Path, ids: set[str]) -> tuple[list[dict], str]:
         return [], "not a readable CSV file (nothing in it)"
     except OSError as error:
         raise Refused(str(error)) from None
+
+
+def reference_clocks(turns: list[tuple], seconds: list[float]) -> str:
+    """Why the frames' seconds cannot be of the transcript's clock."""
+    said, shown = max(1.0, *(turn[3] for turn in turns)), max(1.0, *seconds)
+    slow = statistics.median((turn[3] - turn[2]) / max(turn[5], 1) for turn in turns) > 3
+    if shown > 5 * said + 60 or (said > 5 * shown + 60 and slow):
+        later, other = ("its", "the transcript's") if shown > said else ("the transcript's", "its")
+        factor = 10 ** round(abs(math.log10(shown / said)))
+        return (
+            f"{FEATURES_FILE}: {later} times end about {factor:,} times as late as {other}: expected seconds from the "
+            "beginning of the call in both"
+        )
+    during = any(turn[2] <= second <= turn[3] for turn in turns for second in seconds)
+    return "" if during else f"{FEATURES_FILE}: no frame with a face during a turn"
 
 
 def reference_turn(turn: tuple, frames: list) -> candor.Turn:

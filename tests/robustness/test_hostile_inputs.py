@@ -39,6 +39,7 @@ from geli.data.cache import CHECKSUM_BYTES
 from geli.heads import encoder_of_head, load_encoder_of_head, load_reward_head, save_reward_head
 from geli.nets.encoder import load_encoder
 from geli.nets.features import FeatureCache, weights_digest
+from geli.nets.options import Adapter
 from geli.nets.policy import load_policy
 from geli.report.checks import conversations_seen
 from geli.run import errors
@@ -59,7 +60,7 @@ def make_kit(folder: Path) -> SimpleNamespace:
     for kind in ("bart", "llama", "llama-encoder"):
         small_model(kind, folder / kind, folder / "candor")
     load_encoder(str(folder / "llama-encoder"), adapt=True).save(folder / "adapter")
-    load_policy(str(folder / "llama"), 16, 32, torch.float32).save(folder / "checkpoint")
+    load_policy(str(folder / "llama"), Adapter(16, 32), torch.float32).save(folder / "checkpoint")
     config = RewardHeadConfig("small_model_shrink", 32, "../bart", True, 256, 3, 1, "overall_affect")
     save_reward_head(RewardHead(config), folder / "heads" / "reward1_x")
     names = ("candor", "bart", "llama", "llama-encoder", "adapter", "checkpoint")
@@ -142,12 +143,12 @@ def adapter(spoil: Callable) -> Callable:
 
 def policy(spoil: Callable) -> Callable:
     """A case of a language model's folder."""
-    return folder("llama", lambda _, path: load_policy(str(path), 16, 32, torch.float32), spoil)
+    return folder("llama", lambda _, path: load_policy(str(path), Adapter(16, 32), torch.float32), spoil)
 
 
 def policy_checkpoint(spoil: Callable) -> Callable:
     """A case of what `--val` without `--train` loads."""
-    load = lambda kit, path: load_policy(str(kit.llama), 16, 32, torch.float32).load(path)  # noqa: E731
+    load = lambda kit, path: load_policy(str(kit.llama), Adapter(16, 32), torch.float32).load(path)  # noqa: E731
     return folder("checkpoint", load, spoil)
 
 
@@ -640,7 +641,7 @@ def test_the_sound_files_are_not_refused(kit):
     head = load_reward_head(kit.head)
     assert load_encoder_of_head(head.config, kit.head, 256, None).hidden_size == 32  # a folder relative to the head's
     load_encoder(str(kit.adapter))
-    load_policy(str(kit.llama), 16, 32, torch.float32).load(kit.checkpoint)
+    load_policy(str(kit.llama), Adapter(16, 32), torch.float32).load(kit.checkpoint)
 
 
 def test_pickled_and_split_weights_that_are_sound_are_loaded(kit, tmp_path):

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, environment_of_its_own, small_model
 
+from geli.nets.options import Adapter
 from geli.nets.policy import load_policy
 from geli.nets.prompts import Prompt
 from geli.run.errors import UserError
@@ -330,7 +331,7 @@ def test_what_is_not_finite_ends_the_run_and_names_the_batch(number, words, begi
 
 
 def test_a_reward_that_is_not_finite_leaves_the_policy_alone(corpus):
-    policy = load_policy(str(corpus / "models" / "llama"), 4, 8, torch.float32)
+    policy = load_policy(str(corpus / "models" / "llama"), Adapter(4, 8), torch.float32)
     scores = iter([torch.ones(4), torch.ones(4), torch.tensor([1.0, float("nan"), 1.0, 1.0]), torch.ones(4)])
     ppo = PPO(
         policy,

@@ -23,6 +23,7 @@ from turn_sets import trajectory, turn_set
 from experiments.known_optimum import make_model, prompts, share_of_good_words
 from geli.nets.encoder import load_encoder
 from geli.nets.features import TurnFeatures
+from geli.nets.options import Adapter
 from geli.nets.policy import load_policy
 from geli.reward import GELIReward
 from geli.rl.evaluation import evaluate_policy
@@ -91,7 +92,7 @@ def placed(value):
 
 def ppo(model: Path, folder: Path, accelerator) -> None:
     """A PPO step on the rewards of a head, and an evaluation."""
-    policy = load_policy(str(model), 4, 8, torch.float32).to(DEVICE)
+    policy = load_policy(str(model), Adapter(4, 8), torch.float32).to(DEVICE)
     encoder = load_encoder(str(model)).to(DEVICE)
     head = RewardHead(head_config(encoder)).eval().to(DEVICE)
     score = GELIReward(encoder, head, autocast=accelerator.autocast).score

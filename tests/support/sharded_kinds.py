@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from geli.nets.encoder import load_encoder
+from geli.nets.options import Adapter
 from geli.nets.policy import load_policy
 from geli.nets.prompts import Prompt
 from geli.run.distributed import make_accelerator
@@ -54,7 +55,7 @@ def compare_encoder(kind: str, path: str, accelerator) -> None:
 
 def compare_policy(kind: str, path: str, accelerator) -> None:
     torch.manual_seed(0)
-    whole, other = (load_policy(path, 4, 8, torch.float32) for _ in range(2))
+    whole, other = (load_policy(path, Adapter(4, 8), torch.float32) for _ in range(2))
     other.load_state_dict(whole.state_dict())
     shard(other, accelerator)
     mine = [[0], [1, 2]][accelerator.process_index]

@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 
 from experiments.known_optimum import make_model, prompts, share_of_good_words
 from geli.distill import Distillation, chance_of_best
+from geli.nets.options import Adapter
 from geli.nets.policy import load_policy
 from geli.rl.rollout import logprobs_and_values
 from geli.run.distributed import make_accelerator
@@ -27,7 +28,7 @@ def test_the_chance_of_being_best_by_hand():
 def loop(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.manual_seed(0)
-    policy = load_policy(str(make_model(tmp_path / "llama", seed=0)), 4, 8, torch.float32, layers=1)
+    policy = load_policy(str(make_model(tmp_path / "llama", seed=0)), Adapter(4, 8, 1), torch.float32)
     settings = replace(
         PPO_PRESETS["small"], batch_size=32, num_generations=8, mini_batch_size=32, gradient_accumulation_steps=1,
         min_new_tokens=8, max_new_tokens=8,

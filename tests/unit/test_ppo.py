@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from experiments.known_optimum import GOOD, make_model, prompts, reached, run_ppo, share_of_good_words
+from geli.nets.options import Adapter
 from geli.nets.policy import load_policy
 from geli.rl.rollout import cut_responses, draw_uniforms, logprobs_and_values, rollout
 from geli.run.distributed import make_accelerator
@@ -31,7 +32,7 @@ def make_ppo(model, score=share_of_good_words, seed=0, **changes) -> PPO:
     """PPO on a policy whose adapter and value head are not zero."""
     torch.manual_seed(0)
     options = dict(batch_size=8, mini_batch_size=4, gradient_accumulation_steps=1, min_new_tokens=12, max_new_tokens=12)
-    policy = load_policy(str(model), 4, 8, torch.float32)
+    policy = load_policy(str(model), Adapter(4, 8), torch.float32)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in policy.trainable():
@@ -193,7 +194,7 @@ def test_with_a_shared_trunk_a_step_is_the_same(model):
     changes = []
     for shared in (True, False):
         torch.manual_seed(0)
-        policy = load_policy(str(model), 4, 8, torch.float32, layers=1)
+        policy = load_policy(str(model), Adapter(4, 8, 1), torch.float32)
         if not shared:
             policy._trunk = None
         settings = replace(PPO_PRESETS["small"], batch_size=8, mini_batch_size=3)
@@ -219,7 +220,7 @@ def test_an_update_stops_when_the_policy_has_moved_too_far(model):
 
 def test_a_response_that_is_empty_after_cutting_has_its_score_on_its_first_token():
     response = torch.tensor([[2, 7, 7], [7, 7, 2]])  # 2 is the end token
-    kept, texts = cut_responses(response, lambda rows: ["x" * sum(t > 3 for t in row) for row in rows], end=2)
+    kept, texts = cut_responses(response, lambda rows: ["x" * sum(t > 3 for t in row) for row in rows], ends=[2])
     assert kept.tolist() == [1, 3] and texts == ["", "xx"]
     mask = (torch.arange(3) < kept[:, None]).float()
     rewards = token_rewards(torch.tensor([5.0, 7.0]), torch.zeros(2, 3), torch.zeros(2, 3), mask, 0.1)

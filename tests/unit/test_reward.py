@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from chat_templates import TEMPLATES, render
 from conftest import ROOT, small_model
 from small_models import write_head
 
@@ -64,6 +65,18 @@ def test_scores_are_those_of_stage_3(head, prompts):
     expected = stage_3_scorer(head)(prompts, responses).tolist()
     assert np.std(expected) > 1e-4
     assert GELIReward.load(head, device="cpu")(prompts, responses) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_cases_a_templates_text_scores_as_its_messages(head, family):
+    reward, talk = GELIReward.load(head, device="cpu"), []
+    for i, said in enumerate(("I lost my job.", "Oh no.", "Yes,\ntoday.", "Why?", "日本語 🙂")):
+        talk.append({"role": ("user", "assistant")[i % 2], "content": said})
+    asked = [talk[:n] for n in (1, 3, 5)]
+    texts = [render(TEMPLATES[family], messages, add_generation_prompt=True) for messages in asked]
+    expected = reward(asked, ["I am sorry."] * 3)
+    said = "They are sad.</think>\n\nI am sorry." if family == "DeepSeek-R1" else "I am sorry."
+    assert reward(texts, [said] * 3) == pytest.approx(expected, abs=1e-6) and np.std(expected) > 1e-6
 
 
 @pytest.mark.parametrize("form", ["text", "chat"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import case
 from conftest import small_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from small_models import chat_model
 from talks import LetterPolicy, write_checkpoint
 
 from apps.chat.partner import Partner, Training, load_partner, so_far, training_of
+from geli.nets.options import Adapter
 from geli.nets.policy import load_policy
 from geli.nets.prompts import Prompt, prompt_text
 from geli.rl.rollout import draw_uniforms, rollout
@@ -63,6 +65,14 @@ def test_a_reply_ends_at_the_limit_with_what_was_held_back():
     assert replies_of(LetterPolicy("So USA"), limit=6) == [["S", "So", "So US", "So USA"]]
 
 
+def test_cases_a_reply_ends_with_any_of_several_end_tokens():
+    policy = LetterPolicy("Hi.;and more|")
+    policy.ends = (ord("|"), ord(";"))
+    assert replies_of(policy) == [["H", "Hi", "Hi.", "Hi."]]
+    partner = load_partner(str(case("models/c06_two_ends")), make_accelerator("cpu", "float32"), cache_dir=Path())
+    assert [*partner.stream(PROMPT, torch.full((1, 9), 0.5, dtype=torch.float64))][-1] == "Hi."
+
+
 def test_an_empty_reply_is_yielded_too():
     assert replies_of(LetterPolicy("|", "User:")) == [[""]]
 
@@ -93,9 +103,8 @@ def test_an_untrained_adapter_is_left_off():
 def policy(request, sample, tmp_path_factory):
     """A small policy whose adapter makes a difference."""
     torch.manual_seed(0)
-    policy = load_policy(
-        str(small_model(request.param, tmp_path_factory.mktemp("it") / "m", sample)), 4, 8, torch.float32
-    )
+    model = small_model(request.param, tmp_path_factory.mktemp("it") / "m", sample)
+    policy = load_policy(str(model), Adapter(4, 8), torch.float32)
     for name, parameter in policy.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
@@ -209,7 +218,7 @@ def test_a_checkpoint_is_loaded_as_it_was_saved(made):
     assert partner.policy.max_new_tokens == 12
     settings = partner.policy.model.peft_config["default"]
     assert (settings.r, settings.lora_alpha, partner.policy.prompt_format) == (4, 8, "raw")
-    bare = load_policy(str(out / "rlmf_weights" / "GELI_llama_sft"), 4, 8, torch.float32)
+    bare = load_policy(str(out / "rlmf_weights" / "GELI_llama_sft"), Adapter(4, 8), torch.float32)
     uniforms = draw_uniforms(1, 12, torch.Generator().manual_seed(0))
     assert [*partner.stream(PROMPT, uniforms, base=True)][-1] == expected(bare, uniforms)
     bare.load(weights)

@@ -1,5 +1,6 @@
 """`python -m apps.label`: the rewards of training for every turn, of CANDOR's folders and of chats."""
 
+import gzip
 import json
 import shutil
 from contextlib import nullcontext
@@ -7,6 +8,7 @@ from contextlib import nullcontext
 import numpy as np
 import pandas as pd
 import pytest
+from cases import case
 from conftest import call_script, small_model
 from small_models import write_head
 
@@ -108,6 +110,65 @@ def test_a_run_that_died_is_continued_and_the_table_is_the_same(few, head, tmp_p
     assert out.read_bytes() == whole.read_bytes() and not (tmp_path / "out.parquet.parts").exists()
     assert len(calls) == 3 + 2 and whole.stat().st_mode & 0o777 == 0o600
     assert "exists already" in score(few, head, out, check=2).stderr
+
+
+def lines_of(*conversations, mark: str = "") -> bytes:
+    return (mark + "".join(f"{json.dumps(content)}\n" for content in conversations)).encode()
+
+
+A, B = {"id": "a", "messages": CHAT[1:3]}, {"id": "b", "messages": CHAT[3:]}
+THINKS = [CHAT[1], {"role": "assistant", "content": f"<think>\nThey greet.\n</think>\n\n{CHAT[2]['content']}"}]
+
+
+def test_cases_a_byte_order_mark_and_thoughts_are_no_text_and_an_id_stands_for_one(head, tmp_path):
+    thinks = {"id": "c", "messages": THINKS}
+    (tmp_path / "chats.jsonl").write_bytes(lines_of(A, B, thinks, {"id": "a", "messages": CHAT[3:]}, mark="\ufeff"))
+    printed = score(tmp_path / "chats.jsonl", head, tmp_path / "scored.csv").stdout
+    table = pd.read_csv(tmp_path / "scored.csv")
+    assert table["conversation_id"].tolist() == ["a"] * 2 + ["b"] * 2 + ["c"] * 2
+    rewards = table["reward"].dropna().tolist()
+    assert rewards[0] == pytest.approx(rewards[2], abs=1e-6) and table["text"][1] == table["text"][5]
+    assert "Dropped 1 conversations: an id that a conversation before it has." in printed
+    assert "  chats.jsonl:4: " in printed
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (lines_of(A, B).decode().encode("utf-16"), "found UTF-16: convert it"),
+        (b"\n" + json.dumps([A, B], indent=1).encode(), "found JSON over several lines"),
+        (json.dumps(A, indent=1).encode(), "found JSON over several lines"),
+        (json.dumps([A, B]).encode(), "found an array of conversations"),
+        (lines_of({"conversations": [{"from": "human", "value": "hi"}]}), "found ShareGPT's form"),
+        (gzip.compress(lines_of(A, B)), "found gzip: unpack it"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run git lfs pull"),
+        (lines_of({"prompt": "hi", "completion": "ho"}), "no messages, but prompt, completion (1)"),
+        (lines_of({"messages": [{"role": "user", "content": "[INST] hi [/INST]"}]}), "found '[INST]'"),
+    ],
+)
+def test_cases_another_form_than_jsonl_is_named(content, said, head, tmp_path):
+    (tmp_path / "chats.jsonl").write_bytes(content)
+    printed = score(tmp_path / "chats.jsonl", head, tmp_path / "scored.csv", check=2).stderr
+    assert said in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("bom", ["a", "a", "b", "b"]), ("think", ["a", "a", "b", "b"]), ("whole_array", "JSON over several lines"),
+        ("sharegpt", "ShareGPT"), ("utf16", "UTF-16"),
+    ],
+)  # fmt: skip
+def test_cases_of_jsonl(name, said, head, tmp_path):
+    path = case(f"jsonl/{name}.jsonl")
+    printed = score(path, head, tmp_path / "scored.csv", check=2 * isinstance(said, str))
+    if isinstance(said, str):
+        assert f"found {said}" in printed.stderr
+    else:
+        table = pd.read_csv(tmp_path / "scored.csv")
+        assert table["conversation_id"].tolist() == said and "Dropped" not in printed.stdout
+        if name == "think":
+            assert table["reward"][1] == pytest.approx(table["reward"][3], abs=1e-6)
 
 
 @pytest.mark.parametrize(

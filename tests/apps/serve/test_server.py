@@ -15,8 +15,10 @@ from types import SimpleNamespace
 
 import httpx2
 import pytest
+from chat_templates import UNKNOWN, render, tokenizer_of
 
 from apps.serve.server import Limits, RewardServer, read_token
+from apps.serve.template import TokenizerTemplate
 from apps.sockets import is_loopback
 from geli.reward import GELIReward
 from geli.run.errors import UserError
@@ -75,6 +77,21 @@ def test_openrlhfs_protocol(served):
         "/get_reward", json={"query": ["<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi"]}
     )
     assert older.json()["rewards"] == [hashed(" User: Hello", "Hi")]
+
+
+def test_cases_templates_are_read_and_other_markup_is_answered_422(served):
+    mistral = get_reward(
+        served.client, "<s>[INST] Hello [/INST]| Hi</s>", "<s>[INST] Hello [/INST]|<think>Hm</think>Hi"
+    )
+    assert mistral.json()["rewards"] == [hashed(" User: Hello", "Hi")] * 2
+    unknown = render(UNKNOWN, [{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+    pair = {"query": [f"{unknown}Hi<|stop|>"], "prompts": [unknown]}
+    refused = served.client.post("/get_reward", json=pair)
+    assert refused.status_code == 422 and "found '<|turn|>'" in refused.json()["detail"]
+    chat = [[{"role": "user", "content": unknown}, {"role": "assistant", "content": "Hi"}]]
+    assert served.client.post("/score", json={"conversations": chat}).status_code == 422
+    served.reward.template = TokenizerTemplate(tokenizer_of(UNKNOWN))  # as --tokenizer does
+    assert served.client.post("/get_reward", json=pair).json()["rewards"] == [hashed(" User: Hello", "Hi")]
 
 
 def test_turn_rewards_of_conversations(served):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from apps.chat.talk import Talk
+from geli.nets.options import Adapter
 from geli.nets.policy import load_policy
 
 HEADS = "visual_feedback_baselines_convo_overall_affect_baseline_RRD_K_160"
@@ -16,7 +17,7 @@ HEADS = "visual_feedback_baselines_convo_overall_affect_baseline_RRD_K_160"
 def write_checkpoint(out: Path, base: Path, head: Path | None = None, prompt_format: str = "raw") -> Path:
     """A checkpoint whose adapter changes the policy, beside the record of its run; returns its folder."""
     torch.manual_seed(0)
-    policy = load_policy(str(base.resolve()), 4, 8, torch.float32, prompt_format=prompt_format)
+    policy = load_policy(str(base.resolve()), Adapter(4, 8), torch.float32, prompt_format=prompt_format)
     for name, parameter in policy.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -36,7 +37,7 @@ class LetterPolicy:
         prompts: that it has read. adapter: whether it is on.
     """
 
-    device, end, prompt_format, max_new_tokens = torch.device("cpu"), ord("|"), "raw", 128
+    device, ends, prompt_format, max_new_tokens = torch.device("cpu"), (ord("|"),), "raw", 128
 
     def __init__(self, *replies: str):
         self.replies, self.prompts, self.adapter = list(replies), [], True

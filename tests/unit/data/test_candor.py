@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geli.data import candor
-from geli.data.candor import FACES, affect_of_turns, read_conversation
+from geli.data.candor import FACES, FEATURES_FILE, affect_of_turns, read_conversation
 
 
 def test_a_turns_affect_is_the_most_frequent_argmax_of_its_listeners_frames():
@@ -170,3 +170,48 @@ def test_the_fast_reader_agrees_with_the_careful_one(tmp_path_factory, rows, new
 def test_the_fast_reader_is_the_one_that_reads_sound_files(sample):
     path = next(sample.glob("*/audio_video_features.csv"))
     assert candor._fast_faces(path) is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two clocks
+
+
+def retimed(folder, faces: float = 1.0, transcript: float = 1.0, later: float = 0.0):
+    """A conversation of 100 s, its times multiplied, and those of its faces moved."""
+    words = "one two three four five six seven eight nine ten"
+    turns = [("uv"[i % 2], 5 * i, 5 * i + 4, words) for i in range(20)]
+    write(folder, turns, [("u", 0, 100, "happiness"), ("v", 0, 100, "neutral")])
+    seconds = lambda cell: f"{pd.Timedelta(cell).total_seconds() * faces + later:f}"  # noqa: E731
+    edit(folder, lambda t: t.assign(timedelta=t["timedelta"].map(seconds)), FEATURES_FILE)
+    times = lambda cells: (cells.astype(float) * transcript).astype(str)  # noqa: E731
+    edit(folder, lambda t: t.assign(start=times(t["start"]), stop=times(t["stop"])))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(faces=1000), "its times end about 1,000 times as late as the transcript's"),
+        (dict(faces=1e9), "its times end about 1,000,000,000 times as late"),
+        (dict(faces=30), "its times end about 10 times as late"),  # numbers of frames
+        (dict(transcript=1000), "the transcript's times end about 1,000 times as late as its"),
+        (dict(transcript=25), "the transcript's times end about 10 times as late"),
+        (dict(later=300), "no frame with a face during a turn"),
+        (dict(later=1.6e9), "times as late"),  # since 1970
+        (dict(faces=1000, transcript=1000), ""),
+        (dict(faces=0.02), ""),  # a camera that was turned off
+        (dict(), ""),
+    ],
+)
+def test_cases_two_clocks_are_no_faces(change, said, tmp_path):
+    conversation = read_conversation(retimed(tmp_path / "c", **change))
+    assert said in conversation.no_faces and bool(said) == bool(conversation.no_faces)
+    if said:
+        assert {turn.affect for turn in conversation.turns} == {NEUTRAL} and len(conversation.unseen) == 20
+
+
+def test_turns_without_a_frame_are_known(tmp_path):
+    turns = [("u", 0, 3, "a"), ("v", 3, 6, "b"), ("u", 6, 9, "c"), ("v", 9, 12, "d")]
+    folder = write(tmp_path / "c", turns)
+    edit(folder, lambda t: t[~t["timedelta"].str.endswith(("00:06", "00:07", "00:08", "00:09"))], FEATURES_FILE)
+    assert read_conversation(folder).unseen == (2,)

@@ -67,7 +67,7 @@ def test_an_agents_turn_that_is_to_be_continued_is_in_the_state():
 )
 def test_a_query_is_its_prompt_and_response(query, prompt):
     before, response = split_query(query, prompt)
-    assert read_prompt(before, 10).context == CONTEXT and response.strip() == "Why?"
+    assert read_prompt(before, 10).context == CONTEXT and read_completion(response).strip() == "Why?"
 
 
 @pytest.mark.parametrize(("query", "prompt"), [("Hello there", None), ("Hello there", "Good day"), ("", None)])

@@ -5,7 +5,7 @@ import torch
 from conftest import small_model
 
 from geli.nets import policy as policy_module
-from geli.nets.options import INSTRUCTION, PolicyOptions
+from geli.nets.options import INSTRUCTION, Adapter, PolicyOptions
 from geli.nets.policy import Policy, load_policy
 from geli.nets.prompts import Prompt
 from geli.run.errors import UserError
@@ -14,7 +14,7 @@ from geli.run.errors import UserError
 @pytest.fixture(scope="module")
 def policy(tiny):
     torch.manual_seed(0)
-    return load_policy(str(tiny / "llama"), 4, 8, torch.float32)
+    return load_policy(str(tiny / "llama"), Adapter(4, 8), torch.float32)
 
 
 TEXTS = ("You are AI. User: hi AI:", " User: what a long and winding question that is, is it not? AI:")
@@ -79,14 +79,14 @@ def test_logits_in_chunks_are_the_same(policy, monkeypatch):
 
 
 def test_the_top_layers_alone_can_be_adapted(tiny):
-    policy = load_policy(str(tiny / "llama"), 4, 8, torch.float32, layers=1)
+    policy = load_policy(str(tiny / "llama"), Adapter(4, 8, 1), torch.float32)
     top = policy.model.config.num_hidden_layers - 1
     names = [name for name, p in policy.model.named_parameters() if p.requires_grad]
     assert len(names) == 2 * 7 and all(f".layers.{top}." in name for name in names)
 
 
 def test_the_trunk_and_the_top_layers_are_the_whole_pass(tiny):
-    policy = load_policy(str(tiny / "llama"), 4, 8, torch.float32, layers=2)
+    policy = load_policy(str(tiny / "llama"), Adapter(4, 8, 2), torch.float32)
     with torch.no_grad():
         [p.add_(0.1) for p in policy.trainable()]
     inputs = (*policy.tokenize(PROMPTS), *responses_of(policy))
@@ -99,7 +99,7 @@ def test_the_trunk_and_the_top_layers_are_the_whole_pass(tiny):
 
 def test_models_of_another_shape_have_no_top_layers(tmp_path, tiny):
     with pytest.raises(UserError, match="--num_layers_unfrozen 9: expected a Llama-shaped model of at least 9 layers"):
-        load_policy(str(tiny / "llama"), 4, 8, torch.float32, layers=9)
+        load_policy(str(tiny / "llama"), Adapter(4, 8, 9), torch.float32)
 
 
 def test_with_its_adapter_off_the_policy_is_the_base_model(policy, tiny):
@@ -133,7 +133,7 @@ def test_a_saved_policy_loads_with_peft_and_with_us(policy, tiny, tmp_path):
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny / "llama"), tmp_path / "GELI_llama_10")
     torch.testing.assert_close(loaded.eval()(input_ids=query).logits, expected)
     assert AutoTokenizer.from_pretrained(tmp_path / "GELI_llama_10")(TEXTS[0]) == policy.tokenizer(TEXTS[0])
-    fresh = load_policy(str(tiny / "llama"), 4, 8, torch.float32)
+    fresh = load_policy(str(tiny / "llama"), Adapter(4, 8), torch.float32)
     fresh.load(tmp_path / "GELI_llama_10")
     inputs = (*policy.tokenize(PROMPTS), *responses_of(policy))
     for a, b in zip(policy(*inputs), fresh(*inputs), strict=True):
@@ -148,7 +148,7 @@ def test_a_saved_policy_loads_with_peft_and_with_us(policy, tiny, tmp_path):
 def any_policy(request, sample, tmp_path_factory):
     """A policy whose adapter has been changed, so that it differs from its reference."""
     folder = small_model(request.param, tmp_path_factory.mktemp("policy") / request.param, sample)
-    policy = load_policy(str(folder), 4, 8, torch.float32)
+    policy = load_policy(str(folder), Adapter(4, 8), torch.float32)
     torch.manual_seed(1)
     with torch.no_grad():
         for p in policy.trainable():
@@ -201,7 +201,7 @@ def test_every_policys_reference_is_the_base_model_and_its_adapter_survives_savi
     inputs = (*any_policy.tokenize(PROMPTS), *responses_of(any_policy))
     with torch.no_grad(), any_policy.reference():
         reference = any_policy(*inputs)[0]
-    untouched = load_policy(base_path, 4, 8, torch.float32)
+    untouched = load_policy(base_path, Adapter(4, 8), torch.float32)
     torch.testing.assert_close(untouched(*inputs)[0], reference)
     assert not torch.allclose(any_policy(*inputs)[0], reference)
     any_policy.save(tmp_path / "adapter")
@@ -272,4 +272,6 @@ def test_the_option_that_names_the_policy(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="smollm2 is kept in the cache, which --no_cache turns off"):
         PolicyOptions(model_name="smollm2").source()
     assert PolicyOptions(model_name="org/name").source() == "org/name"
-    assert PolicyOptions().lora == (16, 32) and PolicyOptions(no_accel=True).lora == (24, 48)
+    assert PolicyOptions().adapter == (16, 32, 0, None) and PolicyOptions(no_accel=True).adapter[:2] == (24, 48)
+    chosen = PolicyOptions(lora_r=4, lora_alpha=8, num_layers_unfrozen=2, lora_target_modules=["o_proj"])
+    assert chosen.adapter == (4, 8, 2, ("o_proj",))

@@ -6,6 +6,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from experiments.known_optimum import make_model, prompts, share_of_good_words
+from geli.nets.options import Adapter
 from geli.nets.policy import load_policy
 from geli.rl.evaluation import efficiency, evaluate_policy, score_together
 from geli.rl.rollout import distinct
@@ -16,7 +17,9 @@ SIZES = dict(batch_size=4, mini_batch_size=3, min_new_tokens=6, max_new_tokens=1
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    return load_policy(str(make_model(tmp_path_factory.mktemp("optimum") / "llama", seed=0)), 4, 8, torch.float32)
+    return load_policy(
+        str(make_model(tmp_path_factory.mktemp("optimum") / "llama", seed=0)), Adapter(4, 8), torch.float32
+    )
 
 
 @pytest.fixture

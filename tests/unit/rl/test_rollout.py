@@ -8,6 +8,7 @@ import torch
 from conftest import small_model
 
 from experiments.known_optimum import make_model, prompts
+from geli.nets.options import Adapter
 from geli.nets.policy import load_policy
 from geli.rl.rollout import (
     RandomScorer,
@@ -30,7 +31,7 @@ def model(tmp_path_factory):
 
 def make_policy(model):
     torch.manual_seed(0)
-    return load_policy(str(model), 4, 8, torch.float32)
+    return load_policy(str(model), Adapter(4, 8), torch.float32)
 
 
 def perturbed(policy):
@@ -144,7 +145,7 @@ def test_minibatches_have_similar_lengths_and_a_sharded_policy_as_many_in_every_
 
 
 def spell(rows: list[list[int]]) -> list[str]:
-    """A tokenizer with one letter per token; 0 is the end token."""
+    """A tokenizer with one letter per token; 0 is a special token."""
     return ["".join(chr(token) for token in row if token) for row in rows]
 
 
@@ -153,6 +154,7 @@ def spell(rows: list[list[int]]) -> list[str]:
     [
         (" hello", 6, "hello"),
         (" hello\0\0\0", 7, "hello"),  # the end token is kept: the policy chose it
+        (" hello\1 more\0", 7, "hello"),  # of several the first, which need not be special to the tokenizer
         (" hello User: more", 7, "hello"),
         (" hi AI: AI:", 4, "hi"),
         (" a\0b User:", 3, "a"),
@@ -163,7 +165,7 @@ def spell(rows: list[list[int]]) -> list[str]:
 )
 def test_responses_are_cut_at_the_end_token_or_the_next_speaker(response, kept, text):
     tokens = torch.tensor([[ord(c) for c in response], [ord("x")] * len(response)])
-    assert [list(column) for column in cut_responses(tokens, spell, end=0)] == [
+    assert [list(column) for column in cut_responses(tokens, spell, ends=[0, 1])] == [
         [kept, len(response)],
         [text, "x" * len(response)],
     ]

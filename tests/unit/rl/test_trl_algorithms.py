@@ -5,16 +5,19 @@ import pytest
 import torch
 import trl
 from accelerate.state import AcceleratorState
+from cases import case
 from conftest import small_model
 
 from data_utils import read_corpus, split, turn_text
 from experiments.known_optimum import make_model, prompts, share_of_good_words
-from geli.nets.options import MAX_NEW_TOKENS
+from geli.nets.options import MAX_NEW_TOKENS, Adapter
 from geli.nets.policy import load_policy
 from geli.nets.prompts import Prompt, prompt_text
 from geli.rl import trl_algorithms
+from geli.rl.evaluation import evaluate_policy
 from geli.run.distributed import make_accelerator
 from geli.run.errors import UserError
+from models import PPO, PPOConfig
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def human_prompts(sample):
 
 def policy_of(folder):
     torch.manual_seed(0)
-    return load_policy(str(folder), 4, 8, torch.float32)
+    return load_policy(str(folder), Adapter(4, 8), torch.float32)
 
 
 @torch.no_grad()
@@ -114,6 +117,36 @@ def test_an_invented_next_turn_is_neither_scored_nor_trained_on(algo, model, mon
     train(policy, algo, score=score, steps=1, on_step=lambda step, metrics: logged.append(metrics))
     assert scored == ["w05 w06 w07"] * 8 and trained == [said[:3].tolist()] * 8
     assert logged[0]["response_length_mean"] == 3 and logged[0]["cut_at_length_share"] == 0
+
+
+@pytest.mark.parametrize("prompt_format", ["raw", "chat"])
+def test_cases_every_algorithm_and_the_evaluation_end_at_either_of_two_end_tokens(prompt_format):
+    """Of a model that is sure of every token, so that random numbers play no part."""
+    folder, asked = str(case("models/c06_two_ends")), []
+    for text in ("hi", "how are you?"):
+        asked.append(Prompt(prompt_text(f" User: {text}"), f" User: {text}", "x", turns=((False, text),)))
+    found, lengths = {}, []
+
+    def score(prompts, responses):
+        found.setdefault(name, []).extend(responses)
+        return torch.zeros(len(responses))
+
+    for name in ("ppo", "rloo", "grpo", "evaluation"):
+        policy = load_policy(folder, Adapter(4, 8), torch.float32, prompt_format=prompt_format)
+        if name == "ppo":
+            PPO(policy, score, PPOConfig(batch_size=2), make_accelerator("cpu", "float32"), 0).step(asked)
+            found[name] = found[name][:2]  # the others are the human answers'
+        elif name == "evaluation":
+            sizes = dict(batch_size=2, mini_batch_size=2, min_new_tokens=8, max_new_tokens=8)
+            measured = evaluate_policy(policy, score, asked, make_accelerator("cpu", "float32"), seed=0, **sizes)
+            assert measured.metrics["ended_share"] == 1
+        else:
+            trl_algorithms.train(
+                name, policy, asked, score, lambda _, metrics: lengths.append(metrics["response_length_mean"]), steps=1,
+                batch_size=2, learning_rate=1e-5, seed=0, generations=2, max_new_tokens=8,
+            )  # fmt: skip
+    assert {text for texts in found.values() for text in texts} == {"Hi." if prompt_format == "raw" else "user"}
+    assert set(found) == {"ppo", "rloo", "grpo", "evaluation"} and set(lengths) == {4 if prompt_format == "raw" else 5}
 
 
 def test_kl_is_per_response():
