@@ -213,9 +213,9 @@ def main(options: Options) -> None:
         metrics["validation"]["ge_loss_of_training_mean"] = float(mean_score_errors.mean())
         clock.lap("validation")
     report = RewardRun(
-        title=title_of(head), stage=2, encoder=encoder.name, arguments=arguments, defaults=flat(Options()),
-        corpus=corpus, training=training, validation=validation, metrics=metrics, rewards=rewards, returns=returns,
-        paths=paths, started_from=saved_path, seconds=clock.seconds,
+        title=title_of(head), stage=2, method=method_of(head), encoder=encoder.name, arguments=arguments,
+        defaults=flat(Options()), corpus=corpus, training=training, validation=validation, metrics=metrics,
+        rewards=rewards, returns=returns, paths=paths, started_from=saved_path, seconds=clock.seconds,
     )  # fmt: skip
     finish_run(report, tracker, folder)
 
@@ -333,9 +333,13 @@ def new_head(
 
 def title_of(head: RewardHead) -> str:
     """The title of a run's report: the stage that trained the head, and how."""
-    config = head.config
-    method = f"{'GELI' if config.li else 'GE'}, {config.redist_type}" if config.stage == 2 else "LI"
-    return f"Stage {config.stage} ({method})"
+    decomposition = f", {head.config.redist_type}" if head.config.stage == 2 else ""
+    return f"Stage {head.config.stage} ({method_of(head)}{decomposition})"
+
+
+def method_of(head: RewardHead) -> str:
+    """What a head was trained on: LI, GE or GELI."""
+    return "LI" if head.config.stage == 1 else "GELI" if head.config.li else "GE"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

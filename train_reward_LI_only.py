@@ -114,9 +114,9 @@ def main(options: Options) -> None:
         metrics["validation"], rewards, returns = found
         clock.lap("validation")
     report = RewardRun(
-        title="Stage 1 (LI)", stage=1, encoder=source, arguments=arguments, defaults=flat(Options()), corpus=corpus,
-        training=training, validation=validation, metrics=metrics, rewards=rewards, returns=returns, paths=paths,
-        started_from=None, seconds=clock.seconds,
+        title="Stage 1 (LI)", stage=1, method="LI", encoder=source, arguments=arguments, defaults=flat(Options()),
+        corpus=corpus, training=training, validation=validation, metrics=metrics, rewards=rewards, returns=returns,
+        paths=paths, started_from=None, seconds=clock.seconds,
     )  # fmt: skip
     finish_run(report, tracker, folder)
 

@@ -340,7 +340,7 @@ def main(options: Options) -> None:
     described["lineage"] = lineage_config(head_path)
     tracker = Tracker("rlmf", names.folder, described, options.run, accelerator, lock)
     measured = Comparison(partial(evaluate, options, score, gold, held_out, accelerator), held_out)
-    paths, steps = [], []
+    paths, steps, problems = [], [], []
     if rl.sft_steps:
         if not warmed:
             policy = warm_start(options, accelerator, policy, prompts, tracker, names.sft_model)
@@ -356,7 +356,7 @@ def main(options: Options) -> None:
         recorder = new_recorder(options, policy, tracker, names.folder, stem)
         inputs = hash_inputs(prompts, head_path)
         ALGORITHMS[rl.algo].train(policy, score, prompts, recorder, accelerator, options, inputs)
-        paths, steps = paths + recorder.finish(), recorder.rows
+        paths, steps, problems = paths + recorder.finish(), recorder.rows, [*recorder.problems.values()]
         clock.lap("training")
     if options.evaluates and options.has_tuned_policy:
         measured.tuned(policy)
@@ -364,8 +364,8 @@ def main(options: Options) -> None:
     report = PolicyRun(
         stem=names.folder / stem, algo=rl.algo, arguments=arguments, defaults=flat(Options()), counts=counts,
         reward=reward_name(options, head_path) if options.scores else "not measured", head=head_path,
-        held_out=held_out, metrics=measured.metrics, texts=measured.texts, steps=steps, paths=paths,
-        seconds=clock.seconds,
+        held_out=held_out, metrics=measured.metrics, texts=measured.texts, steps=steps, problems=problems,
+        paths=paths, seconds=clock.seconds,
     )  # fmt: skip
     finish_policy_run(report, tracker)
 

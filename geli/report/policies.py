@@ -10,7 +10,8 @@ from geli.nets.prompts import Prompt
 from geli.report import plots
 from geli.report.lineage import lineage
 from geli.report.page import Page, Section, changed_options, seconds_table, write_page
-from geli.run.console import format_table
+from geli.report.verdict import policy_verdict
+from geli.run.console import format_table, format_written
 from geli.run.files import atomic_path, write_json
 from geli.run.tracking import Tracker, versions
 
@@ -31,7 +32,8 @@ class PolicyRun:
         head: the reward head's file; None for another reward. held_out: the prompts.
         metrics: `before` (the reference), `after` (the tuned policy), `gain` and `human`, where measured.
         texts: responses of `base` and `tuned` to the held-out prompts, where generated.
-        steps: rows that were recorded in training. paths: of what was written. seconds: part -> time.
+        steps: rows that were recorded in training. problems: what `diagnose` found in them, in words.
+        paths: of what was written. seconds: part -> time.
     """
 
     stem: Path
@@ -45,6 +47,7 @@ class PolicyRun:
     metrics: dict[str, dict]
     texts: dict[str, list[str]]
     steps: list[dict]
+    problems: Sequence[str]
     paths: list[Path]
     seconds: dict[str, float]
 
@@ -52,6 +55,11 @@ class PolicyRun:
     def title(self) -> str:
         """Of the table and the page."""
         return f"Stage 3 ({self.algo.upper()}), {self.stem.name}"
+
+    @property
+    def verdict(self) -> str:
+        """What training changed, in words."""
+        return policy_verdict(self.metrics, self.problems)
 
     def path(self, ending: str) -> Path:
         """One of its files."""
@@ -67,20 +75,21 @@ def finish_policy_run(run: PolicyRun, tracker: Tracker) -> None:
         "versions": versions(),
         "held_out_prompts": len(run.held_out),
         "reward_head": run.head and str(run.head),
+        "verdict": run.verdict,
         "metrics": run.metrics,
         "data": run.counts,
     }
     write_json(run.path(".json"), record)
     run.paths.append(run.path(".json"))
     values = {f"val/{when}_{key}": value for when, found in run.metrics.items() for key, value in found.items()}
-    tracker.summary(values)
+    tracker.summary({**values, "verdict": run.verdict})
     if run.texts:
         _print_responses(run)
     pictures = write_pictures(run)
     tracker.log_pictures({f"report/{name}": path for name, (path, _) in pictures.items()})
     run.paths.append(write_page(policy_page(run, pictures), run.path("_report.html")))
     tracker.finish()
-    print("\n".join(["Written:", *(f"  {path}" for path in run.paths)]))
+    print(f"{run.verdict}\n{format_written(run.paths)}")
 
 
 def _print_responses(run: PolicyRun) -> None:
@@ -150,8 +159,8 @@ def parts_of(run: PolicyRun) -> dict[str, float]:
 def policy_page(run: PolicyRun, pictures: dict[str, tuple[Path, str]]) -> Page:
     """The page of a run of stage 3."""
     summary = {
-        "policy": Path(run.arguments["model_name"]).name, "reward": run.reward, "algorithm": run.algo,
-        "data": Path(run.arguments["data_dir"]).name, "seed": str(run.arguments["seed"]),
+        "verdict": run.verdict, "policy": Path(run.arguments["model_name"]).name, "reward": run.reward,
+        "algorithm": run.algo, "data": Path(run.arguments["data_dir"]).name, "seed": str(run.arguments["seed"]),
         "steps": str(len(run.steps)), "held-out prompts": str(len(run.held_out)),
     }  # fmt: skip
     sections = [Section("What changed", pictures=list(pictures.values()))]

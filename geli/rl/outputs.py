@@ -123,17 +123,17 @@ class Recorder:
         self.steps, self.save_every, self.target_kl_response, self.saves = steps, save_every, target_kl_response, saves
         self.rows: list[dict] = []
         self.checkpoint: Path | None = None
-        self._warned: set[str] = set()
+        self.problems: dict[str, str] = {}  # check of `diagnose` -> what it said first
         self._bar = progress_bar(total=steps, desc=f"stage 3 ({algo.upper()})", unit="step")
 
     def state_dict(self) -> dict:
-        """The metrics so far, the warnings given, and the last checkpoint."""
+        """The metrics so far, the problems found, and the last checkpoint."""
         checkpoint = str(self.checkpoint) if self.checkpoint else None
-        return {"rows": self.rows, "warned": sorted(self._warned), "checkpoint": checkpoint}
+        return {"rows": self.rows, "problems": self.problems, "checkpoint": checkpoint}
 
     def load_state_dict(self, state: dict) -> None:
         """Restores the recorder."""
-        self.rows, self._warned = state["rows"], set(state["warned"])
+        self.rows, self.problems = state["rows"], state["problems"]
         self.checkpoint = Path(state["checkpoint"]) if state["checkpoint"] else None
         self._bar.update(len(self.rows))
 
@@ -153,8 +153,8 @@ class Recorder:
             )
         self.tracker.log({f"ppo/{name}": value for name, value in metrics.items()}, step)
         for check, problem in diagnose(self.rows, self.target_kl_response).items():
-            if check not in self._warned:  # once a run
-                self._warned.add(check)
+            if check not in self.problems:  # once a run
+                self.problems[check] = f"step {step}: {problem}"
                 self._bar.write(f"Step {step}: {problem}.")
         if step % self.save_every == 0 or step == self.steps or last:
             self._save(step)

@@ -65,6 +65,8 @@ class Tracker:
         if is_main_process():
             self._start(project, folder, {**arguments, "processes": accelerator.num_processes}, run)
         self.name = broadcast_object_list([self.name])[0]
+        if is_main_process():
+            print(f"Run {self.name}, in {folder}", flush=True)
 
     def _start(self, project: str, folder: Path, arguments: dict, run: RunOptions) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,6 +138,9 @@ class Tracker:
         """Closes the run, after all its files were written, and removes its checkpoints and its lock."""
         if self._run:
             self._run.finish()
+            if self._run.settings.mode == "offline":
+                folder = Path(self._run.dir).parent
+                print(f"wandb: logged offline in {folder}; `wandb sync {folder}` sends it to the server")
         if self.lock:
             self.lock.remove()
 
