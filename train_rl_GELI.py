@@ -7,7 +7,6 @@ Writes `rlmf_weights/{exp_name}_{model_name}_{step}/` every `--save_steps` steps
 and value head.
 """
 
-import argparse
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from data_utils import DataOptions, load_prompts
 from geli.data.questions import QUESTIONS
 from geli.nets.options import SMOLLM2, PolicyOptions
 from geli.nets.prompts import Prompt
-from geli.rl.reward_options import BASE, RF_MODELS, RewardOptions
+from geli.rl.reward_options import BASE, RF_MODELS, HeadKind, RewardOptions
 from geli.rl.rollout import RandomScorer
 from geli.run.errors import UserError, run
 from geli.run.options import (
@@ -34,6 +33,7 @@ from geli.run.options import (
     parse,
     positive_float,
     positive_int,
+    with_preset,
 )
 from models import PPO, PPO_PRESETS, PPOConfig
 
@@ -134,6 +134,9 @@ class RLOptions:
     sft_learning_rate: float = option(
         1e-4, "initial learning rate of --sft_steps; decays linearly to 0", type=positive_float
     )
+    allow_constant_reward: bool = option(
+        False, "with --train: train even if the reward gives different answers the same score, which ends the run else"
+    )
     ppo_off: bool = option(False, "with --train: generate and score, without updates")
     val_prompts: int = option(96, "how many held-out prompts", type=positive_int)
     steps: int = option(200, "PPO steps", type=positive_int)
@@ -199,11 +202,24 @@ EFFECTS = (
     Effect(["sft_learning_rate"], lambda o: o.rl.sft_steps, "without --sft_steps"),
     Effect(["resume"], lambda o: o.trains or o.rl.sft_steps, "without --train"),
     Effect(
-        ["steps", "save_steps", "learning_rate", "ppo_off", "trl", "num_generations", *_UPDATE],
+        [
+            "steps",
+            "save_steps",
+            "learning_rate",
+            "ppo_off",
+            "trl",
+            "num_generations",
+            "allow_constant_reward",
+            *_UPDATE,
+        ],
         lambda o: o.trains,
         "without RL, which takes --train and another --rf_model than base",
     ),
-    Effect(["learning_rate", *_UPDATE], lambda o: not o.rl.ppo_off, "with --ppo_off, which updates nothing"),
+    Effect(
+        ["learning_rate", "allow_constant_reward", *_UPDATE],
+        lambda o: not o.rl.ppo_off,
+        "with --ppo_off, which updates nothing",
+    ),
     Effect(["target_kl"], lambda o: not o.ppo.no_early_stopping, "with --no_early_stopping"),
     Effect(["val_prompts"], lambda o: o.evaluates, "without --val or --generate"),
     Effect(["min_new_tokens"], lambda o: o.trains_by_ppo or o.evaluates, "without PPO, --val or --generate"),
@@ -226,16 +242,6 @@ _TRL_NAMES = {
     "max_steps": "steps", "per_device_train_batch_size": "batch_size", "max_completion_length": "max_new_tokens",
     "learning_rate": "learning_rate", "num_generations": "num_generations", "seed": "seed",
 }  # fmt: skip
-
-
-def chosen_preset(argv: Sequence[str] | None) -> str | None:
-    """The value of `--preset`, which sets the defaults of other options; errors are left to the parser of them all."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--preset", choices=PPO_PRESETS)
-    try:
-        return parser.parse_known_args(argv)[0].preset
-    except argparse.ArgumentError:
-        return None
 
 
 def complaints(options: Options, given: set[str]) -> Iterator[str]:
@@ -276,7 +282,7 @@ def complaints(options: Options, given: set[str]) -> Iterator[str]:
 
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """The options on the command line."""
-    defaults = Options(ppo=PPO_PRESETS[chosen_preset(argv)])
+    defaults = with_preset({name: Options(ppo=ppo) for name, ppo in PPO_PRESETS.items()}, argv)
     parser = build_parser("Stage 3: align a language model with a reward head by PPO.", defaults)
     options = parse(parser, defaults, argv)
     for complaint in complaints(options, given_options(parser, argv)):
@@ -295,12 +301,15 @@ from accelerate.utils import broadcast_object_list
 
 from geli.heads import find_head, is_finished, load_reward_head, saved_heads
 from geli.nets.policy import Policy, load_policy, trained_as
+from geli.nets.pretrained import check_exists
 from geli.nets.smollm2 import PACKAGE, make_smollm2
+from geli.report.checks import is_of_corpus
 from geli.report.lineage import lineage_config
 from geli.report.policies import PolicyRun, finish_policy_run
+from geli.report.verdict import dead_rewards
 from geli.reward import GELIReward
 from geli.rl import trl_algorithms
-from geli.rl.evaluation import Comparison, Evaluation, evaluate_policy
+from geli.rl.evaluation import Comparison, Evaluation, evaluate_policy, score_together
 from geli.rl.outputs import OutputNames, Recorder, base_of, lock_outputs, newest_checkpoint, outputs_of
 from geli.rl.reward_functions import FunctionScorer
 from geli.run.checkpoint import Checkpointer
@@ -312,6 +321,8 @@ from geli.run.timing import Clock
 from geli.run.tracking import Tracker
 from geli.run.training import Stage, train_steps
 
+ANSWERS_SCORED = 32  # human answers that a head must tell apart before a policy is trained on it
+
 
 def main(options: Options) -> None:
     """Loads reward, prompts and policy, trains, evaluates before and after, and writes what was measured."""
@@ -319,6 +330,7 @@ def main(options: Options) -> None:
     seed_everything(options.run.seed)
     accelerator = make_accelerator(options.run.device, options.run.dtype, cpu_dtype="float32")
     make_local_model(options)
+    check_exists(options.policy.source(options.run.cache_dir), "--model_name")
     check_processes(options, accelerator)
     if rl.train and not options.trains:
         print(f"--rf_model base is the reference policy: {'no RL' if rl.sft_steps else 'nothing is trained'}")
@@ -332,6 +344,9 @@ def main(options: Options) -> None:
     )  # fmt: skip
     score = load_score(options, accelerator, head_path) if options.scores else None
     gold = FunctionScorer(options.reward.gold_function, "--gold_function") if options.reward.gold_function else None
+    if options.trains and head_path:
+        some = prompts[:: -(-len(prompts) // ANSWERS_SCORED)]
+        stop_if_dead(options, score_together(score, some, [prompt.human for prompt in some], accelerator).tolist())
     policy, checkpoint, warmed = start_policy(options, accelerator, names, resumed=bool(started))
     if not started and (options.trains or rl.sft_steps) and is_main_process():
         lock = lock_outputs(names.folder, names.stem, lock)
@@ -351,6 +366,8 @@ def main(options: Options) -> None:
         measured.reference(policy)
     if rl.val:
         measured.human(score, gold, accelerator)
+    if options.trains and rl.val and not head_path:
+        stop_if_dead(options, measured.rewards)
     clock.lap("evaluation before")
     if options.trains:
         recorder = new_recorder(options, policy, tracker, names.folder, stem)
@@ -422,39 +439,73 @@ def find_reward(options: Options, resumed_head: str | None) -> Path | None:
         return None
     if resumed_head:
         path = Path(resumed_head)
+    elif reward.kind == "head":
+        path = find_head(reward.name, output_dir)
     else:
-        path = find_head(reward.name, output_dir) if reward.kind == "head" else newest_head(reward.name, output_dir)
+        path = newest_head(reward.name, output_dir, options.data)
     config = load_reward_head(path).config
     learned = f"LI from the {config.li_signal}" if config.li else "no LI"
     print(
         f"Reward head: {path} (stage {config.stage}, {config.redist_type or 'no decomposition'}, {learned}, "
         f"{config.reward_class or 'class not recorded'})"
     )
+    if not is_of_corpus(path, options.data.data_dir):
+        print(f"Warning: it was trained on another corpus than --data_dir {options.data.data_dir}")
     return path
 
 
-def newest_head(name: str, output_dir: str) -> Path:
-    """The newest head of the kind `RF_MODELS[name]` whose run has finished. Prints which newer ones are passed over."""
+def newest_head(name: str, output_dir: str, data: DataOptions) -> Path:
+    """The newest head of the kind `RF_MODELS[name]` for this corpus and question whose run has finished. Prints which
+    newer ones are passed over."""
     kind = RF_MODELS[name]
     found = [path for pattern in kind.folders for path in saved_heads(output_dir, pattern)]
     if kind.li_signal:
         found = [path for path in found if load_reward_head(path).config.li_signal == kind.li_signal]
-    unfinished = []
+    passed_over: list[tuple[Path, str]] = []
     for path in sorted(found, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True):
-        if is_finished(path):
-            for newer in unfinished:
-                print(f"--rf_model {name}: passed over {newer}, whose run has not finished (--reward_path takes it)")
-            return path
-        unfinished.append(path)
-    if unfinished:
+        if reason := not_taken(path, kind, data):
+            passed_over.append((path, reason))
+            continue
+        for newer, reason in passed_over:
+            print(f"--rf_model {name}: passed over {newer}, {reason} (--reward_path takes it)")
+        return path
+    if passed_over:
+        path, reason = passed_over[0]
+        advice = "finish it with its command and --resume" if "finished" in reason else f"train one with {kind.command}"
         raise UserError(
-            f"--rf_model {name}: expected a reward head of a finished run, found {unfinished[0]}, whose run has not "
-            "finished: finish it with its command and --resume, or use it all the same with --reward_path"
+            f"--rf_model {name}: expected a reward head of a finished run, for this corpus and question, found {path}, "
+            f"{reason}: {advice}, or use it all the same with --reward_path"
         )
     raise UserError(
         f"--rf_model {name}: expected a reward head {' or '.join(kind.folders)}/reward1_RUN under {output_dir}, found "
         f"none; train one with {kind.command}, or name one with --reward_path"
     )
+
+
+def not_taken(path: Path, kind: HeadKind, data: DataOptions) -> str | None:
+    """Why `--rf_model` does not take the head at `path`; None if it does."""
+    asked, learned = kind.reward_class or data.reward_class, load_reward_head(path).config.reward_class
+    if not is_finished(path):
+        return "whose run has not finished"
+    if learned not in (None, asked):
+        return f"which was trained for {learned}, not for --reward_class {asked}"
+    if not is_of_corpus(path, data.data_dir):
+        return f"which was trained on another corpus than --data_dir {data.data_dir}"
+    return None
+
+
+def stop_if_dead(options: Options, rewards: Sequence[float]) -> None:
+    """Ends a run that would train on a reward that does not vary: `rewards` (n,) are of different answers.
+
+    Raises:
+        UserError: unless --allow_constant_reward was given.
+    """
+    dead = dead_rewards(float(np.mean(rewards)), float(np.std(rewards)))
+    if dead and len(rewards) > 1 and options.has_tuned_policy and not options.rl.allow_constant_reward:
+        raise UserError(
+            f"the rewards of {len(rewards)} different answers are {dead}, so that no policy can learn from them: train "
+            "a head whose verdict is better (README), or give --allow_constant_reward to train all the same"
+        )
 
 
 def load_score(options: Options, accelerator, head_path: Path | None) -> Callable:

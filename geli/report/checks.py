@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from data_utils import SignalOptions, Trajectory, TurnSet
 from geli.heads import encoder_of_head
 from geli.nets.pretrained import read_json
+from geli.report.verdict import SATURATED
 from geli.run.errors import UserError
-from models import RewardHeadConfig
+from geli.run.files import read_json_or_empty
+from models import RewardHead, RewardHeadConfig, length_of
 
 
 def conversations_seen(head_path: Path, config: RewardHeadConfig) -> frozenset[str]:
@@ -60,3 +64,23 @@ def warn_of_constant_targets(training: TurnSet, signal: SignalOptions) -> None:
             f"Warning: all {len(training):,} LI targets are {training.targets[0]:g}: --li_signal {signal.li_signal} "
             "found no reaction that differs; another signal may, or train GE alone"
         )
+
+
+def warn_of_scores_out_of_reach(head: RewardHead, training: TurnSet, ep_len: int | str) -> None:
+    """Prints a warning if rewards that end at 1 cannot add up to some of the scores."""
+    if not head.bounded:
+        return
+    needed = np.abs(training.scores / [length_of(ep_len, n) for n in np.diff(training.offsets)])
+    if share := np.mean(needed > SATURATED):
+        print(
+            f"Warning: --ep_len {ep_len}: {share:.0%} of the scores need rewards (score / L) of about "
+            f"{np.median(needed):.1f}, and those of --{head.config.head} end at 1: they will be saturated, and all "
+            f"alike. Give an --ep_len above {training.scores.max():.0f}, or another head"
+        )
+
+
+def is_of_corpus(head_path: Path, data_dir: str) -> bool:
+    """Whether a head was trained on conversations of `data_dir`, or has no record that says on which."""
+    trained_on = read_json_or_empty(head_path.with_name(head_path.name + ".json")).get("training_conversations")
+    known = isinstance(trained_on, list) and trained_on
+    return not known or any((Path(data_dir) / str(name)).is_dir() for name in trained_on)

@@ -39,22 +39,26 @@ class Comparison:
     Attributes:
         metrics: of the reference `before`, of the tuned policy `after`, their difference in reward `gain`, and of the
             `human` answers, where measured. texts: responses of `base` and `tuned`.
+        rewards: of the reference's responses and the human answers.
     """
 
     def __init__(self, evaluate: Callable, prompts: Sequence[Prompt]):
         self.evaluate, self.prompts = evaluate, prompts
         self.metrics: dict[str, dict] = {}
         self.texts: dict[str, list[str]] = {}
+        self.rewards: list[float] = []
 
     def reference(self, policy: Policy) -> None:
         """Measures the reference policy."""
         with policy.reference():
-            self.metrics["before"], self.texts["base"], self._rewards = self.evaluate(policy)
+            self.metrics["before"], self.texts["base"], rewards = self.evaluate(policy)
+        self.rewards += rewards or []
 
     def human(self, score: Callable, gold: Callable | None, accelerator: Accelerator) -> None:
         """Measures the human answers."""
         answers = [prompt.human for prompt in self.prompts]
         rewards = score_together(score, self.prompts, answers, accelerator).tolist()
+        self.rewards += rewards
         self.metrics["human"] = reward_with_interval(rewards, self.prompts)
         if gold:
             self.metrics["human"]["gold"] = gold(self.prompts, answers).mean().item()
@@ -63,7 +67,9 @@ class Comparison:
         """Measures the tuned policy, after the reference."""
         self.metrics["after"], self.texts["tuned"], rewards = self.evaluate(policy)
         if rewards:
-            self.metrics["gain"] = reward_with_interval(np.subtract(rewards, self._rewards), self.prompts)
+            self.metrics["gain"] = reward_with_interval(
+                np.subtract(rewards, self.rewards[: len(rewards)]), self.prompts
+            )
 
 
 @torch.no_grad()

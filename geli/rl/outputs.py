@@ -101,7 +101,10 @@ def newest_checkpoint(folder: Path, stem: str) -> Path:
     steps = [p.name.removeprefix(f"{stem}_") for p in folder.glob("*") if p.name.startswith(f"{stem}_")]
     steps = [int(step) for step in steps if step.isascii() and step.isdecimal()]
     if not steps:
-        raise UserError(f"--val without --train: expected a checkpoint {folder}/{stem}_STEP, found none; add --train")
+        raise UserError(
+            f"--val or --generate without --train: expected a checkpoint {folder}/{stem}_STEP, found none: add --train, "
+            "or give --rf_model base for the reference policy alone"
+        )
     return folder / f"{stem}_{max(steps)}"
 
 

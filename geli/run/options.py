@@ -17,7 +17,7 @@ Functions take the group that they need, and tests and benchmarks make groups wi
 import argparse
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,26 @@ def parse(parser: argparse.ArgumentParser, options, argv: Sequence[str] | None =
         given = {f.name: values[f.name] for f in dataclasses.fields(group) if f.metadata}
         groups[field.name] = dataclasses.replace(group, **given)
     return dataclasses.replace(options, **groups)
+
+
+def preset_option(help: str):
+    """The option `--preset`, a field of an option group."""
+    return option(None, f"defaults of other options: small: {help} (default: as published)", choices=("small",))
+
+
+def with_preset(presets: Mapping[str | None, Any], argv: Sequence[str] | None = None):
+    """The options whose values are the defaults of a command line with this `--preset`.
+
+    Args:
+        presets: value of `--preset`, None without it -> options. A value that is not there is left to the parser.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset")
+    try:
+        chosen = parser.parse_known_args(argv)[0].preset
+    except argparse.ArgumentError:  # without a value
+        chosen = None
+    return presets.get(chosen, presets[None])
 
 
 def given_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> set[str]:
