@@ -305,6 +305,7 @@ from geli.nets.pretrained import check_exists
 from geli.nets.smollm2 import PACKAGE, make_smollm2
 from geli.report.checks import is_of_corpus
 from geli.report.lineage import lineage_config
+from geli.report.model_card import adapter_card
 from geli.report.policies import PolicyRun, finish_policy_run
 from geli.report.verdict import dead_rewards
 from geli.reward import GELIReward
@@ -355,7 +356,7 @@ def main(options: Options) -> None:
     described["lineage"] = lineage_config(head_path)
     tracker = Tracker("rlmf", names.folder, described, options.run, accelerator, lock)
     measured = Comparison(partial(evaluate, options, score, gold, held_out, accelerator), held_out)
-    paths, steps, problems = [], [], []
+    paths, steps, problems, card = [], [], [], None
     if rl.sft_steps:
         if not warmed:
             policy = warm_start(options, accelerator, policy, prompts, tracker, names.sft_model)
@@ -370,10 +371,11 @@ def main(options: Options) -> None:
         stop_if_dead(options, measured.rewards)
     clock.lap("evaluation before")
     if options.trains:
-        recorder = new_recorder(options, policy, tracker, names.folder, stem)
+        recorder = new_recorder(options, policy, tracker, names, head_path, counts)
         inputs = hash_inputs(prompts, head_path)
         ALGORITHMS[rl.algo].train(policy, score, prompts, recorder, accelerator, options, inputs)
         paths, steps, problems = paths + recorder.finish(), recorder.rows, [*recorder.problems.values()]
+        card = recorder.card
         clock.lap("training")
     if options.evaluates and options.has_tuned_policy:
         measured.tuned(policy)
@@ -382,7 +384,7 @@ def main(options: Options) -> None:
         stem=names.folder / stem, algo=rl.algo, arguments=arguments, defaults=flat(Options()), counts=counts,
         reward=reward_name(options, head_path) if options.scores else "not measured", head=head_path,
         held_out=held_out, metrics=measured.metrics, texts=measured.texts, steps=steps, problems=problems,
-        paths=paths, seconds=clock.seconds,
+        paths=paths, seconds=clock.seconds, card=card,
     )  # fmt: skip
     finish_policy_run(report, tracker)
 
@@ -396,12 +398,20 @@ def evaluate(options: Options, score, gold, held_out: list[Prompt], accelerator,
     )  # fmt: skip
 
 
-def new_recorder(options: Options, policy: Policy, tracker: Tracker, folder: Path, stem: str) -> Recorder:
+def new_recorder(
+    options: Options, policy: Policy, tracker: Tracker, names: OutputNames, head_path: Path | None, counts: dict
+) -> Recorder:
     """What records the training run."""
+    base, data = policy.model.peft_config["default"].base_model_name_or_path, Path(options.data.data_dir).name
+    about = {
+        "base model": base, "prompt format": policy.prompt_format, "run": tracker.name, "algorithm": options.rl.algo,
+        "reward": reward_name(options, head_path), "data": data, **lineage_config(head_path), **counts,
+    }  # fmt: skip
+    card = partial(adapter_card, base=base, about=about, arguments=flat(options), defaults=flat(Options()))
     return Recorder(
-        policy, tracker, folder, stem, steps=options.rl.steps, algo=options.rl.algo,
+        policy, tracker, names.folder, names.stem, steps=options.rl.steps, algo=options.rl.algo,
         save_every=options.run.save_steps, target_kl_response=options.ppo.target,
-        saves=not options.rl.ppo_off,
+        saves=not options.rl.ppo_off, card=card,
     )  # fmt: skip
 
 

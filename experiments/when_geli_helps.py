@@ -126,7 +126,7 @@ def main(options) -> None:
             for method in METHODS
         }
         for method, values in measured.items():
-            value, low, high = t_interval(values)
+            value, low, high = t_interval(values, (-1.0, 1.0))
             less = None if method == "GELI" else str(t_interval(measured["GELI"] - values))
             for axis, at in places:
                 row = {"axis": axis, "value": at, "method": method, "truth": value, "low": low, "high": high}

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 from geli.data.candor import TRANSCRIPTS
 from geli.data.questions import QUESTIONS
 from geli.run.errors import run
-from geli.run.options import file_name, new_parser, positive_int, seed
+from geli.run.options import file_name, new_parser, positive_int, runs_folder, seed
 
 
 def parse_options(argv: Sequence[str] | None = None):
@@ -25,7 +25,9 @@ def parse_options(argv: Sequence[str] | None = None):
     parser = new_parser("Measure saved reward heads on the same held-out conversations, with 95% intervals.")
     parser.add_argument("heads", nargs="+", metavar="[LABEL=]HEAD[,HEAD…]", help="heads; after a comma, other seeds")
     parser.add_argument("--data_dir", default="./candor", help="folder with one folder a conversation")
-    parser.add_argument("--output_dir", default=".", help="folder of the runs; the tables are written there, too")
+    parser.add_argument(
+        "--output_dir", default=runs_folder(), help="as of the three commands; the tables are written there, too"
+    )
     parser.add_argument("--name", default="rewards", type=file_name, help="of the tables: NAME.csv, .json, .md, .tex")
     parser.add_argument(
         "--reward_class", choices=QUESTIONS, metavar="CLASS", help="the score (default: that of the heads)"

@@ -266,15 +266,17 @@ class Policy(nn.Module):
                 "layer in a way that this program does not know; choose another policy"
             )
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, card: str = "") -> None:
         """Writes a PEFT adapter with its tokenizer and `value_head.safetensors`, which records the prompt format and
-        the most tokens of a response, atomically. Only the main process writes."""
+        the most tokens of a response, atomically. Only the main process writes. Args: card: the README."""
         if not is_main_process():
             return
         recorded = TrainedAs(self.prompt_format, self.max_new_tokens)._asdict()
         with atomic_folder(folder) as temporary:
             self.model.save_pretrained(temporary, save_embedding_layers=False)
             self.tokenizer.save_pretrained(temporary)
+            if card:
+                (temporary / "README.md").write_text(card, encoding="utf-8")
             save_file(
                 {k: v.detach().cpu().contiguous() for k, v in self.value_head.state_dict().items()},
                 temporary / VALUE_HEAD,

@@ -301,7 +301,7 @@ def reward_page(run: RewardRun, tracker: Tracker, pictures: dict[str, tuple[Path
         Section("Versions", rows=[{"package": k, "version": v} for k, v in versions().items()], folded=True),
     ]  # fmt: skip
     links = [(ancestor.label, ancestor.report) for ancestor in lineage(run.started_from)]
-    return Page(f"{run.title}: run {tracker.name}", summary, links, sections)
+    return Page(f"{run.title}: run {tracker.name}", summary, links, sections, run.arguments["log_text"])
 
 
 def measured_rows(run: RewardRun) -> list[dict]:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from geli.nets.policy import Policy
 from geli.nets.prompts import Prompt
 from geli.rl.rollout import distinct, draw_length, draw_uniforms, ended_themselves, logprobs_and_values, rollout
+from geli.run.console import progress_bar
 from geli.run.distributed import gather_parts, local_part
 from geli.statistics import mean_interval
 
@@ -90,7 +91,7 @@ def evaluate_policy(
     """
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     texts, kls, ended = [], [], []
-    for first in range(0, len(prompts), batch_size):
+    for first in progress_bar(range(0, len(prompts), batch_size), desc="answering held-out prompts", unit="batch"):
         batch = prompts[first : first + batch_size]
         uniforms = draw_uniforms(len(batch), draw_length(rng, min_new_tokens, max_new_tokens), generator)
         mine, my_uniforms = local_part(batch, accelerator), local_part(uniforms, accelerator)

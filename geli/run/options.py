@@ -16,6 +16,7 @@ Functions take the group that they need, and tests and benchmarks make groups wi
 
 import argparse
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -151,7 +152,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def add_head_options(parser: argparse.ArgumentParser) -> None:
     """Options of commands that compute the rewards of a saved head: where it and its encoder are, and on what."""
     parser.add_argument("--lang_model_path", help="encoder of a published head, which records none")
-    parser.add_argument("--output_dir", default=".", help="folder of the runs, for names of reward heads")
+    parser.add_argument("--output_dir", default=runs_folder(), help=f"folder of the runs {_OUTPUT_DIR}")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="as in training")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as in training")
     parser.add_argument(
@@ -252,11 +253,22 @@ def _declared(options):
 # The options that all three stages have
 
 
+def runs_folder() -> str:
+    """The default of `--output_dir`: the environment variable GELI_OUTPUT_DIR, else the nearest folder, from here up,
+    that has `rlmf_weights/`, else the current one."""
+    here = Path.cwd()
+    found = next((folder for folder in (here, *here.parents) if (folder / "rlmf_weights").is_dir()), here)
+    return os.environ.get("GELI_OUTPUT_DIR") or os.path.relpath(found)
+
+
+_OUTPUT_DIR = "(default: $GELI_OUTPUT_DIR, else the nearest folder here or above that has rlmf_weights/, else here)"
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """How a command runs and where it writes."""
 
-    output_dir: str = option(".", "folder under which the output folders are made")
+    output_dir: str = option(runs_folder(), f"folder under which the output folders are made {_OUTPUT_DIR}")
     run_name: str | None = option(None, "name of the run (default: wandb's, or one like it)", type=file_name)
     seed: int = option(0, "seed of every random choice", type=seed)
     device: str = option("auto", "auto is a GPU if there is one", choices=("auto", "cpu", "cuda", "mps"))

@@ -163,7 +163,7 @@ def _init(project: str, folder: Path, arguments: dict, name: str | None, mode: s
         silent=True,
         init_timeout=30,  # seconds; after that the run is offline
     )
-    config = {key: _without_folders(value) for key, value in arguments.items()}
+    config = {key: without_folders(value) for key, value in arguments.items()}
     call = dict(project=project, name=name, dir=str(folder.parent), config=config, settings=settings)
     if resumed_id:
         call |= dict(id=resumed_id, resume="allow")
@@ -174,13 +174,13 @@ def _init(project: str, folder: Path, arguments: dict, name: str | None, mode: s
         return wandb.init(mode="offline", **{**call, "name": name or new_run_name(folder)})
 
 
-def _without_folders(value):
+def without_folders(value):
     """An option's value; of a path on this machine only the last part."""
     if isinstance(value, (list, tuple)):
-        return [_without_folders(item) for item in value]
+        return [without_folders(item) for item in value]
     if isinstance(value, str) and "=" in value:  # --trl NAME=VALUE
         name, _, value = value.partition("=")
-        return f"{name}={_without_folders(value)}"
+        return f"{name}={without_folders(value)}"
     is_path = isinstance(value, str) and "/" in value and (os.path.isabs(value) or os.path.exists(value))
     return os.path.basename(os.path.normpath(value)) if is_path else value
 
