@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from data_utils import DataOptions, load_prompts
 from geli.data.questions import QUESTIONS
-from geli.nets.options import SMOLLM2, PolicyOptions
-from geli.nets.prompts import Prompt
+from geli.nets.options import INSTRUCTION, SMOLLM2, PolicyOptions
+from geli.nets.prompts import Prompt, with_instruction
 from geli.rl.reward_options import BASE, RF_MODELS, HeadKind, RewardOptions
 from geli.rl.rollout import RandomScorer
 from geli.run.errors import UserError, run
@@ -300,7 +300,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from geli.heads import find_head, is_finished, load_reward_head, saved_heads
-from geli.nets.policy import Policy, load_policy, trained_as
+from geli.nets.policy import Policy, TrainedAs, load_policy, trained_as
 from geli.nets.pretrained import check_exists
 from geli.nets.smollm2 import PACKAGE, make_smollm2
 from geli.report.checks import is_of_corpus
@@ -349,6 +349,7 @@ def main(options: Options) -> None:
         some = prompts[:: -(-len(prompts) // ANSWERS_SCORED)]
         stop_if_dead(options, score_together(score, some, [prompt.human for prompt in some], accelerator).tolist())
     policy, checkpoint, warmed = start_policy(options, accelerator, names, resumed=bool(started))
+    prompts, held_out = ([with_instruction(p, policy.format.instruction) for p in part] for part in (prompts, held_out))
     if not started and (options.trains or rl.sft_steps) and is_main_process():
         lock = lock_outputs(names.folder, names.stem, lock)
     stem = names.report_stem(checkpoint, base=options.reward.rf_model == BASE)
@@ -404,7 +405,8 @@ def new_recorder(
     """What records the training run."""
     base, data = policy.model.peft_config["default"].base_model_name_or_path, Path(options.data.data_dir).name
     about = {
-        "base model": base, "prompt format": policy.prompt_format, "run": tracker.name, "algorithm": options.rl.algo,
+        "base model": base, "prompt format": policy.prompt_format, "instruction": policy.format.instruction,
+        "run": tracker.name, "algorithm": options.rl.algo,
         "reward": reward_name(options, head_path), "data": data, **lineage_config(head_path), **counts,
     }  # fmt: skip
     card = partial(adapter_card, base=base, about=about, arguments=flat(options), defaults=flat(Options()))
@@ -534,26 +536,28 @@ def start_policy(options: Options, accelerator, names: OutputNames, resumed: boo
     """The policy that the run starts from; the checkpoint that was loaded into it, for an evaluation without training;
     and whether it is the SFT model that a resumed run has made already."""
     source, checkpoint = options.policy.source(options.run.cache_dir), None
-    prompt_format = options.policy.prompt_format or "raw"
+    form = TrainedAs(options.policy.prompt_format or "raw", instruction=options.policy.instruction or INSTRUCTION)
     if options.has_tuned_policy and not options.trains:
         checkpoint = newest_checkpoint(names.folder, names.stem)
         source = base_of(checkpoint, names.sft_model) or source
-        prompt_format = check_prompt_format(options.policy.prompt_format, checkpoint)
+        form = check_form(options.policy, checkpoint)
     warmed = bool(resumed and options.rl.sft_steps and names.sft_model.is_dir())
     if warmed:
         source = str(names.sft_model.resolve())
         seed_everything(options.run.seed)  # as `warm_start` does
-    policy = build_policy(options, accelerator, source, prompt_format)
+    policy = build_policy(options, accelerator, source, form)
     if checkpoint:
         policy.load(checkpoint)
     return policy, checkpoint, warmed
 
 
-def check_prompt_format(given: str | None, checkpoint: Path) -> str:
-    """The prompt format of a checkpoint, which must be the `given` one unless that is None."""
-    recorded = trained_as(checkpoint).prompt_format
-    if given not in (None, recorded):
-        raise UserError(f"--prompt_format {given}: {checkpoint} was trained with {recorded}: give that, or neither")
+def check_form(given: PolicyOptions, checkpoint: Path) -> TrainedAs:
+    """Prompt format and instruction of a checkpoint, which must be those that are `given`, if any."""
+    recorded = trained_as(checkpoint)
+    for name in ("prompt_format", "instruction"):
+        asked, trained = getattr(given, name), getattr(recorded, name)
+        if asked not in (None, trained):
+            raise UserError(f"--{name} {asked}: {checkpoint} was trained with {trained}: give that, or neither")
     return recorded
 
 
@@ -567,11 +571,12 @@ def make_local_model(options: Options) -> None:
         PartialState().wait_for_everyone()
 
 
-def build_policy(options: Options, accelerator, source: str, prompt_format: str) -> Policy:
+def build_policy(options: Options, accelerator, source: str, form: TrainedAs) -> Policy:
     """The policy around the model `source` with a fresh adapter, on its device. Frozen weights are of the type that it
     computes in."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    policy = load_policy(source, *options.policy.lora, dtype, options.run.trust_remote_code, prompt_format)
+    policy = load_policy(source, *options.policy.lora, dtype, options.run.trust_remote_code, form.prompt_format)
+    policy.format.instruction = form.instruction
     policy.limit_responses(options.ppo.max_new_tokens)
     policy = shard(policy, accelerator)
     if policy.is_sharded and (not ALGORITHMS[options.rl.algo].shards or options.rl.sft_steps):
@@ -604,7 +609,8 @@ def warm_start(
     first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
     print(f"SFT: {first:.2f} nats a token in the first tenth of its steps, {last:.2f} in the last: {folder}")
     seed_everything(options.run.seed)  # dropout drew differently in every process, and adapters must start the same
-    return build_policy(options, accelerator, str(folder.resolve()), policy.prompt_format)
+    form = TrainedAs(policy.prompt_format, instruction=policy.format.instruction)
+    return build_policy(options, accelerator, str(folder.resolve()), form)
 
 
 def hash_inputs(prompts: list[Prompt], head_path: Path | None) -> dict[str, str]:

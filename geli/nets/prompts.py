@@ -39,14 +39,22 @@ def prompt_text(context: str) -> str:
     return f"{INSTRUCTION}{context} AI:"
 
 
+def with_instruction(prompt: Prompt, instruction: str) -> Prompt:
+    """The prompt with `instruction` in its text in place of the published one."""
+    told = prompt.text.startswith(INSTRUCTION)
+    return prompt._replace(text=instruction + prompt.text.removeprefix(INSTRUCTION)) if told else prompt
+
+
 class PromptFormat(Protocol):
     """A form in which a language model reads prompts.
 
     Attributes:
         end: id of the token that ends a response.
+        instruction: what the model is told before a conversation; the texts of prompts begin with the same.
     """
 
     end: int
+    instruction: str
 
     def encode(self, prompt: Prompt, limit: int) -> list[int]:
         """Token ids of a prompt, at most `limit`."""
@@ -65,6 +73,8 @@ class RawFormat:
         tokenizer: of the language model.
     """
 
+    instruction = INSTRUCTION
+
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
 
@@ -74,10 +84,10 @@ class RawFormat:
         return self.tokenizer.eos_token_id
 
     def encode(self, prompt: Prompt, limit: int) -> list[int]:
-        """Token ids. A prompt that is too long keeps `INSTRUCTION` and its end."""
+        """Token ids. A prompt that is too long keeps the instruction and its end."""
         tokens = self.tokenizer(prompt.text, verbose=False)["input_ids"]
         if len(tokens) > limit:
-            instruction = self.tokenizer(INSTRUCTION)["input_ids"]
+            instruction = self.tokenizer(self.instruction)["input_ids"]
             common = takewhile(lambda both: both[0] == both[1], zip(instruction, tokens, strict=False))
             kept = min(sum(1 for _ in common), limit - 1)
             tokens = [*tokens[:kept], *tokens[kept - limit :]]
@@ -114,6 +124,8 @@ class ChatFormat:
         UserError: if it has no chat template, or one that fails.
     """
 
+    instruction = INSTRUCTION
+
     def __init__(self, tokenizer):
         if not tokenizer.chat_template:
             raise UserError(
@@ -149,12 +161,12 @@ class ChatFormat:
             else:
                 joined.append({"role": role, "content": utterance})
         from_user = joined[1:] if joined and joined[0]["role"] == "assistant" else joined
-        system = {"role": "system", "content": INSTRUCTION}
-        first = "\n\n".join([INSTRUCTION, *(message["content"] for message in from_user[:1])])
+        system = {"role": "system", "content": self.instruction}
+        first = "\n\n".join([self.instruction, *(message["content"] for message in from_user[:1])])
         arrangements = ([system, *joined], [system, *from_user], [{"role": "user", "content": first}, *from_user[1:]])
         for messages in arrangements[:-1]:
             try:
-                if INSTRUCTION in self._prompt(messages):
+                if self.instruction in self._prompt(messages):
                     return messages
             except Exception:  # templates refuse messages by raising errors of any kind
                 continue

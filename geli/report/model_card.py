@@ -50,7 +50,7 @@ def adapter_card(
         "", *_table(about), "", "## Measured", "", *_table(measured),
         "", "## How to load", "", LOAD.format(base=base, name=name), "",
         "## Settings that differ from the defaults", "", *_table(settings), "", "## Licence", "",
-        "The licences of the base model and of the conversations hold for this adapter too: CANDOR's terms forbid passing "
+        "The licences of the base model and of the conversations hold for it too: CANDOR's terms forbid passing "
         "on what is trained on it. The code that trained it is CC BY-NC-SA 4.0.", "",
     ])  # fmt: skip
 

@@ -48,10 +48,10 @@ def reward_verdict(method: str, metrics: Mapping[str, float | None], found: Mapp
     judged = [_against_constant(loss, constant, found.get("li_share" if method == "LI" else "ge_share", UNDEFINED))]
     auc = found.get("roc_auc", UNDEFINED)
     if method != "GE" and not np.isnan(auc.value):
-        judged.append(_against_chance("happy listeners are found with a ROC AUC of", auc, 0.5))
+        judged.append(_against_chance("happy listeners are found", "ROC AUC", auc, 0.5))
     elif method != "GE":
         correlation = found.get("target_correlation", UNDEFINED)
-        judged.append(_against_chance("the rank correlation with LI's targets is", correlation, 0.0))
+        judged.append(_against_chance("LI's targets are followed", "rank correlation", correlation, 0.0))
     return _joined([one for one in judged if one])
 
 
@@ -60,21 +60,21 @@ def _against_constant(loss: str, constant: str, share: Estimate) -> Judged | Non
     if np.isnan(share.value):
         return None
     if np.isnan(share.low):
-        return Judged(None, f"{loss} is {share.value:.3f} times that of the {constant}, on one conversation alone")
+        return Judged(None, f"{loss} is {share.value:.3f} of the {constant}'s, on one conversation alone")
     better = (share.high < 1) - (share.low > 1)
-    words = {1: "lower than", 0: "no lower than", -1: "higher than"}[better]
-    return Judged(better, f"{loss} is {words} that of always predicting the {constant}, {share} times as large")
+    words = {1: "lower than", 0: "not shown to be lower than", -1: "higher than"}[better]
+    return Judged(better, f"{loss} is {words} the {constant}'s ({share} of it)")
 
 
-def _against_chance(what: str, estimate: Estimate, chance: float) -> Judged | None:
+def _against_chance(what: str, measure: str, estimate: Estimate, chance: float) -> Judged | None:
     """Judges a measure that is `chance` for rewards that say nothing."""
     if np.isnan(estimate.value):
         return None
     if np.isnan(estimate.low):
-        return Judged(None, f"{what} {estimate.value:.3f}, on one conversation alone")
+        return Judged(None, f"{what} with a {measure} of {estimate.value:.3f}, on one conversation alone")
     better = (estimate.low > chance) - (estimate.high < chance)
-    words = {1: "above", 0: "not shown to differ from", -1: "below"}[better]
-    return Judged(better, f"{what} {estimate}, {words} chance ({chance:g})")
+    words = {1: "better than", 0: "not shown to be better than", -1: "worse than"}[better]
+    return Judged(better, f"{what} {words} by chance ({measure} {estimate})")
 
 
 def _joined(judged: Sequence[Judged]) -> str:

@@ -98,6 +98,17 @@ def file_name(text: str) -> str:
     return text
 
 
+def text_or_file(text: str) -> str:
+    """A text, or the content of the file of that name; not empty."""
+    try:
+        found = Path(text).read_text(encoding="utf-8").strip() if len(text) < 4096 and Path(text).is_file() else text
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: not a readable text file ({error})") from None
+    if not found.strip() or (text.endswith(".txt") and found is text):
+        raise argparse.ArgumentTypeError(f"a text, or an existing file with one, is expected, not {text!r}")
+    return found.strip()
+
+
 def server_url(text: str) -> str:
     """The address of an OpenAI-compatible server, up to `/v1`."""
     match = SERVER_URL.fullmatch(text)
