@@ -62,7 +62,7 @@ def _against_constant(loss: str, constant: str, share: Estimate) -> Judged | Non
     if np.isnan(share.low):
         return Judged(None, f"{loss} is {share.value:.3f} of the {constant}'s, on one conversation alone")
     better = (share.high < 1) - (share.low > 1)
-    words = {1: "lower than", 0: "not shown to be lower than", -1: "higher than"}[better]
+    words = {1: "lower than", 0: "no lower than", -1: "higher than"}[better]
     return Judged(better, f"{loss} is {words} the {constant}'s ({share} of it)")
 
 
@@ -73,7 +73,7 @@ def _against_chance(what: str, measure: str, estimate: Estimate, chance: float) 
     if np.isnan(estimate.low):
         return Judged(None, f"{what} with a {measure} of {estimate.value:.3f}, on one conversation alone")
     better = (estimate.low > chance) - (estimate.high < chance)
-    words = {1: "better than", 0: "not shown to be better than", -1: "worse than"}[better]
+    words = {1: "better than", 0: "no better than", -1: "worse than"}[better]
     return Judged(better, f"{what} {words} by chance ({measure} {estimate})")
 
 

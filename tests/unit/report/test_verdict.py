@@ -14,11 +14,11 @@ ABOVE, CHANCE, BELOW = Estimate(0.74, 0.66, 0.8), Estimate(0.52, 0.44, 0.6), Est
 ONE, NONE = Estimate(0.7, np.nan, np.nan), Estimate(np.nan, np.nan, np.nan)
 
 STAGE_1 = {
-    "good": (ALIVE, dict(li_share=BETTER, roc_auc=ABOVE), "Learned: L_LI is lower than the mean target's .0.750 .0.600, 0.900. of it"),
+    "good": (ALIVE, dict(li_share=BETTER, roc_auc=ABOVE), "Learned: L_LI is lower than the mean target's .0.750 .0.6"),
     "ranks, but on another scale": (ALIVE, dict(li_share=WORSE, roc_auc=ABOVE), "Learned in part: L_LI is higher than"),
-    "no better": (ALIVE, dict(li_share=SAME, roc_auc=CHANCE), "Nothing learned that shows: .*not shown .*not shown"),
+    "no better": (ALIVE, dict(li_share=SAME, roc_auc=CHANCE), "Nothing learned that shows: .*no lower .*no better"),
     "worse": (ALIVE, dict(li_share=WORSE, roc_auc=CHANCE), "Worse than without learning: L_LI is higher"),
-    "the wrong way round": (ALIVE, dict(li_share=SAME, roc_auc=BELOW), "Worse than .* found worse than by chance .ROC AUC 0.400"),
+    "the wrong way round": (ALIVE, dict(li_share=SAME, roc_auc=BELOW), "Worse than .*found worse than by chance .ROC AUC 0.4"),
     "as published, on the sample": (
         {"reward_mean": 0.2721, "reward_spread": 7e-5}, dict(li_share=SAME, roc_auc=ABOVE),
         "Learned nothing: .* constant .mean 0.272, standard deviation 7e-05.: give --preset small",
@@ -30,11 +30,11 @@ STAGE_1 = {
     "not measured": ({}, {}, "Not measured: --val measures"),
 }  # fmt: skip
 STAGE_2 = {
-    "GE": ("GE", ALIVE, dict(ge_share=BETTER, roc_auc=BELOW), "^Learned: L_GE is lower than the mean score's .0.750 [^;]*$"),
+    "GE": ("GE", ALIVE, dict(ge_share=BETTER, roc_auc=BELOW), "^Learned: L_GE is lower than the mean score's .0.75[^;]*$"),
     "GELI": ("GELI", ALIVE, dict(ge_share=BETTER, roc_auc=ABOVE), "^Learned: L_GE is lower .*; happy listeners"),
     "the score alone": ("GELI", ALIVE, dict(ge_share=BETTER, roc_auc=CHANCE), "^Learned in part: L_GE is lower"),
-    "the faces alone": ("GELI", ALIVE, dict(ge_share=SAME, roc_auc=ABOVE), "^Learned in part: L_GE is not shown to be lower than"),
-    "the mean": ("GE", ALIVE, dict(ge_share=SAME), "^Nothing learned that shows: L_GE is not shown to be"),
+    "the faces alone": ("GELI", ALIVE, dict(ge_share=SAME, roc_auc=ABOVE), "^Learned in part: L_GE is no lower"),
+    "the mean": ("GE", ALIVE, dict(ge_share=SAME), "^Nothing learned that shows: L_GE is no lower than"),
     "worse": ("GE", ALIVE, dict(ge_share=WORSE), "^Worse than without learning: L_GE is higher"),
     "constant": ("GE", {"reward_mean": 0.4, "reward_spread": 1e-6}, dict(ge_share=SAME), "^Learned nothing.*constant"),
     "zero": ("GE", {"reward_mean": 0.0, "reward_spread": 0.0}, dict(ge_share=WORSE), "^Learned nothing: .* constant"),
