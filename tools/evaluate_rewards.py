@@ -43,8 +43,12 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("--lang_model_path", help="encoder of published heads, whose files record none")
     parser.add_argument("--repetitions", default=1000, type=positive_int, help="bootstrap resamples")
     parser.add_argument("--seed", default=0, type=seed, help="of the resamples")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="as in the commands")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="as in the commands")
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto is a GPU if there is one"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto is bfloat16 on a GPU that has it"
+    )
     parser.add_argument("--no_cache", action="store_true", help="neither read nor write OUTPUT_DIR/cache")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that an encoder brings along")
     return parser.parse_args(argv)

@@ -212,7 +212,7 @@ def finish_run(run: RewardRun, tracker: Tracker, folder: Path) -> None:
     write_json(path, _record(run, tracker, folder))
     run.paths.append(path)
     tracker.finish()
-    rows = [{"measured on validation": key, "value": value} for key, value in measured.items()]
+    rows = [{"measured on validation": key, "value": value} for key, value in measured.items() if value is not None]
     print(format_table(rows or [{"measured": "nothing (no --val)"}], f"\n{run.title}, run {tracker.name}"))
     print(f"{run.verdict}\n{format_written(run.paths)}")
 
@@ -222,9 +222,9 @@ def write_pictures(run: RewardRun, tracker: Tracker, folder: Path) -> dict[str, 
     caption)."""
     captions = {
         "learning": "Losses by optimizer step.",
-        "val_turn_rewards": "Predicted reward along two validation conversations, with the listener's affect above.",
+        "val_turn_rewards": "Predicted reward along two validation conversations, with the user's reactions above.",
         "val_returns": "The return that the turn rewards predict, against the score that was given.",
-        "val_affects": "Predicted rewards by the listener's affect: quartiles, and whiskers of 1.5 times their range.",
+        "val_affects": "Predicted rewards by the user's reaction: quartiles, and whiskers of 1.5 times their range.",
     }
     png = {name: folder / f"{name}_{tracker.name}.png" for name in captions}
     written = []
@@ -237,7 +237,7 @@ def write_pictures(run: RewardRun, tracker: Tracker, folder: Path) -> dict[str, 
             table.to_csv(temporary, index=False, float_format="%.6f", lineterminator="\n")
         written += [path, *plots.turn_rewards(table, png["val_turn_rewards"])]
         written += plots.returns(run.validation.scores, run.returns, png["val_returns"])
-        if (table["affect"] != "").any():
+        if (plots.reactions(table)[0] != "").any():
             written += plots.affects(table, png["val_affects"])
     run.paths += written
     return {name: (path, captions[name]) for name, path in png.items() if path in written}
@@ -313,7 +313,7 @@ def measured_rows(run: RewardRun) -> list[dict]:
     return [
         {"metric": column.meaning, **{name: cell(found.get(metric), column.decimals) for name, found in
          zip(("this head", "mean score"), columns, strict=True)}}
-        for metric, column in COLUMNS.items() if metric in columns[0]
+        for metric, column in COLUMNS.items() if str(columns[0].get(metric, "-")) != "-"
     ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import pytest
 from turn_sets import trajectory, turn_set
 
 from data_utils import Corpus
+from geli.report import plots
 from geli.report.checks import conversations_seen, warn_of_leaks
 from geli.report.lineage import lineage, lineage_config
 from geli.report.rewards import (
@@ -212,8 +213,28 @@ def test_a_corpus_without_faces_has_a_report_without_them(tmp_path):
     assert b"3.000000,,,0.500000" in (tmp_path / "val_turn_rewards_x.csv").read_bytes()  # neither affect nor target
     assert sorted(path.name for path in tmp_path.glob("val_*.png")) == ["val_returns_x.png", "val_turn_rewards_x.png"]
     rows = {row["metric"].split(":")[0]: row["this head"] for row in measured_rows(run)}
-    assert rows["Δr_LI"] == rows["area under the ROC curve"] == rows["average precision"] == "-"
+    assert rows.keys() == {
+        "L_GE",
+        "L_GE as a share of the mean baseline's",
+        "rank correlation of predicted return and score",
+    }
     assert {row["listener"] for row in extreme_turns(run)} == {"-"}
+
+
+def test_a_corpus_without_faces_is_measured_by_the_signal_that_is_used(tmp_path, capsys):
+    turns = turn_set(*(trajectory(name, 80.0, ["neutral"] * 2, no_faces="no such file") for name in "abc"))
+    turns = replace(turns, targets=np.array([1, 0, 1, 0, 0, -1], dtype=np.float32))  # as of what the user says next
+    run = replace(reward_run(), training=turns, validation=turns, rewards=np.array([0.6, 0.1, 0.5, 0.2, 0.2, 0.1]))
+    run = replace(run, method="LI", returns=np.array([70.0, 60.0, 50.0]))
+    finish_run(run, Logged(), tmp_path)
+    assert (tmp_path / "val_affects_x.png").is_file() and "delta_li" not in capsys.readouterr().out
+    rows = {row["metric"]: row["this head"] for row in measured_rows(run)}
+    assert rows["rank correlation of turn reward and LI target"].startswith("0.9")
+    assert "L_LI as a share of the mean target's" in rows and not any("happy" in name for name in rows)
+    assert run.verdict.startswith("Learned: ") and "LI's targets are followed better than by chance" in run.verdict
+    names, _, what = plots.reactions(turn_table(turns, run.rewards))
+    assert names.tolist() == ["pleased", "neither", "pleased", "neither", "neither", "displeased"]
+    assert what == "the user's reaction, by LI's target"
 
 
 def test_the_page_tells_the_run_without_text(tmp_path):

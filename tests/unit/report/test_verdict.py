@@ -18,7 +18,7 @@ STAGE_1 = {
     "ranks, but on another scale": (ALIVE, dict(li_share=WORSE, roc_auc=ABOVE), "Learned in part: L_LI is higher than"),
     "no better": (ALIVE, dict(li_share=SAME, roc_auc=CHANCE), "Nothing learned that shows: .*no lower .*no better"),
     "worse": (ALIVE, dict(li_share=WORSE, roc_auc=CHANCE), "Worse than without learning: L_LI is higher"),
-    "the wrong way round": (ALIVE, dict(li_share=SAME, roc_auc=BELOW), "Worse than .*found worse than by chance .ROC AUC 0.4"),
+    "the wrong way round": (ALIVE, dict(li_share=SAME, roc_auc=BELOW), "Worse than .*found worse than by chance"),
     "as published, on the sample": (
         {"reward_mean": 0.2721, "reward_spread": 7e-5}, dict(li_share=SAME, roc_auc=ABOVE),
         "Learned nothing: .* constant .mean 0.272, standard deviation 7e-05.: give --preset small",
@@ -30,7 +30,7 @@ STAGE_1 = {
     "not measured": ({}, {}, "Not measured: --val measures"),
 }  # fmt: skip
 STAGE_2 = {
-    "GE": ("GE", ALIVE, dict(ge_share=BETTER, roc_auc=BELOW), "^Learned: L_GE is lower than the mean score's .0.75[^;]*$"),
+    "GE": ("GE", ALIVE, dict(ge_share=BETTER, roc_auc=BELOW), "^Learned: L_GE is lower than the mean score's [^;]*$"),
     "GELI": ("GELI", ALIVE, dict(ge_share=BETTER, roc_auc=ABOVE), "^Learned: L_GE is lower .*; happy listeners"),
     "the score alone": ("GELI", ALIVE, dict(ge_share=BETTER, roc_auc=CHANCE), "^Learned in part: L_GE is lower"),
     "the faces alone": ("GELI", ALIVE, dict(ge_share=SAME, roc_auc=ABOVE), "^Learned in part: L_GE is no lower"),
