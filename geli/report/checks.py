@@ -73,9 +73,9 @@ def warn_of_scores_out_of_reach(head: RewardHead, training: TurnSet, ep_len: int
     needed = np.abs(training.scores / [length_of(ep_len, n) for n in np.diff(training.offsets)])
     if share := np.mean(needed > SATURATED):
         print(
-            f"Warning: --ep_len {ep_len}: {share:.0%} of the scores need rewards (score / L) of about "
-            f"{np.median(needed):.1f}, and those of --{head.config.head} end at 1: they will be saturated, and all "
-            f"alike. Give an --ep_len above {training.scores.max():.0f}, or another head"
+            f"Warning: --ep_len {ep_len}: {share:.0%} of the scores need rewards (score / L) that --{head.config.head} "
+            f"cannot give: {np.median(needed):.1f} in the middle, and its rewards end at 1, where all are alike. Give an "
+            f"--ep_len above {training.scores.max():.0f}, or another head"
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from geli.nets.pretrained import HUB_ID
+from geli.run.errors import one_line
 from geli.run.tracking import without_folders
 
 NOT_SHOWN = {"output_dir", "run_name", "resume", "save_steps", "no_cache", "device", "log_text"}
@@ -31,13 +32,7 @@ def adapter_card(
             was trained on, by name. arguments: of the run; those that differ from `defaults` are told, without folders.
     """
     on_hub = HUB_ID.fullmatch(base) and "/" in base
-    header = [
-        "---",
-        "library_name: peft",
-        *([f"base_model: {base}"] if on_hub else []),
-        "tags: [lora, dialogue, geli]",
-        "---",
-    ]
+    header = ["---", "library_name: peft", *[f"base_model: {base}"] * bool(on_hub), "tags: [lora, dialogue]", "---"]
     settings = {
         f"--{option}": without_folders(value)
         for option, value in arguments.items()
@@ -56,5 +51,5 @@ def adapter_card(
 
 
 def _table(rows: Mapping[str, object]) -> Sequence[str]:
-    shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in rows.items()}
-    return ["| | |", "|---|---|", *(f"| {name} | {value.replace('|', ' ')} |" for name, value in shown.items())]
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else one_line(str(value)) for name, value in rows.items()}
+    return ["| | |", "|---|---|", *(f"| {name} | {value.replace('|', '/')} |" for name, value in shown.items())]
