@@ -74,7 +74,7 @@ def warn_of_scores_out_of_reach(head: RewardHead, training: TurnSet, ep_len: int
     if share := np.mean(needed > SATURATED):
         print(
             f"Warning: --ep_len {ep_len}: {share:.0%} of the scores need rewards (score / L) that --{head.config.head} "
-            f"cannot give: {np.median(needed):.1f} in the middle, and its rewards end at 1, where all are alike. Give an "
+            f"cannot give: {np.median(needed):.1f} in the middle, and its rewards end at 1, all alike there. Give an "
             f"--ep_len above {training.scores.max():.0f}, or another head"
         )
 
