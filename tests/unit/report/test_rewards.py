@@ -213,11 +213,7 @@ def test_a_corpus_without_faces_has_a_report_without_them(tmp_path):
     assert b"3.000000,,,0.500000" in (tmp_path / "val_turn_rewards_x.csv").read_bytes()  # neither affect nor target
     assert sorted(path.name for path in tmp_path.glob("val_*.png")) == ["val_returns_x.png", "val_turn_rewards_x.png"]
     rows = {row["metric"].split(":")[0]: row["this head"] for row in measured_rows(run)}
-    assert rows.keys() == {
-        "L_GE",
-        "L_GE as a share of the mean baseline's",
-        "rank correlation of predicted return and score",
-    }
+    assert rows.keys() == {"L_GE"}  # the scores are all the same, too
     assert {row["listener"] for row in extreme_turns(run)} == {"-"}
 
 
@@ -229,7 +225,7 @@ def test_a_corpus_without_faces_is_measured_by_the_signal_that_is_used(tmp_path,
     finish_run(run, Logged(), tmp_path)
     assert (tmp_path / "val_affects_x.png").is_file() and "delta_li" not in capsys.readouterr().out
     rows = {row["metric"]: row["this head"] for row in measured_rows(run)}
-    assert rows["rank correlation of turn reward and LI target"].startswith("0.9")
+    assert rows["rank correlation of turn reward and LI target"].startswith("0.890")
     assert "L_LI as a share of the mean target's" in rows and not any("happy" in name for name in rows)
     assert run.verdict.startswith("Learned: ") and "LI's targets are followed better than by chance" in run.verdict
     names, _, what = plots.reactions(turn_table(turns, run.rewards))
@@ -243,7 +239,7 @@ def test_the_page_tells_the_run_without_text(tmp_path):
     assert page.count("data:image/png;base64,") == 4 and "http" not in page
     for words in ("Stage 2: run x", "250.0", "no survey.csv", "training", "75%", "<td>--seed</td>"):
         assert words in page, words
-    assert "turn 1" not in page and (tmp_path / "report_x.html").stat().st_mode & 0o077 == 0
+    assert "turn 1" not in page
 
 
 def test_the_page_has_text_only_when_asked_for_and_as_text(tmp_path):
@@ -255,6 +251,7 @@ def test_the_page_has_text_only_when_asked_for_and_as_text(tmp_path):
         run.validation.texts[0] = ("", "AI: a turn 1")
     page = (tmp_path / "report_x.html").read_text()
     assert "&lt;script&gt;alert(1)" in page and "<script" not in page
+    assert (tmp_path / "report_x.html").stat().st_mode & 0o077 == 0
 
 
 def test_a_page_leads_to_the_run_that_it_started_from(tmp_path):
