@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import call_script, run_script
+from conftest import call_script, run_script, with_sizes
 from no_pictures import without_pictures
 from safetensors.torch import load_file
 from small_models import chat_model, write_head
@@ -48,8 +48,10 @@ def common(sample, tmp_path_factory):
 @pytest.fixture
 def stage_3(common, tiny):
     def stage_3(*more, model=tiny / "llama", check=0):
-        sizes = ("--batch_size", 4, "--context_turns", 2, "--val_prompts", 4, *common)
-        return call_script("train_rl_GELI.py", "--model_name", model, *more, *sizes, check=check)
+        sized = with_sizes(more, batch_size=4, val_prompts=4)
+        return call_script(
+            "train_rl_GELI.py", "--model_name", model, *sized, "--context_turns", 2, *common, check=check
+        )
 
     return stage_3
 
