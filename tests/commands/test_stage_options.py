@@ -586,7 +586,7 @@ def test_the_head_of_a_run_that_was_killed_is_not_taken(tmp_path, capsys):
 def test_the_head_of_another_corpus_or_question_is_not_taken(tmp_path, capsys):
     """Newest first: of another corpus, of another question, and one that fits; --reward_path takes what it names."""
     folder, (mine, other) = tmp_path / "visual_feedback_baselines_x", (tmp_path / "mine", tmp_path / "other")
-    for path in (folder, mine / "a", other / "b"):
+    for path in (folder, mine / "a", other / "b", tmp_path / "third" / "c"):
         path.mkdir(parents=True)
     config = RewardHeadConfig("small_model_shrink", 4, "x", False, 9, 2, 2, "overall_affect", redist_type="RRD")
     heads = [
