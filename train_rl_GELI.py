@@ -492,10 +492,12 @@ def newest_head(name: str, output_dir: str, data: DataOptions) -> Path:
 
 
 def not_taken(path: Path, kind: HeadKind, data: DataOptions) -> str | None:
-    """Why `--rf_model` does not take the head at `path`; None if it does."""
-    asked, learned = kind.reward_class or data.reward_class, load_reward_head(path).config.reward_class
+    """Why `--rf_model` does not take the head at `path`; None if it does, as published ones, which have no record."""
     if not is_finished(path):
         return "whose run has not finished"
+    if not path.with_name(f"{path.name}.json").is_file():
+        return None
+    asked, learned = kind.reward_class or data.reward_class, load_reward_head(path).config.reward_class
     if learned not in (None, asked):
         return f"which was trained for {learned}, not for --reward_class {asked}"
     if not is_of_corpus(path, data.data_dir):
@@ -566,7 +568,7 @@ def check_form(given: PolicyOptions, checkpoint: Path) -> TrainedAs:
 
 
 def make_local_model(options: Options) -> None:
-    """Makes SmolLM2 in the cache if it is asked for and not there yet. Refuses another policy's folder that is not there."""
+    """Makes SmolLM2 in the cache if it is asked for and not there yet. Refuses a policy whose folder is not there."""
     if options.policy.model_name == SMOLLM2:
         folder = Path(options.policy.source(options.run.cache_dir))
         if is_main_process() and not folder.is_dir():
