@@ -38,6 +38,7 @@ from experiments.commands import finished_head, run_command
 from geli.run.console import format_table, progress_bar
 from geli.run.files import atomic_path
 from geli.statistics import t_interval
+from tools.limits import CORRELATION, within
 from tools.saved_heads import read_truth
 
 TURNS, CONVERSATIONS, HELD_OUT = 24, 160, 20  # of a corpus at the middle point; a tenth of conversations is held out
@@ -126,7 +127,7 @@ def main(options) -> None:
             for method in METHODS
         }
         for method, values in measured.items():
-            value, low, high = t_interval(values, (-1.0, 1.0))
+            value, low, high = within(CORRELATION, t_interval, values)
             less = None if method == "GELI" else str(t_interval(measured["GELI"] - values))
             for axis, at in places:
                 row = {"axis": axis, "value": at, "method": method, "truth": value, "low": low, "high": high}

@@ -58,42 +58,16 @@ def mean_interval(values: Sequence[float], clusters: Sequence, repetitions: int 
     return interval(float(values.mean()), (weights @ sums) / (weights @ counts), len(names))
 
 
-Limits = tuple[float, float] | None  # of a measure; None: the whole line
-
-
-def _to_line(values: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
-    """Values in (low, high) on the whole line, where errors are symmetric: Fisher's z of a correlation, half the logit
-    of a share, the logarithm of what is only above 0."""
-    low, high = limits
-    if np.isinf(high):
-        return np.log(np.maximum(values, low + 1e-12) - low)
-    return np.arctanh(
-        np.clip((2 * np.asarray(values, dtype=np.float64) - low - high) / (high - low), -1 + 1e-9, 1 - 1e-9)
-    )
-
-
-def _from_line(value: float, limits: tuple[float, float]) -> float:
-    """The inverse of `_to_line`."""
-    low, high = limits
-    return float(low + (np.exp(value) if np.isinf(high) else (high - low) * (1 + np.tanh(value)) / 2))
-
-
-def t_interval(values: Sequence[float], limits: Limits = None) -> Estimate:
-    """The mean of independent measurements, such as one a seed and corpus, with Student's t interval within
-    the `limits` of the measure."""
+def t_interval(values: Sequence[float]) -> Estimate:
+    """The mean of independent measurements, such as one a seed and corpus, with Student's t interval."""
     value = float(np.mean(values))
-    if limits and len(values) > 1:
-        _, *ends = t_interval(_to_line(values, limits))
-        return Estimate(value, *(_from_line(end, limits) for end in ends))
     if len(values) < 2 or np.isnan(value):
         return Estimate(value, np.nan, np.nan)
     half = -stats.t.ppf(TAIL, len(values) - 1) * stats.sem(values)
     return Estimate(value, value - half, value + half)
 
 
-def interval_over_seeds(
-    values: Sequence[float], samples: np.ndarray, conversations: int, limits: Limits = None
-) -> Estimate:
+def interval_over_seeds(values: Sequence[float], samples: np.ndarray, conversations: int) -> Estimate:
     """The interval of a mean over seeds, for other seeds and other conversations.
 
     The squared standard error is the variance between seeds over their number, plus the variance over resamples of the
@@ -102,14 +76,11 @@ def interval_over_seeds(
 
     Args:
         values: (seeds,) measured on all conversations. samples: (repetitions,) means over the same seeds, measured on
-            each resample. limits: of the measure, within which the interval stays.
+            each resample.
     """
     value, seeds = float(np.mean(values)), len(values)
     if seeds == 1 or np.isnan(value):
         return interval(value, samples, conversations)
-    if limits:
-        _, *ends = interval_over_seeds(_to_line(values, limits), _to_line(samples, limits), conversations)
-        return Estimate(value, *(_from_line(end, limits) for end in ends))
     parts = np.array([np.var(values, ddof=1) / seeds, np.nanvar(samples) * conversations / (conversations - 1)])
     error = parts.sum()
     if error == 0:

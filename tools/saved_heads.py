@@ -13,11 +13,12 @@ from data_utils import Corpus, DataOptions, Trajectory, TurnSet, read_corpus, sp
 from geli.heads import find_head, load_reward_head
 from geli.nets.features import TurnFeatures
 from geli.report.checks import conversations_seen, warn_of_leaks
-from geli.report.metrics import COLUMNS, HeldOut, Metric, metrics
+from geli.report.metrics import HeldOut, Metric, metrics
 from geli.reward import GELIReward
 from geli.run.errors import UserError
 from geli.statistics import interval_over_seeds, resample
 from models import RewardHead, head_rewards, predicted_returns
+from tools.limits import LIMITS, within
 from tools.tables import Row
 
 
@@ -221,7 +222,7 @@ def _measure(metric_of_seeds: list[Metric], weights: np.ndarray) -> _Measured:
 
 def _row(label: str, name: str, measured: _Measured, first: _Measured, conversations: int) -> Row:
     values, samples = measured
-    estimate = interval_over_seeds(values, samples.mean(axis=0), conversations, COLUMNS[name].limits)
+    estimate = within(LIMITS.get(name), interval_over_seeds, values, samples.mean(axis=0), conversations)
     difference = None
     if measured is not first:
         seeds = {len(values), len(first.values)} - {1}  # one seed, or a constant, is compared with all of the other's

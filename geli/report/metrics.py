@@ -15,7 +15,7 @@ import numpy as np
 from data_utils import NO_FACE, TurnSet
 from geli.data.candor import HAPPINESS
 from geli.run.distributed import available_cores
-from geli.statistics import Estimate, Limits, interval, resample
+from geli.statistics import Estimate, interval, resample
 
 Metric = Callable[[np.ndarray], np.ndarray]
 
@@ -213,42 +213,29 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 class Column(NamedTuple):
-    """How a metric is shown: name, name in LaTeX with the better direction, what it is, decimals; and its limits."""
+    """How a metric is shown: name, name in LaTeX with the better direction, what it is, decimals."""
 
     name: str
     latex: str
     meaning: str
     decimals: int = 3
-    limits: Limits = None
 
 
-_LOSS, _SHARE, _CORRELATION = (0.0, np.inf), (0.0, 1.0), (-1.0, 1.0)
 COLUMNS = {
     "ge_loss": Column(
-        "L_GE", r"$\mathcal{L}_{GE}\downarrow$", "L_GE: squared error of the predicted return, points²", 1, limits=_LOSS
+        "L_GE", r"$\mathcal{L}_{GE}\downarrow$", "L_GE: squared error of the predicted return, points²", 1
     ),
-    "ge_share": Column("of mean's", r"of mean's $\downarrow$", "L_GE as a share of the mean baseline's", limits=_LOSS),
-    "li_share": Column(
-        "L_LI of mean's",
-        r"$\mathcal{L}_{LI}$ of mean's $\downarrow$",
-        "L_LI as a share of the mean target's",
-        limits=_LOSS,
-    ),
+    "ge_share": Column("of mean's", r"of mean's $\downarrow$", "L_GE as a share of the mean baseline's"),
+    "li_share": Column("LI of mean's", r"LI of mean's $\downarrow$", "L_LI as a share of the mean target's"),
     "delta_li": Column(
         "Δr_LI", r"$\Delta\hat{r}_{LI}\uparrow$", "Δr_LI: reward of turns with a happy listener less that of the others"
     ),
-    "roc_auc": Column(
-        "ROC AUC", r"ROC AUC $\uparrow$", "area under the ROC curve: happy listeners by reward", limits=_SHARE
-    ),
-    "average_precision": Column("AP", r"AP $\uparrow$", "average precision: happy listeners by reward", limits=_SHARE),
-    "return_correlation": Column(
-        "ρ return", r"$\rho_R\uparrow$", "rank correlation of predicted return and score", limits=_CORRELATION
-    ),
-    "target_correlation": Column(
-        "ρ target", r"$\rho_{f}\uparrow$", "rank correlation of turn reward and LI target", limits=_CORRELATION
-    ),
+    "roc_auc": Column("ROC AUC", r"ROC AUC $\uparrow$", "area under the ROC curve: happy listeners by reward"),
+    "average_precision": Column("AP", r"AP $\uparrow$", "average precision: happy listeners by reward"),
+    "return_correlation": Column("ρ return", r"$\rho_R\uparrow$", "rank correlation of predicted return and score"),
+    "target_correlation": Column("ρ target", r"$\rho_f\uparrow$", "rank correlation of turn reward and LI target"),
     "truth_correlation": Column(
-        "ρ truth", r"$\rho_{r^*}\uparrow$", "rank correlation of turn reward and hidden reward", limits=_CORRELATION
+        "ρ truth", r"$\rho_{r^*}\uparrow$", "rank correlation of turn reward and hidden reward"
     ),
 }
 

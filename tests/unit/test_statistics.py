@@ -43,25 +43,6 @@ def test_a_t_interval_by_hand():
     assert np.isnan(t_interval([1.0]).low) and t_interval([1.0]).value == 1
 
 
-def test_intervals_stay_within_the_limits_of_a_measure():
-    # three correlations: the t interval of Fisher's z, which are arctanh's
-    z = np.arctanh([0.2, 0.5, 0.8])
-    low, high = np.tanh(stats.t.interval(0.95, 2, loc=z.mean(), scale=stats.sem(z)))
-    assert (
-        t_interval([0.2, 0.5, 0.8], (-1.0, 1.0)) == pytest.approx((0.5, low, high))
-        and t_interval([0.2, 0.5, 0.8]).high > 1
-    )
-    # shares: half of the logit; losses: the logarithm
-    shares = t_interval([0.01, 0.05, 0.2], (0.0, 1.0))
-    assert t_interval([0.01, 0.05, 0.2]).low < 0 < shares.low < shares.value < shares.high < 1
-    assert 0 < t_interval([1, 2, 30.0], (0.0, np.inf)).low < 11 < t_interval([1, 2, 30.0], (0.0, np.inf)).high
-    assert t_interval([1.0, 1.0, 1.0], (0.0, 1.0)) == pytest.approx((1, 1, 1))
-    samples = np.array([0.7, 0.99])
-    found, beyond = (interval_over_seeds([0.7, 0.98], samples, 10, limits) for limits in ((-1.0, 1.0), None))
-    assert found.low < found.value == 0.84 < found.high < 1 < beyond.high
-    assert interval_over_seeds([0.1], samples, 20, (-1.0, 1.0)) == interval(0.1, samples, 20)
-
-
 def test_an_interval_over_one_seed_is_that_of_its_conversations():
     samples = np.random.default_rng(0).normal(size=500)
     assert interval_over_seeds([0.1], samples, 20) == interval(0.1, samples, 20)
