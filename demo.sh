@@ -19,23 +19,20 @@ touch "$out/.made-by-demo"
 
 step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 data=(--data_dir "$out/candor" --output_dir "$out")
-stage2=(--redist_type RRD --reward_class overall_affect --model convo --batch_size 4 --K 160 --train_size 100
-    --train --val --small_model_shrink --epochs 16 --context_turns 3)
+small=(--preset small --small_model_shrink --val)
+stage2=(train_reward_GELI.py --train --train_size 100 "${small[@]}" "${data[@]}")
 
 step "Sample corpus, and small models trained on it"
 python tools/sample_candor.py "$out/candor" --tiny "$out/models"
 
 step "Stage 1: LI, from the listeners' faces"
-python train_reward_LI_only.py --reward_class overall_affect --model convo --batch_size 32 --K 32 --train_size 500 --val \
-    --small_model_shrink --lang_model_path "$out/models/bart" --learning_rate 1e-4 --epochs 3 --context_turns 3 \
-    --run_name demo-li "${data[@]}"
+python train_reward_LI_only.py "${small[@]}" --lang_model_path "$out/models/bart" --run_name demo-li "${data[@]}"
 
 step "Stage 2: GE alone, from the scores"
-python train_reward_GELI.py "${stage2[@]}" --lang_model_path "$out/models/bart" --run_name demo-ge "${data[@]}"
+python "${stage2[@]}" --lang_model_path "$out/models/bart" --run_name demo-ge
 
-# a normalized loss: as published, the GE part is hundreds of points² and drowns the LI part
 step "Stage 2: GELI, from both"
-python train_reward_GELI.py "${stage2[@]}" --affect_path demo-li --loss_scale normalized --run_name demo-geli "${data[@]}"
+python "${stage2[@]}" --affect_path demo-li --run_name demo-geli
 
 step "Stage 3: PPO on the GELI reward"
 python train_rl_GELI.py --model_name "$out/models/llama" --exp_name GELI --reward redistributed_reward --rf_model GELI \

@@ -36,7 +36,15 @@ from geli.rl.rollout import (
 from geli.run.distributed import gather_parts, local_part
 from geli.run.errors import UserError
 from geli.run.gradients import NotFinite, apply_gradients
-from geli.run.options import episode_length, fraction, non_negative_float, option, positive_float, positive_int
+from geli.run.options import (
+    episode_length,
+    fraction,
+    non_negative_float,
+    option,
+    positive_float,
+    positive_int,
+    preset_option,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses of reward training
@@ -219,6 +227,10 @@ def loss_scales(loss_scale: str, redist_type: str, ep_len: int | str, training: 
 class RewardTrainingOptions:
     """Training and validation of stages 1 and 2."""
 
+    preset: str | None = preset_option(
+        "learning rate, epochs and context (stage 2: batch size, epochs, context and, with LI, the loss scale) for "
+        "encoders of a few million parameters"
+    )
     val: bool = option(False, "evaluate on the validation conversations")
     val_all: bool = option(
         False, "with --val: on every conversation behind the training ones, not only on the last 50 (or tenth)"
@@ -430,6 +442,11 @@ class RewardHead(nn.Module):
     def sequential(self) -> bool:
         """Whether a turn's reward depends on the turns before it (see `Head`)."""
         return HEADS[self.config.head].rewards is not None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether its rewards stay between -1 and 1."""
+        return any(isinstance(layer, nn.Tanh) for layer in self.layers)
 
     @torch.no_grad()
     def init_constant(self, value: float) -> None:

@@ -29,6 +29,7 @@ from geli.run.options import (
     positive_float,
     positive_int,
     refuse,
+    with_preset,
 )
 from models import DECOMPOSITIONS, HEADS, HeadOptions, RewardHead, RewardTrainingOptions, head_config, refuse_unused
 
@@ -45,9 +46,7 @@ class GELITrainingOptions(RewardTrainingOptions):
     affect_path: str | None = option(
         None, "stage-1 run (name, or path of reward1_RUN) to start from; adds the LI loss", metavar="RUN"
     )
-    ge_weight: float | None = option(
-        None, "weight of GE; 1 - L is LI's (default: 0.5)", type=fraction, flag="--lambda", metavar="L"
-    )
+    ge_weight: float = option(0.5, "weight of GE; 1 - L is LI's", type=fraction, flag="--lambda", metavar="L")
     loss_scale: str = option(
         "raw",
         "normalized divides each loss by the variance of its own target over the training set",
@@ -82,19 +81,27 @@ class Options:
     run: RunOptions = RunOptions(save_steps=100)
 
 
+PRESETS = {  # choices of --preset; the loss is normalized, because GE's part in points² drowns LI's
+    None: Options(),
+    "small": Options(
+        data=DataOptions(context_turns=3),
+        training=GELITrainingOptions(learning_rate=5e-3, epochs=16, batch_size=4, loss_scale="normalized"),
+    ),
+}
 _HEAD_SWITCHES = " ".join(name for name, head in HEADS.items() if head.selectable)
 # options that only training reads
 _OF_TRAINING = (
     "affect_path batch_size contrastive curriculum curriculum_exposure encoder_learning_rate epochs ge_weight K "
-    f"learning_rate llm_shares loss_scale redist_type resume save_steps unfreeze {_HEAD_SWITCHES}"
+    f"learning_rate llm_shares loss_scale preset redist_type resume save_steps unfreeze {_HEAD_SWITCHES}"
 )
 
 
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """The options on the command line."""
     description = "Stage 2: learn turn rewards from the score (GE), with stage 1's affect (GELI) or without."
-    parser = build_parser(description, Options())
-    options = parse(parser, Options(), argv)
+    defaults = with_preset(PRESETS, argv)
+    parser = build_parser(description, defaults)
+    options = parse(parser, defaults, argv)
     training, decomposition = options.training, DECOMPOSITIONS[options.training.redist_type]
     if not training.train and not training.val:
         parser.error("nothing to do: give --train, --val or both")
@@ -116,9 +123,9 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         unused("llm_shares", "is for --redist_type LLM")
     elif not training.llm_shares:
         parser.error(f"--redist_type {training.redist_type} learns from a language model's shares: give --llm_shares")
-    if training.ge_weight is None:
-        options = replace(options, training=replace(training, ge_weight=0.5))
-    return options
+    if not training.affect_path:  # there is nothing to weigh against, whatever the preset says
+        training = replace(training, loss_scale="raw")
+    return replace(options, training=training)
 
 
 # Parsed before the imports below, which take seconds, so that --help and mistakes in options are answered at once.
@@ -132,8 +139,8 @@ from geli import heads
 from geli.data.shares import read_shares
 from geli.nets.encoder import TurnEncoder, open_encoder, place_encoder
 from geli.nets.features import TurnFeatures, encoder_fingerprint
-from geli.nets.pretrained import named_by_file
-from geli.report.checks import check_li_targets, conversations_seen, warn_of_leaks
+from geli.nets.pretrained import check_exists, named_by_file
+from geli.report.checks import check_li_targets, conversations_seen, warn_of_leaks, warn_of_scores_out_of_reach
 from geli.report.lineage import lineage_config
 from geli.report.rewards import RewardRun, affect_means, finish_run, measure, wandb_validation
 from geli.run.checkpoint import Checkpointer
@@ -160,6 +167,8 @@ def main(options: Options) -> None:
     saved, saved_path = load_saved(options)
     options = follow_saved(options, saved, saved_path)
     arguments, folder = flat(options), output_folder(options, saved_path)
+    if not saved:
+        check_exists(*options.encoder.source())
     lock = reward_run_to_resume(arguments, folder)
     corpus, training, validation = load_data(options, saved, saved_path)
     clock.lap("reading conversations")
@@ -171,6 +180,7 @@ def main(options: Options) -> None:
     head, metrics, paths = saved, {}, []
     if options.training.train:
         head = new_head(options, folder, tracker.name, saved, encoder, training)
+        warn_of_scores_out_of_reach(head, training, options.training.ep_len)
         kinds = ("reward1", "lang_model") if options.training.unfreeze else ("reward1",)
         paths = [folder / f"{kind}_{tracker.name}" for kind in kinds]
         metrics = train(options, head, features, training, validation, tracker, paths)
@@ -188,9 +198,9 @@ def main(options: Options) -> None:
         metrics["validation"]["ge_loss_of_training_mean"] = float(mean_score_errors.mean())
         clock.lap("validation")
     report = RewardRun(
-        title=title_of(head), stage=2, encoder=encoder.name, arguments=arguments, defaults=flat(Options()),
-        corpus=corpus, training=training, validation=validation, metrics=metrics, rewards=rewards, returns=returns,
-        paths=paths, started_from=saved_path, seconds=clock.seconds,
+        title=title_of(head), stage=2, method=method_of(head), encoder=encoder.name, arguments=arguments,
+        defaults=flat(Options()), corpus=corpus, training=training, validation=validation, metrics=metrics,
+        rewards=rewards, returns=returns, paths=paths, started_from=saved_path, seconds=clock.seconds,
     )  # fmt: skip
     finish_run(report, tracker, folder)
 
@@ -307,9 +317,13 @@ def new_head(
 
 def title_of(head: RewardHead) -> str:
     """The title of a run's report: the stage that trained the head, and how."""
-    config = head.config
-    method = f"{'GELI' if config.li else 'GE'}, {config.redist_type}" if config.stage == 2 else "LI"
-    return f"Stage {config.stage} ({method})"
+    decomposition = f", {head.config.redist_type}" if head.config.stage == 2 else ""
+    return f"Stage {head.config.stage} ({method_of(head)}{decomposition})"
+
+
+def method_of(head: RewardHead) -> str:
+    """What a head was trained on: LI, GE or GELI."""
+    return "LI" if head.config.stage == 1 else "GELI" if head.config.li else "GE"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,17 @@ from pathlib import Path
 from data_utils import DataOptions, SignalOptions, TurnSet, fingerprint, load_turns, rating_probability
 from geli.nets.options import EncoderOptions
 from geli.run.errors import run
-from geli.run.options import RunOptions, build_parser, flat, given_options, option, parse, positive_int, refuse
+from geli.run.options import (
+    RunOptions,
+    build_parser,
+    flat,
+    given_options,
+    option,
+    parse,
+    positive_int,
+    refuse,
+    with_preset,
+)
 from models import HeadOptions, RewardHead, RewardTrainingOptions, refuse_unused
 
 VALIDATE_EVERY = 500  # steps
@@ -53,10 +63,19 @@ class Options:
     published: PublishedOptions = PublishedOptions()
 
 
+PRESETS = {  # choices of --preset
+    None: Options(),
+    "small": Options(
+        data=DataOptions(context_turns=3), training=LITrainingOptions(learning_rate=1e-4, epochs=3),
+    ),
+}  # fmt: skip
+
+
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """The options on the command line."""
-    parser = build_parser("Stage 1: learn turn rewards from the listener's face (LI), encoder and head.", Options())
-    options = parse(parser, Options(), argv)
+    defaults = with_preset(PRESETS, argv)
+    parser = build_parser("Stage 1: learn turn rewards from the listener's face (LI), encoder and head.", defaults)
+    options = parse(parser, defaults, argv)
     unused = partial(refuse, parser, given_options(parser, argv))
     refuse_unused(unused, options.training, options.signal)
     if not options.training.val:
@@ -74,6 +93,7 @@ from geli.heads import load_reward_head, save_reward_head
 from geli.nets.batching import shuffled_batches
 from geli.nets.encoder import TurnEncoder, open_encoder
 from geli.nets.features import encode_together
+from geli.nets.pretrained import check_exists
 from geli.report.checks import check_li_targets
 from geli.report.rewards import RewardRun, affect_means, choose_turns, finish_run, measure, wandb_validation
 from geli.run.checkpoint import Checkpointer
@@ -91,6 +111,7 @@ def main(options: Options) -> None:
     seed_everything(options.run.seed)
     accelerator = make_accelerator(options.run.device, options.run.dtype)
     folder = Path(options.run.output_dir) / project_name(options)
+    check_exists(*options.encoder.source())
     lock = reward_run_to_resume(arguments, folder)
     corpus, training, validation = load_turns(
         options.data, options.signal, cache=options.run.cache_dir,
@@ -113,9 +134,9 @@ def main(options: Options) -> None:
         metrics["validation"], rewards, returns = found
         clock.lap("validation")
     report = RewardRun(
-        title="Stage 1 (LI)", stage=1, encoder=source, arguments=arguments, defaults=flat(Options()), corpus=corpus,
-        training=training, validation=validation, metrics=metrics, rewards=rewards, returns=returns, paths=paths,
-        started_from=None, seconds=clock.seconds,
+        title="Stage 1 (LI)", stage=1, method="LI", encoder=source, arguments=arguments, defaults=flat(Options()),
+        corpus=corpus, training=training, validation=validation, metrics=metrics, rewards=rewards, returns=returns,
+        paths=paths, started_from=None, seconds=clock.seconds,
     )  # fmt: skip
     finish_run(report, tracker, folder)
 

@@ -7,7 +7,6 @@ Writes `rlmf_weights/{exp_name}_{model_name}_{step}/` every `--save_steps` steps
 and value head.
 """
 
-import argparse
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +17,9 @@ from typing import NamedTuple
 
 from data_utils import DataOptions, load_prompts
 from geli.data.questions import QUESTIONS
-from geli.nets.options import SMOLLM2, Adapter, PolicyOptions
-from geli.nets.prompts import Prompt
-from geli.rl.reward_options import BASE, RF_MODELS, RewardOptions
+from geli.nets.options import INSTRUCTION, SMOLLM2, Adapter, PolicyOptions
+from geli.nets.prompts import Prompt, with_instruction
+from geli.rl.reward_options import BASE, RF_MODELS, HeadKind, RewardOptions
 from geli.rl.rollout import RandomScorer
 from geli.run.errors import UserError, run
 from geli.run.options import (
@@ -34,6 +33,7 @@ from geli.run.options import (
     parse,
     positive_float,
     positive_int,
+    with_preset,
 )
 from models import PPO, PPO_PRESETS, PPOConfig
 
@@ -150,6 +150,9 @@ class RLOptions:
     sft_learning_rate: float = option(
         1e-4, "initial learning rate of --sft_steps; decays linearly to 0", type=positive_float
     )
+    allow_constant_reward: bool = option(
+        False, "with --train: train even if the reward gives different answers the same score, which ends the run else"
+    )
     ppo_off: bool = option(False, "with --train: generate and score, without updates")
     val_prompts: int = option(96, "how many held-out prompts", type=positive_int)
     steps: int = option(200, "PPO steps", type=positive_int)
@@ -221,11 +224,17 @@ EFFECTS = (
     Effect(["sft_learning_rate"], lambda o: o.rl.sft_steps, "without --sft_steps"),
     Effect(["resume"], lambda o: o.trains or o.rl.sft_steps, "without --train"),
     Effect(
-        "steps save_steps learning_rate ppo_off trl num_generations num_layers_unfrozen".split() + _UPDATE + _LOOP,
+        "steps save_steps learning_rate ppo_off trl num_generations num_layers_unfrozen allow_constant_reward".split()
+        + _UPDATE
+        + _LOOP,
         lambda o: o.trains,
         "without RL, which takes --train and another --rf_model than base",
     ),
-    Effect(["learning_rate", *_UPDATE, *_LOOP], lambda o: not o.rl.ppo_off, "with --ppo_off, which updates nothing"),
+    Effect(
+        ["learning_rate", "allow_constant_reward", *_UPDATE, *_LOOP],
+        lambda o: not o.rl.ppo_off,
+        "with --ppo_off, which updates nothing",
+    ),
     Effect(["target_kl"], lambda o: not o.ppo.no_early_stopping, "with --no_early_stopping"),
     Effect(["target", "horizon"], lambda o: not o.ppo.fixed_kl_coef, "with --fixed_kl_coef"),
     Effect(["vf_coef", "cliprange_value"], lambda o: o.ppo.critic == "head", "with --critic ridge"),
@@ -255,17 +264,7 @@ _TRL_NAMES = {
 }  # fmt: skip
 
 
-POLICY_PRESETS = {None: PolicyOptions(), "small": PolicyOptions(lora_r=4, lora_alpha=8, num_layers_unfrozen=1)}
-
-
-def chosen_preset(argv: Sequence[str] | None) -> str | None:
-    """The value of `--preset`, which sets the defaults of other options; errors are left to the parser of them all."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--preset", choices=PPO_PRESETS)
-    try:
-        return parser.parse_known_args(argv)[0].preset
-    except argparse.ArgumentError:
-        return None
+SMALL_ADAPTER = PolicyOptions(lora_r=4, lora_alpha=8, num_layers_unfrozen=1)  # of --preset small
 
 
 def complaints(options: Options, given: set[str]) -> Iterator[str]:
@@ -306,8 +305,10 @@ def complaints(options: Options, given: set[str]) -> Iterator[str]:
 
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """The options on the command line."""
-    preset = chosen_preset(argv)
-    defaults = Options(policy=POLICY_PRESETS[preset], ppo=PPO_PRESETS[preset])
+    presets = {
+        name: Options(ppo=ppo, policy=SMALL_ADAPTER if name else PolicyOptions()) for name, ppo in PPO_PRESETS.items()
+    }
+    defaults = with_preset(presets, argv)
     parser = build_parser("Stage 3: align a language model with a reward head by PPO.", defaults)
     options = parse(parser, defaults, argv)
     for complaint in complaints(options, given_options(parser, argv)):
@@ -326,13 +327,17 @@ from accelerate.utils import broadcast_object_list
 
 from geli.distill import Distillation
 from geli.heads import find_head, is_finished, load_reward_head, saved_heads
-from geli.nets.policy import Policy, adapter_of, load_policy, trained_as
+from geli.nets.policy import Policy, TrainedAs, adapter_of, load_policy, trained_as
+from geli.nets.pretrained import check_exists
 from geli.nets.smollm2 import PACKAGE, make_smollm2
+from geli.report.checks import is_of_corpus
 from geli.report.lineage import lineage_config
+from geli.report.model_card import adapter_card
 from geli.report.policies import PolicyRun, finish_policy_run
+from geli.report.verdict import dead_rewards
 from geli.reward import GELIReward
 from geli.rl import trl_algorithms
-from geli.rl.evaluation import Comparison, Evaluation, evaluate_policy
+from geli.rl.evaluation import Comparison, Evaluation, evaluate_policy, score_together
 from geli.rl.outputs import OutputNames, Recorder, base_of, lock_outputs, newest_checkpoint, outputs_of
 from geli.rl.reward_functions import FunctionScorer
 from geli.run.checkpoint import Checkpointer
@@ -342,6 +347,8 @@ from geli.run.lock import RunLock, lock_to_resume
 from geli.run.sharding import shard
 from geli.run.tracking import Tracker
 from geli.run.training import Clock, Stage, train_steps
+
+ANSWERS_SCORED = 32  # human answers that a head must tell apart before a policy is trained on it
 
 
 def main(options: Options) -> None:
@@ -362,7 +369,10 @@ def main(options: Options) -> None:
     )  # fmt: skip
     score = load_score(options, accelerator, head_path) if options.scores else None
     gold = FunctionScorer(options.reward.gold_function, "--gold_function") if options.reward.gold_function else None
+    if options.trains and head_path:
+        stop_if_dead(options, score_some(score, prompts, accelerator))
     policy, checkpoint, warmed = start_policy(options, accelerator, names, resumed=bool(started))
+    prompts, held_out = ([with_instruction(p, policy.format.instruction) for p in part] for part in (prompts, held_out))
     if not started and (options.trains or rl.sft_steps) and is_main_process():
         lock = lock_outputs(names.folder, names.stem, lock)
     stem = names.report_stem(checkpoint, base=options.reward.rf_model == BASE)
@@ -370,7 +380,7 @@ def main(options: Options) -> None:
     described["lineage"] = lineage_config(head_path)
     tracker = Tracker("rlmf", names.folder, described, options.run, accelerator, lock)
     measured = Comparison(partial(evaluate, options, score, gold, held_out, accelerator), held_out)
-    paths, steps = [], []
+    paths, steps, problems, card = [], [], [], None
     if rl.sft_steps:
         if not warmed:
             policy = warm_start(options, accelerator, policy, prompts, tracker, names.sft_model)
@@ -381,12 +391,14 @@ def main(options: Options) -> None:
         measured.reference(policy)
     if rl.val:
         measured.human(score, gold, accelerator)
+        stop_if_dead(options, measured.rewards)
     clock.lap("evaluation before")
     if options.trains:
-        recorder = new_recorder(options, policy, tracker, names.folder, stem)
+        recorder = new_recorder(options, policy, tracker, names, head_path, counts)
         inputs = hash_inputs(prompts, head_path)
         ALGORITHMS[rl.algo].train(policy, score, prompts, recorder, accelerator, options, inputs)
-        paths, steps = paths + recorder.finish(), recorder.rows
+        paths, steps, problems = paths + recorder.finish(), recorder.rows, [*recorder.problems.values()]
+        card = recorder.card
         clock.lap("training")
     if options.evaluates and options.has_tuned_policy:
         measured.tuned(policy)
@@ -394,8 +406,8 @@ def main(options: Options) -> None:
     report = PolicyRun(
         stem=names.folder / stem, algo=rl.algo, arguments=arguments, defaults=flat(Options()), counts=counts,
         reward=reward_name(options, head_path) if options.scores else "not measured", head=head_path,
-        held_out=held_out, metrics=measured.metrics, texts=measured.texts, steps=steps, paths=paths,
-        seconds=clock.seconds,
+        held_out=held_out, metrics=measured.metrics, texts=measured.texts, steps=steps, problems=problems,
+        paths=paths, seconds=clock.seconds, card=card,
     )  # fmt: skip
     finish_policy_run(report, tracker)
 
@@ -409,12 +421,21 @@ def evaluate(options: Options, score, gold, held_out: list[Prompt], accelerator,
     )  # fmt: skip
 
 
-def new_recorder(options: Options, policy: Policy, tracker: Tracker, folder: Path, stem: str) -> Recorder:
+def new_recorder(
+    options: Options, policy: Policy, tracker: Tracker, names: OutputNames, head_path: Path | None, counts: dict
+) -> Recorder:
     """What records the training run."""
+    base, data = policy.model.peft_config["default"].base_model_name_or_path, Path(options.data.data_dir).name
+    about = {
+        "base model": base, "prompt format": policy.prompt_format, "instruction": policy.format.instruction,
+        "run": tracker.name, "algorithm": options.rl.algo,
+        "reward": reward_name(options, head_path), "data": data, **lineage_config(head_path), **counts,
+    }  # fmt: skip
+    card = partial(adapter_card, base=base, about=about, arguments=flat(options), defaults=flat(Options()))
     return Recorder(
-        policy, tracker, folder, stem, steps=options.rl.steps, algo=options.rl.algo,
+        policy, tracker, names.folder, names.stem, steps=options.rl.steps, algo=options.rl.algo,
         save_every=options.run.save_steps, target_kl_response=options.ppo.target,
-        saves=not options.rl.ppo_off,
+        saves=not options.rl.ppo_off, card=card,
     )  # fmt: skip
 
 
@@ -457,39 +478,82 @@ def find_reward(options: Options, resumed_head: str | None) -> Path | None:
         return None
     if resumed_head:
         path = Path(resumed_head)
+    elif reward.kind == "head":
+        path = find_head(reward.name, output_dir)
     else:
-        path = find_head(reward.name, output_dir) if reward.kind == "head" else newest_head(reward.name, output_dir)
+        path = newest_head(reward.name, output_dir, options.data)
     config = load_reward_head(path).config
     learned = f"LI from the {config.li_signal}" if config.li else "no LI"
     print(
         f"Reward head: {path} (stage {config.stage}, {config.redist_type or 'no decomposition'}, {learned}, "
         f"{config.reward_class or 'class not recorded'})"
     )
+    if not is_of_corpus(path, options.data.data_dir):
+        print(f"Warning: it was trained on another corpus than --data_dir {options.data.data_dir}")
     return path
 
 
-def newest_head(name: str, output_dir: str) -> Path:
-    """The newest head of the kind `RF_MODELS[name]` whose run has finished. Prints which newer ones are passed over."""
+def newest_head(name: str, output_dir: str, data: DataOptions) -> Path:
+    """The newest head of the kind `RF_MODELS[name]` for this corpus and question whose run has finished. Prints which
+    newer ones are passed over."""
     kind = RF_MODELS[name]
     found = [path for pattern in kind.folders for path in saved_heads(output_dir, pattern)]
     if kind.li_signal:
         found = [path for path in found if load_reward_head(path).config.li_signal == kind.li_signal]
-    unfinished = []
+    passed_over: list[tuple[Path, str]] = []
     for path in sorted(found, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True):
-        if is_finished(path):
-            for newer in unfinished:
-                print(f"--rf_model {name}: passed over {newer}, whose run has not finished (--reward_path takes it)")
-            return path
-        unfinished.append(path)
-    if unfinished:
+        if reason := not_taken(path, kind, data):
+            passed_over.append((path, reason))
+            continue
+        for newer, reason in passed_over:
+            print(f"--rf_model {name}: passed over {newer}, {reason} (--reward_path takes it)")
+        return path
+    if passed_over:
+        path, reason = passed_over[0]
+        advice = "finish it with its command and --resume" if "finished" in reason else f"train one with {kind.command}"
         raise UserError(
-            f"--rf_model {name}: expected a reward head of a finished run, found {unfinished[0]}, whose run has not "
-            "finished: finish it with its command and --resume, or use it all the same with --reward_path"
+            f"--rf_model {name}: expected a reward head of a finished run, for this corpus and question, found {path}, "
+            f"{reason}: {advice}, or use it all the same with --reward_path"
         )
     raise UserError(
         f"--rf_model {name}: expected a reward head {' or '.join(kind.folders)}/reward1_RUN under {output_dir}, found "
         f"none; train one with {kind.command}, or name one with --reward_path"
     )
+
+
+def not_taken(path: Path, kind: HeadKind, data: DataOptions) -> str | None:
+    """Why `--rf_model` does not take the head at `path`; None if it does, as published ones, which have no record."""
+    if not is_finished(path):
+        return "whose run has not finished"
+    if not path.with_name(f"{path.name}.json").is_file():
+        return None
+    asked, learned = kind.reward_class or data.reward_class, load_reward_head(path).config.reward_class
+    if learned not in (None, asked):
+        return f"which was trained for {learned}, not for --reward_class {asked}"
+    if not is_of_corpus(path, data.data_dir):
+        return f"which was trained on another corpus than --data_dir {data.data_dir}"
+    return None
+
+
+def score_some(score: Callable, prompts: list[Prompt], accelerator) -> list[float]:
+    """The rewards of at most `ANSWERS_SCORED` human answers, from all over the data."""
+    some = prompts[:: -(-len(prompts) // ANSWERS_SCORED)]
+    return score_together(score, some, [prompt.human for prompt in some], accelerator).tolist()
+
+
+def stop_if_dead(options: Options, rewards: Sequence[float]) -> None:
+    """Ends a run that would train on a reward that does not vary: `rewards` (n,) are of different answers.
+
+    Raises:
+        UserError: unless --allow_constant_reward was given.
+    """
+    dead = dead_rewards(float(np.mean(rewards)), float(np.std(rewards)))
+    trains = options.trains and options.has_tuned_policy
+    if dead and trains and len(rewards) > 1 and not options.rl.allow_constant_reward:
+        raise UserError(
+            f"the rewards of {len(rewards)} different answers are {dead}, so that no policy can learn from them: train "
+            "a head whose verdict is better (README), or give --allow_constant_reward to train all the same"
+        )
 
 
 def load_score(options: Options, accelerator, head_path: Path | None) -> Callable:
@@ -508,16 +572,11 @@ def start_policy(options: Options, accelerator, names: OutputNames, resumed: boo
     """The policy that the run starts from; the checkpoint that was loaded into it, for an evaluation without training;
     and whether it is the SFT model that a resumed run has made already."""
     source, checkpoint = options.policy.source(options.run.cache_dir), None
-    given = options.policy.prompt_format
-    prompt_format = given or "raw"
+    form = TrainedAs(options.policy.prompt_format or "raw", instruction=options.policy.instruction or INSTRUCTION)
     if options.has_tuned_policy and not options.trains:
         checkpoint = newest_checkpoint(names.folder, names.stem)
         source = base_of(checkpoint, names.sft_model) or source
-        prompt_format = trained_as(checkpoint).prompt_format
-        if given not in (None, prompt_format):
-            raise UserError(
-                f"--prompt_format {given}: {checkpoint} was trained with {prompt_format}: give that, or neither"
-            )
+        form = check_form(options.policy, checkpoint)
     warmed = bool(resumed and options.rl.sft_steps and names.sft_model.is_dir())
     if warmed:
         source = str(names.sft_model.resolve())
@@ -527,27 +586,39 @@ def start_policy(options: Options, accelerator, names: OutputNames, resumed: boo
     else:
         layers = options.policy.num_layers_unfrozen if warmed or not options.rl.sft_steps else 0  # SFT adapts all
         adapter = options.policy.adapter._replace(layers=layers)
-    policy = build_policy(options, accelerator, source, prompt_format, adapter)
+    policy = build_policy(options, accelerator, source, form, adapter)
     if checkpoint:
         policy.load(checkpoint)
     return policy, checkpoint, warmed
 
 
+def check_form(given: PolicyOptions, checkpoint: Path) -> TrainedAs:
+    """Prompt format and instruction of a checkpoint, which must be those that are `given`, if any."""
+    recorded = trained_as(checkpoint)
+    for name in ("prompt_format", "instruction"):
+        asked, trained = getattr(given, name), getattr(recorded, name)
+        if asked not in (None, trained):
+            raise UserError(f"--{name} {asked}: {checkpoint} was trained with {trained}: give that, or neither")
+    return recorded
+
+
 def make_local_model(options: Options) -> None:
-    """Makes SmolLM2 in the cache if it is asked for and not there yet."""
+    """Makes SmolLM2 in the cache if it is asked for and not there yet. Refuses a policy whose folder is not there."""
     if options.policy.model_name == SMOLLM2:
         folder = Path(options.policy.source(options.run.cache_dir))
         if is_main_process() and not folder.is_dir():
             print(f"{SMOLLM2}: making {folder} from the Python package {PACKAGE} …", flush=True)
             make_smollm2(folder)
         PartialState().wait_for_everyone()
+    check_exists(options.policy.source(options.run.cache_dir), "--model_name")
 
 
-def build_policy(options: Options, accelerator, source: str, prompt_format: str, adapter: Adapter) -> Policy:
+def build_policy(options: Options, accelerator, source: str, form: TrainedAs, adapter: Adapter) -> Policy:
     """The policy around the model `source` with a fresh adapter, on its device. Frozen weights are of the type that it
     computes in."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    policy = load_policy(source, adapter, dtype, options.run.trust_remote_code, prompt_format)
+    policy = load_policy(source, adapter, dtype, options.run.trust_remote_code, form.prompt_format)
+    policy.format.instruction = form.instruction
     policy.limit_responses(options.ppo.max_new_tokens)
     policy = shard(policy, accelerator)
     if policy.is_sharded and (not ALGORITHMS[options.rl.algo].shards or options.rl.sft_steps):
@@ -580,7 +651,8 @@ def warm_start(
     first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
     print(f"SFT: {first:.2f} nats a token in the first tenth of its steps, {last:.2f} in the last: {folder}")
     seed_everything(options.run.seed)  # dropout drew differently in every process, and adapters must start the same
-    return build_policy(options, accelerator, str(folder.resolve()), policy.prompt_format, options.policy.adapter)
+    form = TrainedAs(policy.prompt_format, instruction=policy.format.instruction)
+    return build_policy(options, accelerator, str(folder.resolve()), form, options.policy.adapter)
 
 
 def hash_inputs(prompts: list[Prompt], head_path: Path | None) -> dict[str, str]:

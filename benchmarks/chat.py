@@ -9,7 +9,11 @@ share of a reply's time.
 """
 
 import argparse
+import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
 
 import numpy as np
 import torch

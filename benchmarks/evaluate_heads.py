@@ -10,7 +10,11 @@ memory beyond the features.
 
 import argparse
 import resource
+import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whose modules are imported below
 
 import numpy as np
 import psutil

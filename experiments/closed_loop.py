@@ -35,7 +35,7 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("--save_steps", type=positive_int, help="steps between two checkpoints that are measured")
     parser.add_argument("--prompts", type=positive_int, help="held-out prompts of a seed")
     parser.add_argument("--target_kl", type=positive_float, help="nats a response at which policies are compared")
-    parser.add_argument("--device", help="as in the commands")
+    parser.add_argument("--device", help="of the commands: auto, cpu, cuda or mps")
     parser.add_argument("--dtype", help="of the policies, as in train_rl_GELI.py")
     parser.add_argument(
         "--evaluate", nargs=3, metavar=("REWARD", "ALGO", "SEED"), help="evaluate that finished run alone"

@@ -26,11 +26,11 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("out", type=Path, help="folder of everything; what is finished there is not run again")
     parser.add_argument("--data_dir", help="a corpus with a truth.csv (default: a sample corpus is made)")
     parser.add_argument("--lang_model_path", help="the encoder to start from (default: a small BART is trained)")
-    parser.add_argument("--context_turns", type=positive_int, default=3, help="turns of context before an agent turn")
+    parser.add_argument("--context_turns", type=positive_int, help="of context (default: that of --preset small)")
     parser.add_argument("--train_size", type=positive_int, default=500, help="training conversations")
     parser.add_argument("--seeds", type=seed, nargs="+", default=[0, 1, 2, 3, 4], help="seeds of training")
-    parser.add_argument("--epochs", type=positive_int, default=3, help="epochs of stage 1")
-    parser.add_argument("--learning_rate", default="1e-4", help="of stage 1")
+    parser.add_argument("--epochs", type=positive_int, help="of stage 1 (default: that of --preset small)")
+    parser.add_argument("--learning_rate", help="of stage 1 (default: that of --preset small)")
     parser.add_argument("--llm_shares", help="the shares.csv of apps/llm_shares (default: without that row)")
     options = parser.parse_args(argv)
     if bool(options.data_dir) != bool(options.lang_model_path):
@@ -49,8 +49,8 @@ from models import DECOMPOSITIONS
 from tools import tables
 from tools.saved_heads import Evaluation, Scorer, compare
 
-STAGE_2 = "--train --val --batch_size 4 --K 160 --epochs 16".split()
-STAGE_1 = "--val --small_model_shrink --batch_size 32 --K 32".split()
+STAGE_2 = "--preset small --train --val".split()
+STAGE_1 = "--preset small --val --small_model_shrink".split()
 
 
 def commands(
@@ -73,8 +73,7 @@ def commands(
         options += [] if row.head else ["--small_model_shrink"]
         yield f"GE:{kind}", f"ge-{kind}-{seed}", ["train_reward_GELI.py", *options, "--lang_model_path", encoder]
         for signal in LI_SIGNALS:
-            # with normalized losses GE and LI count alike; with raw ones GE, in points², is hundreds of times larger
-            start = ["--affect_path", f"li-{signal}-{seed}", "--loss_scale", "normalized"]
+            start = ["--affect_path", f"li-{signal}-{seed}"]
             yield f"GELI:{kind}×{signal}", f"geli-{kind}-{signal}-{seed}", ["train_reward_GELI.py", *options, *start]
 
 
@@ -92,9 +91,10 @@ def main(options) -> None:
     """Makes what is missing, runs the training commands that are not finished, and prints and writes the table."""
     out, runs = options.out, options.out / "runs"
     data_dir, encoder = (options.data_dir, options.lang_model_path) if options.data_dir else make_corpus(out)
-    common = ["--data_dir", data_dir, "--output_dir", runs, "--context_turns", options.context_turns, "--resume"]
-    common += ["--train_size", options.train_size]
-    stage_1 = ["--epochs", str(options.epochs), "--learning_rate", options.learning_rate]
+    common = ["--data_dir", data_dir, "--output_dir", runs, "--train_size", options.train_size, "--resume"]
+    common += ["--context_turns", options.context_turns] if options.context_turns else []
+    chosen = {"--epochs": options.epochs, "--learning_rate": options.learning_rate}
+    stage_1 = [str(word) for option in chosen.items() if option[1] for word in option]
     every = [run for number in options.seeds for run in commands(encoder, stage_1, number, options.llm_shares)]
     settings: dict[str, list[Path]] = {}
     for row, name, command in progress_bar(every, desc="comparing", unit="run"):

@@ -37,6 +37,7 @@ from experiments import plots
 from experiments.commands import finished_head, run_command
 from geli.run.console import format_table, progress_bar
 from geli.run.files import atomic_path
+from tools.limits import CORRELATION, within
 from tools.saved_heads import read_truth
 from tools.seeds import t_interval
 
@@ -80,15 +81,13 @@ def points() -> dict[Point, list[tuple[str, float]]]:
 
 def commands(out: Path, point: Point, number: int, encoder: Path) -> Iterator[tuple[str, list]]:
     """(run name, command) of the three runs of a point and seed."""
-    data = ["--data_dir", out / point.corpus(number), "--output_dir", out / "runs", "--context_turns", 3]
-    common = [*data, "--train_size", point.train_size, "--small_model_shrink", "--val", "--seed", number, "--resume"]
-    stage_1 = ["--batch_size", 32, "--epochs", 3, "--learning_rate", 1e-4, "--lang_model_path", encoder]
-    stage_2 = ["--train", "--batch_size", 4, "--epochs", 16]
+    common = ["--data_dir", out / point.corpus(number), "--output_dir", out / "runs", "--train_size", point.train_size]
+    common += ["--preset", "small", "--small_model_shrink", "--val", "--seed", number, "--resume"]
     li = point.run("LI", number)
-    yield li, ["train_reward_LI_only.py", *common, *stage_1]
-    yield point.run("GE", number), ["train_reward_GELI.py", *common, *stage_2, "--lang_model_path", encoder]
-    geli = [*common, *stage_2, "--affect_path", li, "--lambda", point.ge_weight, "--loss_scale", "normalized"]
-    yield point.run("GELI", number), ["train_reward_GELI.py", *geli]
+    yield li, ["train_reward_LI_only.py", *common, "--lang_model_path", encoder]
+    stage_2 = ["train_reward_GELI.py", *common, "--train"]
+    yield point.run("GE", number), [*stage_2, "--lang_model_path", encoder]
+    yield point.run("GELI", number), [*stage_2, "--affect_path", li, "--lambda", point.ge_weight]
 
 
 def make_corpus(out: Path, point: Point, number: int) -> None:
@@ -128,7 +127,7 @@ def main(options) -> None:
             for method in METHODS
         }
         for method, values in measured.items():
-            value, low, high = t_interval(values)
+            value, low, high = within(CORRELATION, t_interval, values)
             less = None if method == "GELI" else str(t_interval(measured["GELI"] - values))
             for axis, at in places:
                 row = {"axis": axis, "value": at, "method": method, "truth": value, "low": low, "high": high}

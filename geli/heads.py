@@ -141,8 +141,10 @@ def find_head(name: str, output_dir: str | Path, folders: str = "*") -> Path:
         names = ", ".join(head.name for head in inside) or "none"
         raise UserError(f"{path}: expected one reward head in this folder, found {names}; give the path of a file")
     known = sorted(path.name.removeprefix("reward1_") for path in heads)
+    others = [path for path in saved_heads(output_dir) if path.name == f"reward1_{name}"]
+    neither = f"only {others[0]}, which is of another stage," if others else "neither"
     raise UserError(
-        f"{name}: expected a run name or the path of a reward1_ file, found neither under {output_dir}; "
+        f"{name}: expected a run name or the path of a reward1_ file, found {neither} under {output_dir}; "
         f"runs there: {', '.join(known) or 'none'}"
     )
 

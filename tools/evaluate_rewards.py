@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 from geli.data.candor import TRANSCRIPTS
 from geli.data.questions import QUESTIONS
 from geli.run.errors import UserError, run
-from geli.run.options import file_name, new_parser, positive_int, seed
+from geli.run.options import file_name, new_parser, positive_int, runs_folder, seed
 
 
 def parse_options(argv: Sequence[str] | None = None):
@@ -25,7 +25,9 @@ def parse_options(argv: Sequence[str] | None = None):
     parser = new_parser("Measure saved reward heads on the same held-out conversations, with 95% intervals.")
     parser.add_argument("heads", nargs="+", metavar="[LABEL=]HEAD[,HEAD…]", help="heads; after a comma, other seeds")
     parser.add_argument("--data_dir", default="./candor", help="folder with one folder a conversation")
-    parser.add_argument("--output_dir", default=".", help="folder of the runs; the tables are written there, too")
+    parser.add_argument(
+        "--output_dir", default=runs_folder(), help="as of the three commands; the tables are written there, too"
+    )
     parser.add_argument("--name", default="rewards", type=file_name, help="of the tables: NAME.csv, .json, .md, .tex")
     parser.add_argument(
         "--reward_class", choices=QUESTIONS, metavar="CLASS", help="the score (default: that of the heads)"
@@ -41,8 +43,12 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("--lang_model_path", help="encoder of published heads, whose files record none")
     parser.add_argument("--repetitions", default=1000, type=positive_int, help="bootstrap resamples")
     parser.add_argument("--seed", default=0, type=seed, help="of the resamples")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="as in the commands")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="as in the commands")
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto is a GPU if there is one"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto is bfloat16 on a GPU that has it"
+    )
     parser.add_argument("--no_cache", action="store_true", help="neither read nor write OUTPUT_DIR/cache")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that an encoder brings along")
     return parser.parse_args(argv)

@@ -223,16 +223,20 @@ def main() -> None:
         help="also train a small BART and a small Llama into FOLDER (OUT_models if none is named)",
     )
     args = parser.parse_args()
-    out = Path(args.out)
-    require_empty_folder(out)
+    out, models = Path(args.out), Path(args.tiny or f"{args.out}_models")
     if args.turns < 10:
         raise UserError(f"--turns {args.turns}: at least 10 are needed for both people to speak")
-    write_corpus(out, args.conversations, args.turns, args.seed, args.face_noise)
-    print(f"Wrote {args.conversations:,} conversations to {out}, and the hidden rewards to {out / 'truth.csv'}")
-    if args.tiny is not None:
-        models = args.tiny or f"{out}_models"
+    if args.tiny is not None and (out / "truth.csv").is_file():  # written last
+        print(f"{out} has a sample corpus already, which is not written again", flush=True)
+    else:
+        require_empty_folder(out)
+        write_corpus(out, args.conversations, args.turns, args.seed, args.face_noise)
+        print(f"Wrote {args.conversations:,} conversations to {out}, and the hidden rewards to {out / 'truth.csv'}")
+    missing = [name for name in ("bart", "llama") if not (models / name).is_dir()]
+    if args.tiny is not None and missing:
+        print(f"Training {' and '.join(missing)} on it, small ones, into {models}: a few minutes …", flush=True)
         command = [sys.executable, Path(__file__).with_name("tiny_models.py"), out, models, "--seed", str(args.seed)]
-        sys.exit(subprocess.run(command, check=False).returncode)
+        sys.exit(subprocess.run(command + ["--only", *missing] * (len(missing) == 1), check=False).returncode)
 
 
 if __name__ == "__main__":

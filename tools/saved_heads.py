@@ -18,6 +18,7 @@ from geli.reward import GELIReward
 from geli.run.errors import UserError
 from geli.statistics import resample
 from models import RewardHead, head_rewards, predicted_returns
+from tools.limits import LIMITS, within
 from tools.seeds import interval_over_seeds
 from tools.tables import Row
 
@@ -222,7 +223,7 @@ def _measure(metric_of_seeds: list[Metric], weights: np.ndarray) -> _Measured:
 
 def _row(label: str, name: str, measured: _Measured, first: _Measured, conversations: int) -> Row:
     values, samples = measured
-    estimate = interval_over_seeds(values, samples.mean(axis=0), conversations)
+    estimate = within(LIMITS.get(name), interval_over_seeds, values, samples.mean(axis=0), conversations)
     difference = None
     if measured is not first:
         seeds = {len(values), len(first.values)} - {1}  # one seed, or a constant, is compared with all of the other's

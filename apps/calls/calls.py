@@ -101,7 +101,7 @@ def write_call(path: Path, call: Call, turns: Sequence[Utterance], faces: Mappin
     Raises:
         Dropped: if no face was found, or the conversation could not be read again.
     """
-    with atomic_folder(path) as temporary:
+    with atomic_folder(path, private=True) as temporary:
         frames = _frames(call, turns, faces) if faces else None
         write_conversation_of_frames(temporary, turns, frames, call.answers)
         read_conversation(temporary)

@@ -116,6 +116,7 @@ from apps.chat.web import serve
 from apps.packages import install, require
 from apps.sockets import listen
 from geli.heads import find_head
+from geli.nets.pretrained import check_exists
 from geli.reward import GELIReward
 from geli.run.distributed import make_accelerator
 from geli.run.errors import UserError
@@ -139,6 +140,7 @@ def load(options) -> tuple[Partner, GELIReward | None]:
     if options.compare and not is_checkpoint(options.weights):
         raise UserError(f"--compare: {options.weights} has no adapter, so there is no base policy beside it")
     accelerator, trust = make_accelerator(options.device, options.dtype, cpu_dtype="float32"), options.trust_remote_code
+    check_exists(options.weights, "--weights")
     head = find_reward(options)
     print(f"Loading {options.weights} …", flush=True)
     partner = load_partner(

@@ -53,7 +53,7 @@ class Collection:
             return None
         finished = talk.answers and len({turn.by_agent for turn in talk.turns if turn.utterance}) == 2
         path = (self.folder if finished else self.broken_off) / talk.id
-        with atomic_folder(path) as temporary:
+        with atomic_folder(path, private=True) as temporary:
             write_talk(temporary, talk)
         return path
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from geli.run.errors import UserError, run
-from geli.run.options import new_parser
+from geli.run.options import new_parser, runs_folder
 
 
 def parse_options(argv: Sequence[str] | None = None):
@@ -20,12 +20,16 @@ def parse_options(argv: Sequence[str] | None = None):
     parser = new_parser("Delete a person's conversations, and say which models were trained on them.")
     parser.add_argument("user", help="the person's id, as in the transcripts")
     parser.add_argument(
-        "--data_dir", type=Path, nargs="+", default=[Path("candor")], metavar="DIR", help="folders of conversations, "
-        "such as --data_dir of the three commands and --collect of the chat",
+        "--data_dir", type=Path, nargs="+", metavar="DIR", help="folders of conversations, such as "
+        "--data_dir of the three commands and --collect of the chat (default: candor)",
     )  # fmt: skip
-    parser.add_argument("--output_dir", type=Path, default=Path("."), help="as --output_dir of the three commands")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path(runs_folder()), help="as --output_dir of the three commands"
+    )
     parser.add_argument("--yes", action="store_true", help="do not ask")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.data_dir = options.data_dir or [Path("candor")]
+    return options
 
 
 # Parsed before the imports below, which take seconds, so that --help and mistakes in options are answered at once.

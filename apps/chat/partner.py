@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from geli.nets.options import SMOLLM2, PolicyOptions
 from geli.nets.policy import Policy, adapter_of, load_policy, trained_as
 from geli.nets.pretrained import named_by_file, recorded_base
-from geli.nets.prompts import Prompt
+from geli.nets.prompts import Prompt, with_instruction
 from geli.nets.smollm2 import make_smollm2
 from geli.rl.rollout import MARKERS, cut_responses
 from geli.run.errors import UserError
@@ -72,7 +72,8 @@ class Partner:
         for place in range(uniforms.shape[1]):
             with self._model(base):
                 if decoder is None:
-                    decoder = policy.decoder(*policy.tokenize([prompt]), room=uniforms.shape[1])
+                    told = with_instruction(prompt, policy.format.instruction)
+                    decoder = policy.decoder(*policy.tokenize([told]), room=uniforms.shape[1])
                 else:
                     decoder.read(token)
                 token = policy.sample(decoder.state, uniforms[:, place])
@@ -174,6 +175,7 @@ def load_partner(
             make_smollm2(base)
     policy = load_policy(base, adapter, dtype, trust_remote_code, prompt_format or "raw", option="--weights")
     if tuned:
+        policy.format.instruction = recorded.instruction
         policy.load(weights)
         policy.limit_responses(recorded.max_new_tokens)
     return Partner(

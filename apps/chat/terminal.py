@@ -248,8 +248,7 @@ def save(terminal: Terminal, arguments: str) -> None:
     path = Path(arguments or f"talk-{talk.id}.json")
     if arguments and path.exists():
         raise UserError(f"{path} exists; name a new file")
-    with atomic_path(path) as temporary:
-        temporary.touch(mode=0o600)
+    with atomic_path(path, private=True) as temporary:
         temporary.write_text(talk_record(talk), encoding="utf-8")
     print(f"Written: {path}")
 

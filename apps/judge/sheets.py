@@ -105,8 +105,7 @@ def write_sheets(out: Path, sheets: dict[str, list[dict[str, str]]], key: Key) -
         files[out / "sheets" / f"{rater}.csv"] = sheet_csv(rows)
         files[out / "sheets" / f"{rater}.html"] = render_page(rater, COLUMNS, rows)
     for path, content in files.items():
-        with atomic_path(path) as temporary:
-            temporary.touch(mode=0o600)
+        with atomic_path(path, private=True) as temporary:
             temporary.write_text(content, encoding="utf-8", newline="")
     return list(files)
 

@@ -130,15 +130,13 @@ def _score(dialogues: list[Dialogue], reward: GELIReward) -> pa.Table:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        temporary.touch(mode=0o600)  # it holds text
+    with atomic_path(path, private=True) as temporary:
         parquet.write_table(table, temporary, compression="zstd")
 
 
 def _join(paths: list[Path], out: Path, counts: Counts) -> None:
     """Writes the table from its parts, one at a time, and counts its rows."""
-    with atomic_path(out) as temporary:
-        temporary.touch(mode=0o600)
+    with atomic_path(out, private=True) as temporary:
         make = arrow_csv.CSVWriter if out.suffix == ".csv" else parquet.ParquetWriter
         compression = {} if out.suffix == ".csv" else {"compression": "zstd"}
         with make(temporary, COLUMNS, **compression) as writer:

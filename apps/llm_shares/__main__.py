@@ -60,8 +60,12 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("--estimate", action="store_true", help="say what it takes, and ask nothing")
     parser.add_argument("--log_text", action="store_true", help="let conversations be sent to the server")
     parser.add_argument("--seed", type=seed, default=0, help="of the server's sampling")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="as in the commands")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="as in the commands")
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto is a GPU if there is one"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto is bfloat16 on a GPU that has it"
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that a model brings along")
     options = parser.parse_args(argv)
     if bool(options.url) == bool(options.folder):

@@ -69,6 +69,9 @@ class Backend(Protocol):
     form: str
     max_tokens: int | None
 
+    def check(self, text: str, n: int) -> None:
+        """Raises a `UserError` if a request about n turns is known not to fit."""
+
     def ask(self, text: str, n: int) -> Reply:
         """The reply to a request about n turns.
 
@@ -105,6 +108,9 @@ class ServerBackend:
         self.identity = ["url", options.model, options.seed, options.max_tokens, options.schema]
         self.where, self.concurrency = server.host, options.concurrency
 
+    def check(self, text: str, n: int) -> None:
+        """How much fits is known to the server alone."""
+
     def ask(self, text: str, n: int) -> Reply:
         """The reply to one user message at temperature 0."""
         start = time.perf_counter()
@@ -139,10 +145,8 @@ class FolderBackend:
         self.identity = ["folder", weights_digest(model.state_dict(), model.config.to_json_string())]
         self.model, self.where = model.to(accelerator.device).eval(), name
 
-    @torch.inference_mode()
-    def ask(self, text: str, n: int) -> Reply:
-        """A line `turn: number` for each of n turns."""
-        start = time.perf_counter()
+    def check(self, text: str, n: int) -> None:
+        """Raises a `UserError` if a request about n turns and its answer are longer than the model's positions."""
         read = self._encode_request(text)
         positions = getattr(self.model.config, "max_position_embeddings", None) or 1 << 20
         if len(read) + 8 * n > positions:
@@ -150,6 +154,13 @@ class FolderBackend:
                 f"--folder {self.where}: a request has {len(read):,} tokens and its answer {8 * n:,}, the model has "
                 f"room for {positions:,}: give a smaller --window"
             )
+
+    @torch.inference_mode()
+    def ask(self, text: str, n: int) -> Reply:
+        """A line `turn: number` for each of n turns."""
+        start = time.perf_counter()
+        self.check(text, n)
+        read = self._encode_request(text)
         tokens_in, cache, lines = len(read), None, []
         for turn in range(1, n + 1):
             forced, numbers = self._candidates(turn)

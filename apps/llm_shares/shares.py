@@ -222,6 +222,9 @@ def share_out(
         trajectories, options.reward_class, options.window, options.overlap, options.li_text, backend.form
     )
     new = asker.unknown(windows)
+    if new:
+        longest = max(new, key=lambda window: len(window.text))
+        backend.check(longest.text, len(longest.turns))
     _announce(asker, windows, new, price)
     if only_estimate:
         return None

@@ -81,8 +81,7 @@ class ConversationCache:
         parquet.write_table(pa.Table.from_pylist(rows, self._schema), buffer, compression="zstd")
         content = buffer.getvalue().to_pybytes()
         private_folder(self.path.parent)
-        with atomic_path(self.path, every_process=True) as temporary:
-            temporary.touch(mode=0o600)
+        with atomic_path(self.path, every_process=True, private=True) as temporary:
             temporary.write_bytes(hashlib.sha256(content).digest() + content)
 
     def _read(self) -> dict[str, tuple[str, Conversation]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from geli.run.errors import UserError
-from geli.run.options import non_negative_int, option, positive_int
+from geli.run.options import non_negative_int, option, positive_int, text_or_file
 
 MAX_NEW_TOKENS = 128  # of a response
 DONE_EVERY = 4  # tokens between two checks of whether a response can stop
@@ -102,6 +102,13 @@ class PolicyOptions:
         "how the policy reads a conversation: raw: as text, as published; chat: as messages, by the tokenizer's chat "
         "template (default: raw; with --val or --generate alone that of the checkpoint)",
         choices=("raw", "chat"),
+    )
+    instruction: str | None = option(
+        None,
+        "what the policy is told before each conversation: a text, or a file with it (default: as published, a casual "
+        "conversation; with --val or --generate alone that of the checkpoint)",
+        type=text_or_file,
+        metavar="TEXT|FILE",
     )
     no_accel: bool = option(False, "one device, with LoRA r=24 alpha=48 instead of r=16 alpha=32")
     lora_r: int | None = option(None, "rank of the adapter (default: 16; with --no_accel 24)", type=positive_int)

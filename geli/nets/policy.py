@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from geli.nets.decoding import CausalDecoder, EncoderDecoder, left_aligned
-from geli.nets.options import DONE_EVERY, MAX_NEW_TOKENS, Adapter
+from geli.nets.options import DONE_EVERY, INSTRUCTION, MAX_NEW_TOKENS, Adapter
 from geli.nets.pretrained import check_adapter, check_adapter_weights, check_vocabulary, load_pretrained
 from geli.nets.prompts import PROMPT_FORMATS, ChatFormat, Prompt, PromptFormat
 from geli.nets.trunk import Trunk
@@ -35,10 +35,11 @@ VALUE_HEAD = "value_head.safetensors"  # in the folder of a saved policy
 
 
 class TrainedAs(NamedTuple):
-    """What a saved policy records: the form of its prompts, and the most tokens of its responses."""
+    """What a saved policy records: the form of its prompts, the most tokens of its responses, and its instruction."""
 
     prompt_format: str = "raw"
     max_new_tokens: int = MAX_NEW_TOKENS
+    instruction: str = INSTRUCTION
 
 
 class Policy(nn.Module):
@@ -338,15 +339,17 @@ class Policy(nn.Module):
                 "layer in a way that this program does not know; choose another policy"
             )
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, card: str = "") -> None:
         """Writes a PEFT adapter with its tokenizer and `value_head.safetensors`, which records the prompt format and
-        the most tokens of a response, atomically. Only the main process writes."""
+        the most tokens of a response, atomically. Only the main process writes. Args: card: the README."""
         if not is_main_process():
             return
-        recorded = TrainedAs(self.prompt_format, self.max_new_tokens)._asdict()
+        recorded = TrainedAs(self.prompt_format, self.max_new_tokens, self.format.instruction)._asdict()
         with atomic_folder(folder) as temporary:
             self.model.save_pretrained(temporary, save_embedding_layers=False)
             self.tokenizer.save_pretrained(temporary)
+            if card:
+                (temporary / "README.md").write_text(card, encoding="utf-8")
             save_file(
                 {k: v.detach().cpu().contiguous() for k, v in self.value_head.state_dict().items()},
                 temporary / VALUE_HEAD,
@@ -442,6 +445,7 @@ def trained_as(folder: str | Path) -> TrainedAs:
     try:
         found = TrainedAs(**json.loads(recorded))
         known = found.prompt_format in PROMPT_FORMATS and type(found.max_new_tokens) is int
+        known = known and isinstance(found.instruction, str)
     except (ValueError, TypeError, RecursionError):
         known = False
     if not known:

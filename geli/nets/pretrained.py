@@ -53,7 +53,8 @@ def load_pretrained(auto_class, name: str, option: str, trust_remote_code: bool 
         UserError: if it is refused, cannot be loaded, or lacks some of its weights.
     """
     quiet_transformers()
-    local = Path(name).is_dir()
+    local = _is_folder(name)
+    check_exists(name, option)
     check_model(name, option, trust_remote_code)
     missing = []
     try:
@@ -82,7 +83,9 @@ def load_pretrained(auto_class, name: str, option: str, trust_remote_code: bool 
         ) from None
     except Exception as error:  # other people's files can fail in any way
         kind = "folder" if local else "hub id (and no folder of that name is here)"
-        raise UserError(f"{option} {name}: this {kind} could not be loaded: {first_line(error)[:300]}") from None
+        hint = f"; run `hf download {name}` where there is a network, or name a folder"
+        reason = first_line(error)[:300] + hint * ("connect to" in str(error))
+        raise UserError(f"{option} {name}: this {kind} could not be loaded: {reason}") from None
     if missing:
         raise UserError(
             f"{option} {name}: its weights lack {len(missing)} that its config.json asks for, such as {min(missing)}"
@@ -90,6 +93,25 @@ def load_pretrained(auto_class, name: str, option: str, trust_remote_code: bool 
     if config is not None:
         check_finite(loaded, name, option)
     return loaded
+
+
+def check_exists(name: str, option: str) -> None:
+    """Refuses a name that can only be meant as a folder, and is none, because a hub would be asked for it: one with a
+    leading dot or slash or several slashes, or one in a folder that is here. Names what is in that folder.
+
+    Raises:
+        UserError: with these names.
+    """
+    path = Path(name)
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or (path.name != name and _is_folder(path.parent))
+    if not is_path or _is_folder(name) or (not name.startswith("/") and _find(name, "config.json", local=True)):
+        return
+    folder = next((parent for parent in path.parents if _is_folder(parent)), Path("."))
+    beside = sorted(found.name for found in folder.iterdir() if found.is_dir() and not found.name.startswith("."))
+    shown = ", ".join([*beside[:9], *(["…"] if len(beside) > 9 else [])])
+    raise UserError(
+        f"{option} {name}: expected a model's folder, found none; the folders in {folder}: {shown or 'none'}"
+    )
 
 
 def quiet_transformers() -> None:
@@ -282,7 +304,7 @@ def check_adapter_weights(model: PeftModel, folder: str | Path) -> dict[str, tor
 # Files
 
 
-def _is_folder(name: str) -> bool:
+def _is_folder(name: str | Path) -> bool:
     try:
         return Path(name).is_dir()
     except ValueError:  # a null character

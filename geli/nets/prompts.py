@@ -40,14 +40,22 @@ def prompt_text(context: str) -> str:
     return f"{INSTRUCTION}{context} AI:"
 
 
+def with_instruction(prompt: Prompt, instruction: str) -> Prompt:
+    """The prompt with `instruction` in its text in place of the published one."""
+    told = prompt.text.startswith(INSTRUCTION)
+    return prompt._replace(text=instruction + prompt.text.removeprefix(INSTRUCTION)) if told else prompt
+
+
 class PromptFormat(Protocol):
     """A form in which a language model reads prompts.
 
     Attributes:
         end: id of the token that is written behind a response; None if the tokenizer has none.
+        instruction: what the model is told before a conversation; the texts of prompts begin with the same.
     """
 
     end: int
+    instruction: str
 
     def encode(self, prompt: Prompt, limit: int) -> list[int]:
         """Token ids of a prompt, at most `limit`."""
@@ -63,6 +71,8 @@ class RawFormat:
         tokenizer: of the language model. continues: whether responses continue prompts, as a causal model's do.
     """
 
+    instruction = INSTRUCTION
+
     def __init__(self, tokenizer, continues: bool = True):
         self.tokenizer, self.continues = tokenizer, continues
 
@@ -77,10 +87,10 @@ class RawFormat:
         return tokens[:-1] if self.continues and tokens[-1:] == [self.end] and len(tokens) > 1 else tokens
 
     def encode(self, prompt: Prompt, limit: int) -> list[int]:
-        """Token ids. A prompt that is too long keeps `INSTRUCTION` and its end."""
+        """Token ids. A prompt that is too long keeps the instruction and its end."""
         tokens = self._tokens(prompt.text)
         if len(tokens) > limit:
-            instruction = self._tokens(INSTRUCTION)
+            instruction = self._tokens(self.instruction)
             common = takewhile(lambda both: both[0] == both[1], zip(instruction, tokens, strict=False))
             kept = min(sum(1 for _ in common), limit - 1)
             tokens = [*tokens[:kept], *tokens[kept - limit :]]
@@ -111,6 +121,8 @@ class ChatFormat:
     Raises:
         UserError: if it has no chat template, or one that fails or begins every response with a thought.
     """
+
+    instruction = INSTRUCTION
 
     def __init__(self, tokenizer, continues: bool = True):
         if not tokenizer.chat_template:
@@ -156,12 +168,12 @@ class ChatFormat:
             else:
                 joined.append({"role": role, "content": utterance})
         from_user = joined[1:] if joined and joined[0]["role"] == "assistant" else joined
-        system = {"role": "system", "content": INSTRUCTION}
-        first = "\n\n".join([INSTRUCTION, *(message["content"] for message in from_user[:1])])
+        system = {"role": "system", "content": self.instruction}
+        first = "\n\n".join([self.instruction, *(message["content"] for message in from_user[:1])])
         arrangements = ([system, *joined], [system, *from_user], [{"role": "user", "content": first}, *from_user[1:]])
         for messages in arrangements[:-1]:
             try:
-                if INSTRUCTION in self._prompt(messages):
+                if self.instruction in self._prompt(messages):
                     return messages
             except Exception:  # templates refuse messages by raising errors of any kind
                 continue

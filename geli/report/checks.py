@@ -9,8 +9,10 @@ from data_utils import SignalOptions, Trajectory, TurnSet
 from geli.data.candor import MIN_WORDS
 from geli.heads import encoder_of_head
 from geli.nets.pretrained import read_json
+from geli.report.verdict import SATURATED
 from geli.run.errors import UserError
-from models import RewardHeadConfig
+from geli.run.files import read_json_or_empty
+from models import RewardHead, RewardHeadConfig, length_of
 
 
 def conversations_seen(head_path: Path, config: RewardHeadConfig) -> frozenset[str]:
@@ -84,3 +86,25 @@ def check_li_targets(training: TurnSet, signal: SignalOptions) -> None:
             f"Warning: {what} has no reaction for most turns; do the times of transcript and faces agree (both in "
             "seconds from the beginning of the call)?"
         )
+
+
+def warn_of_scores_out_of_reach(head: RewardHead, training: TurnSet, ep_len: int | str) -> None:
+    """Prints a warning if rewards that end at 1 cannot add up to some of the scores."""
+    if not head.bounded:
+        return
+    needed = np.abs(training.scores / [length_of(ep_len, n) for n in np.diff(training.offsets)])
+    if share := np.mean(needed > SATURATED):
+        print(
+            f"Warning: --ep_len {ep_len}: {share:.0%} of the scores need rewards (score / L) that --{head.config.head} "
+            f"cannot give: {np.median(needed):.1f} in the middle, and its rewards end at 1, all alike there. Give an "
+            f"--ep_len above {training.scores.max():.0f}, or another head"
+        )
+
+
+def is_of_corpus(head_path: Path, data_dir: str) -> bool:
+    """Whether a head was trained on conversations of `data_dir`, or has no record that says on which."""
+    trained_on = read_json_or_empty(head_path.with_name(head_path.name + ".json")).get("training_conversations")
+    folder = Path(data_dir)
+    if not (isinstance(trained_on, list) and trained_on and folder.is_dir() and any(folder.glob("*/"))):
+        return True  # without conversations, reading them says what is wrong
+    return any((folder / str(name)).is_dir() for name in trained_on)

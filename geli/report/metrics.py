@@ -29,6 +29,7 @@ class HeldOut:
         happy, others: (N,) bool, whether the listener was happy, and whether not; both are False without faces.
         scores: (n,) R in points.
         truth: (N,) hidden rewards; None where they are not known.
+        targets: (N,) of the LI loss, NaN where they are not known; None: not measured against.
     """
 
     conversations: int
@@ -38,6 +39,7 @@ class HeldOut:
     others: np.ndarray
     scores: np.ndarray
     truth: np.ndarray | None = None
+    targets: np.ndarray | None = None
 
     @classmethod
     def from_turns(cls, turns: TurnSet, truth: np.ndarray | None = None):
@@ -47,21 +49,25 @@ class HeldOut:
         of_turn = np.repeat(of_trajectory, np.diff(turns.offsets))
         happy = turns.affects == HAPPINESS
         others = ~happy & (turns.affects != NO_FACE)
-        return cls(len(places), of_turn, of_trajectory, happy, others, turns.scores, truth)
+        return cls(len(places), of_turn, of_trajectory, happy, others, turns.scores, truth, turns.targets)
 
 
-def metrics(data: HeldOut, rewards: np.ndarray, returns: np.ndarray, baseline: float) -> dict[str, Metric]:
+def metrics(
+    data: HeldOut, rewards: np.ndarray, returns: np.ndarray, baseline: float, target: float | None = None
+) -> dict[str, Metric]:
     """The metrics of predicted rewards, by name.
 
     Args:
         rewards: (N,). returns: (n,) that they predict, in points. baseline: a constant prediction of R in points, the
-            mean score of the training conversations.
+            mean score of the training conversations. target: a constant prediction of LI's targets; None: those of
+            the turns are not used.
 
     Returns:
         `ge_loss`: mean of (R - return)², points². `ge_share`: as a share of the baseline's. `delta_li`: mean reward of
         turns with a happy listener less that of the others (the paper's Δr_LI). `roc_auc`, `average_precision`: of
         happy listeners. `return_correlation`: Spearman's, of returns and R. `truth_correlation`: Spearman's, of turn
-        rewards and hidden rewards; absent without truth.
+        rewards and hidden rewards; absent without truth. With a `target`, `li_share`: mean of (r - f)² as a share of
+        the constant's, and `target_correlation`: Spearman's, of turn rewards and targets.
     """
     rewards, returns = np.asarray(rewards, dtype=np.float64), np.asarray(returns, dtype=np.float64)
     errors, constant = (_Sums(data, (data.scores - value) ** 2, data.of_trajectory) for value in (returns, baseline))
@@ -76,6 +82,14 @@ def metrics(data: HeldOut, rewards: np.ndarray, returns: np.ndarray, baseline: f
         "average_precision": average_precision(*judged),
         "return_correlation": spearman(returns, data.scores, data.of_trajectory),
     }
+    if target is not None:
+        known = ~np.isnan(data.targets)
+        follows, fixed = (
+            _Sums(data, np.where(known, (data.targets - value) ** 2, 0.0), data.of_turn, known)
+            for value in (rewards, target)
+        )
+        found["li_share"] = lambda weights: _divide(follows.mean(weights), fixed.mean(weights))
+        found["target_correlation"] = spearman(rewards[known], data.targets[known], data.of_turn[known])
     if data.truth is not None:
         found["truth_correlation"] = spearman(rewards, data.truth, data.of_turn)
     return found
@@ -212,12 +226,14 @@ COLUMNS = {
         "L_GE", r"$\mathcal{L}_{GE}\downarrow$", "L_GE: squared error of the predicted return, points²", 1
     ),
     "ge_share": Column("of mean's", r"of mean's $\downarrow$", "L_GE as a share of the mean baseline's"),
+    "li_share": Column("LI of mean's", r"LI of mean's $\downarrow$", "L_LI as a share of the mean target's"),
     "delta_li": Column(
         "Δr_LI", r"$\Delta\hat{r}_{LI}\uparrow$", "Δr_LI: reward of turns with a happy listener less that of the others"
     ),
     "roc_auc": Column("ROC AUC", r"ROC AUC $\uparrow$", "area under the ROC curve: happy listeners by reward"),
     "average_precision": Column("AP", r"AP $\uparrow$", "average precision: happy listeners by reward"),
     "return_correlation": Column("ρ return", r"$\rho_R\uparrow$", "rank correlation of predicted return and score"),
+    "target_correlation": Column("ρ target", r"$\rho_f\uparrow$", "rank correlation of turn reward and LI target"),
     "truth_correlation": Column(
         "ρ truth", r"$\rho_{r^*}\uparrow$", "rank correlation of turn reward and hidden reward"
     ),

@@ -34,13 +34,14 @@ class Page:
 
     Attributes:
         title: what ran. summary: name -> value, the first lines. lineage: (label, file) of the runs that this one
-            started from, nearest first; a label without a file is not a link.
+            started from, nearest first; a label without a file is not a link. private: whether it quotes conversations.
     """
 
     title: str
     summary: dict[str, str]
     lineage: Sequence[tuple[str, Path | None]] = ()
     sections: Sequence[Section] = field(default_factory=tuple)
+    private: bool = False
 
 
 def write_page(page: Page, path: Path) -> Path:
@@ -54,8 +55,7 @@ def write_page(page: Page, path: Path) -> Path:
     environment.filters["embedded"] = lambda picture: base64.b64encode(picture.read_bytes()).decode()
     links = [(label, file and Path(os.path.relpath(file, path.parent)).as_posix()) for label, file in page.lineage]
     html = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page=page, links=links)
-    with atomic_path(path) as temporary:
-        temporary.touch(mode=0o600)  # names conversations, and with --log_text quotes them
+    with atomic_path(path, private=page.private) as temporary:
         temporary.write_text(html, encoding="utf-8", errors="replace")
     return path
 

@@ -49,39 +49,54 @@ def moving_mean(values: list[float], window: int) -> np.ndarray:
 # Reward heads
 
 
+REACTION_COLORS = {"pleased": GREEN, "neither": "#d0d0d0", "displeased": RED}
+
+
+def reactions(table):
+    """(names (N,), name -> color, what they are) of the user's reactions to turns: the listener's affect, or where no
+    faces are known the sign of LI's target. Unknown ones are empty."""
+    if (table["affect"] != "").any():
+        return table["affect"], AFFECT_COLORS, "the listener's affect"
+    names = (
+        table["target"].map({0: "neither"}).mask(table["target"] > 0, "pleased").mask(table["target"] < 0, "displeased")
+    )
+    return names.fillna(""), REACTION_COLORS, "the user's reaction, by LI's target"
+
+
 def turn_rewards(table, path: Path, conversations: int = 2) -> list[Path]:
-    """Predicted reward over time in the first `conversations` of `table`, with the listener's affect above it; returns
-    the paths of a PNG and a PDF.
+    """Predicted reward over time in the first `conversations` of `table`, with the reactions to the turns, where they
+    are known, above it; returns the paths of a PNG and a PDF.
 
     Args:
-        table: as in `val_turn_rewards_{run}.csv`, with conversation_id, start and stop (seconds), reward and affect,
-            which is empty where no face is known.
+        table: as in `val_turn_rewards_{run}.csv`, with conversation_id, start and stop (seconds), reward, target, and
+            affect, which is empty where no face is known.
     """
     from matplotlib.patches import Patch
 
     chosen = list(dict.fromkeys(table["conversation_id"]))[:conversations]
     figure, axes = new_figure(2 * len(chosen), 1, 9, 2.8 * len(chosen), heights=[1, 8] * len(chosen))
     seen: set[str] = set()
+    names, palette, what = reactions(table)
     for i, conversation in enumerate(chosen):
         affect, reward = axes[2 * i : 2 * i + 2, 0]
         rows = table[table["conversation_id"] == conversation].sort_values("start", kind="stable")
         middle = (rows["start"] + rows["stop"]) / 2
         width = np.maximum(rows["stop"] - rows["start"], 0.5)
-        colors = rows["affect"].map(AFFECT_COLORS).fillna("none")
-        affect.bar(middle, 1, width, color=colors)
+        affect.bar(middle, 1, width, color=names[rows.index].map(palette).fillna("none"))
         reward.sharex(affect)
-        affect.set_title(f"conversation {i + 1}: the listener's affect", fontsize=9, loc="left")
+        known = f": {what}" if (names != "").any() else ""
+        affect.set_title(f"conversation {i + 1}{known}", fontsize=9, loc="left")
         affect.set(yticks=[], ylim=(0, 1))
         affect.tick_params(bottom=False, labelbottom=False)
         affect.spines[:].set_visible(False)
         reward.bar(middle, rows["reward"], width, color=BLUE, edgecolor="white", lw=0.3)
         reward.axhline(0, color="black", lw=0.6)
         reward.set_ylabel("predicted reward")
-        seen |= set(rows["affect"])
+        seen |= set(names[rows.index])
     axes[-1, 0].set_xlabel("seconds; one bar for each agent turn (each speaker is the agent once)")
-    patches = [Patch(color=AFFECT_COLORS[name], label=name) for name in AFFECT_COLORS if name in seen]
+    patches = [Patch(color=palette[name], label=name) for name in palette if name in seen]
     if patches:
-        figure.legend(handles=patches, loc="outside upper right", ncols=len(patches), fontsize=8, frameon=False)
+        figure.legend(handles=patches, loc="outside upper left", ncols=4, fontsize=8, frameon=False)  # seen on a phone
     return save_both(figure, path)
 
 
@@ -97,9 +112,10 @@ def returns(true: np.ndarray, predicted: np.ndarray, path: Path) -> list[Path]:
 
 
 def affects(table, path: Path) -> list[Path]:
-    """The distribution of predicted rewards by the listener's affect, as boxes, of the `table` of `turn_rewards`;
-    returns the paths of a PNG and a PDF."""
-    groups = {name: table["reward"][table["affect"] == name].to_numpy() for name in AFFECT_COLORS}
+    """The distribution of predicted rewards by the user's reaction, as boxes, of the `table` of `turn_rewards`; returns
+    the paths of a PNG and a PDF."""
+    names, palette, _ = reactions(table)
+    groups = {name: table["reward"][names == name].to_numpy() for name in palette}
     groups = {name: rewards for name, rewards in groups.items() if len(rewards)}
     figure, [[axis]] = new_figure(1, 1, 5.4, 0.9 + 0.42 * len(groups))
     labels = [f"{name} ({len(rewards):,})" for name, rewards in groups.items()]
@@ -108,9 +124,9 @@ def affects(table, path: Path) -> list[Path]:
         medianprops={"color": "black"}, widths=0.6,
     )  # fmt: skip
     for box, name in zip(boxes["boxes"], groups, strict=True):
-        box.set_facecolor(AFFECT_COLORS[name])
+        box.set_facecolor(palette[name])
     axis.invert_yaxis()
-    axis.set(xlabel="predicted reward", ylabel="affect (turns)")
+    axis.set(xlabel="predicted reward", ylabel="reaction (turns)")
     return save_both(figure, path)
 
 

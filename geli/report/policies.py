@@ -1,6 +1,7 @@
 """What stage 3 reports: the record, the responses, pictures, and the page."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from geli.nets.prompts import Prompt
 from geli.report import plots
 from geli.report.lineage import lineage
 from geli.report.page import Page, Section, changed_options, seconds_table, write_page
-from geli.run.console import format_table
+from geli.report.verdict import policy_verdict
+from geli.run.console import format_table, format_written
 from geli.run.files import atomic_path, write_json
 from geli.run.tracking import Tracker, versions
 
+WHEN = ("before", "after", "gain", "human")  # columns of the table
 SAMPLES_SHOWN = 3  # responses that are printed
 PARTS = {  # of a PPO step, as logged -> as shown
     "seconds_generate": "generating", "seconds_forward": "log-probabilities and values",
@@ -31,7 +34,9 @@ class PolicyRun:
         head: the reward head's file; None for another reward. held_out: the prompts.
         metrics: `before` (the reference), `after` (the tuned policy), `gain` and `human`, where measured.
         texts: responses of `base` and `tuned` to the held-out prompts, where generated.
-        steps: rows that were recorded in training. paths: of what was written. seconds: part -> time.
+        steps: rows that were recorded in training. problems: what `diagnose` found in them, in words.
+        paths: of what was written. seconds: part -> time.
+        card: (name of an adapter's folder, what was measured) -> its README; None where none was written.
     """
 
     stem: Path
@@ -45,13 +50,31 @@ class PolicyRun:
     metrics: dict[str, dict]
     texts: dict[str, list[str]]
     steps: list[dict]
+    problems: Sequence[str]
     paths: list[Path]
     seconds: dict[str, float]
+    card: Callable[[str, dict], str] | None = None
+
+    @property
+    def on_card(self) -> dict[str, object]:
+        """What was measured, for the README of the last adapter."""
+        rows = metric_rows(self.metrics) if self.metrics else []
+        shown = {"verdict": self.verdict}
+        for row in rows:
+            name, *cells = (f"{cell:.4g}" if isinstance(cell, float) else cell for cell in row.values())
+            told = [f"{cell} {when}" for when, cell in zip(WHEN, cells, strict=True) if cell is not None]
+            shown[f"{name}, held-out prompts"] = ", ".join(told)
+        return shown
 
     @property
     def title(self) -> str:
         """Of the table and the page."""
         return f"Stage 3 ({self.algo.upper()}), {self.stem.name}"
+
+    @property
+    def verdict(self) -> str:
+        """What training changed, in words."""
+        return policy_verdict(self.metrics, self.problems)
 
     def path(self, ending: str) -> Path:
         """One of its files."""
@@ -67,33 +90,37 @@ def finish_policy_run(run: PolicyRun, tracker: Tracker) -> None:
         "versions": versions(),
         "held_out_prompts": len(run.held_out),
         "reward_head": run.head and str(run.head),
+        "verdict": run.verdict,
         "metrics": run.metrics,
         "data": run.counts,
     }
     write_json(run.path(".json"), record)
     run.paths.append(run.path(".json"))
     values = {f"val/{when}_{key}": value for when, found in run.metrics.items() for key, value in found.items()}
-    tracker.summary(values)
+    tracker.summary({**values, "verdict": run.verdict})
     if run.texts:
         _print_responses(run)
     pictures = write_pictures(run)
     tracker.log_pictures({f"report/{name}": path for name, (path, _) in pictures.items()})
     run.paths.append(write_page(policy_page(run, pictures), run.path("_report.html")))
+    for adapter in (path for path in run.paths if (path / "adapter_config.json").is_file()):
+        with atomic_path(adapter / "README.md") as temporary:
+            temporary.write_text(run.card(adapter.name, run.on_card), encoding="utf-8")
     tracker.finish()
-    print("\n".join(["Written:", *(f"  {path}" for path in run.paths)]))
+    print(f"{run.verdict}\n{format_written(run.paths)}")
 
 
 def _print_responses(run: PolicyRun) -> None:
     """Prints the first responses and the table of metrics; with `--generate` writes all responses."""
     table = response_table(run)
-    for row in table.head(SAMPLES_SHOWN).to_dict("records"):
+    shown = SAMPLES_SHOWN if run.arguments["log_text"] or sys.stdout.isatty() else 0  # a file may be read by others
+    for row in table.head(shown).to_dict("records"):
         answers = "".join(f"\n  {who + ':':7}{row[who]}" for who in ("human", *run.texts))
         print(f"\n…{row['prompt'][-160:]}{answers}")
     print(format_table(metric_rows(run.metrics), f"\n{run.title}, reward {run.reward}"))
     if run.arguments["generate"]:
         run.paths.append(run.path("_responses.csv"))
-        with atomic_path(run.paths[-1]) as temporary:
-            temporary.touch(mode=0o600)  # conversations: readable by their owner only
+        with atomic_path(run.paths[-1], private=True) as temporary:
             table.to_csv(temporary, index=False)
 
 
@@ -105,7 +132,7 @@ def response_table(run: PolicyRun) -> pd.DataFrame:
 
 def metric_rows(metrics: dict[str, dict]) -> list[dict]:
     """A row for each metric, with columns for the reference, the tuned policy, the gain and the human answers."""
-    columns = {when: _with_interval(metrics.get(when, {})) for when in ("before", "after", "gain", "human")}
+    columns = {when: _with_interval(metrics.get(when, {})) for when in WHEN}
     return [
         {"on held-out prompts": key, **{when: column.get(key) for when, column in columns.items()}}
         for key in columns["before"]
@@ -116,6 +143,8 @@ def _with_interval(found: dict) -> dict:
     """The metrics, with the reward and its interval in one cell."""
     low, high = found.get("reward_low"), found.get("reward_high")
     shown = {key: value for key, value in found.items() if key not in ("reward_low", "reward_high")}
+    if abs(shown.get("kl", 1.0)) < 1e-4:  # of the reference to itself: rounding
+        shown["kl"] = 0.0
     if low is not None:
         shown["reward"] = f"{found['reward']:.3f} [{low:.3f}, {high:.3f}]"
     return shown
@@ -150,8 +179,8 @@ def parts_of(run: PolicyRun) -> dict[str, float]:
 def policy_page(run: PolicyRun, pictures: dict[str, tuple[Path, str]]) -> Page:
     """The page of a run of stage 3."""
     summary = {
-        "policy": Path(run.arguments["model_name"]).name, "reward": run.reward, "algorithm": run.algo,
-        "data": Path(run.arguments["data_dir"]).name, "seed": str(run.arguments["seed"]),
+        "verdict": run.verdict, "policy": Path(run.arguments["model_name"]).name, "reward": run.reward,
+        "algorithm": run.algo, "data": Path(run.arguments["data_dir"]).name, "seed": str(run.arguments["seed"]),
         "steps": str(len(run.steps)), "held-out prompts": str(len(run.held_out)),
     }  # fmt: skip
     sections = [Section("What changed", pictures=list(pictures.values()))]
@@ -169,4 +198,4 @@ def policy_page(run: PolicyRun, pictures: dict[str, tuple[Path, str]]) -> Page:
         Section("Versions", rows=[{"package": k, "version": v} for k, v in versions().items()], folded=True),
     ]  # fmt: skip
     links = [(ancestor.label, ancestor.report) for ancestor in lineage(run.head)]
-    return Page(f"{run.title}, run {run.arguments['exp_name']}", summary, links, sections)
+    return Page(f"{run.title}, run {run.arguments['exp_name']}", summary, links, sections, run.arguments["log_text"])

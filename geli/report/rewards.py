@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ from geli.report import plots
 from geli.report.lineage import lineage
 from geli.report.metrics import COLUMNS, HeldOut, cell, estimates, metrics
 from geli.report.page import Page, Section, changed_options, seconds_table, write_page
-from geli.run.console import format_table
+from geli.report.verdict import reward_verdict
+from geli.run.console import format_table, format_written
 from geli.run.errors import UserError
 from geli.run.files import atomic_path, write_json
 from geli.run.run_names import record_path, report_path
 from geli.run.tracking import Tracker, versions
+from geli.statistics import Estimate
 from models import RewardHead, head_rewards, predicted_returns
 
 BAR_CHARTS = 4  # validation trajectories that `--bar_chart` shows
@@ -44,7 +47,8 @@ def evaluate(turns: TurnSet, rewards: np.ndarray, returns: np.ndarray, chosen: n
     Returns:
         ge_loss (points squared) and li_loss: means over trajectories. roc_auc_happy: how well the reward separates
         turns with a happy listener from the others. delta_li: their difference in mean reward. return_correlation:
-        Spearman's, of predicted returns and scores. Mean rewards by affect. None where undefined, as with one class.
+        Spearman's, of predicted returns and scores. reward_mean, and reward_spread: the standard deviation within a
+        trajectory, means over trajectories. Mean rewards by affect. None where undefined, as with one class.
         What needs faces is measured on the conversations that have them.
 
     Raises:
@@ -59,6 +63,7 @@ def evaluate(turns: TurnSet, rewards: np.ndarray, returns: np.ndarray, chosen: n
     errors = (rewards - turns.targets) ** 2
     parts = [turns.turns_of(i) for i in range(len(turns.trajectories))]
     li = [errors[part][chosen[part]].mean() for part in parts if not np.isnan(errors[part]).any()]
+    of_each = [rewards[part][chosen[part]] for part in parts]
     chosen = chosen & (turns.affects != NO_FACE)
     happy, rewards = turns.affects[chosen] == HAPPINESS, rewards[chosen]
     both_classes = happy.any() and not happy.all()
@@ -68,6 +73,8 @@ def evaluate(turns: TurnSet, rewards: np.ndarray, returns: np.ndarray, chosen: n
         "roc_auc_happy": float(roc_auc_score(happy, rewards)) if both_classes else None,
         "delta_li": float(rewards[happy].mean() - rewards[~happy].mean()) if both_classes else None,
         "return_correlation": spearman(turns.scores, returns),
+        "reward_mean": float(np.mean([some.mean() for some in of_each])),
+        "reward_spread": float(np.mean([some.std() for some in of_each])),
         **affect_means(rewards, turns.affects[chosen], "reward"),
     }
 
@@ -145,7 +152,8 @@ class RewardRun:
     """A run of stage 1 or 2 as it is reported.
 
     Attributes:
-        title: of the closing table. stage: of the command that ran. encoder: hub id or folder that it started from.
+        title: of the closing table. stage: of the command that ran. method: LI, GE or GELI, what its head learned.
+        encoder: hub id or folder that it started from.
         arguments: name -> value of every option. defaults: the same without a command line.
         corpus, training, validation: the data. metrics: what was measured; `validation` is what `evaluate` returned.
         rewards, returns: (N,) and (n,) predicted for validation; None without `--val`. paths: of what was written.
@@ -154,6 +162,7 @@ class RewardRun:
 
     title: str
     stage: int
+    method: str
     encoder: str
     arguments: dict
     defaults: dict
@@ -166,6 +175,21 @@ class RewardRun:
     paths: list[Path]
     started_from: Path | None
     seconds: dict[str, float]
+
+    @cached_property
+    def estimates(self) -> dict[str, Estimate]:
+        """The metrics with their intervals; empty without `--val`."""
+        if self.rewards is None:
+            return {}
+        scores, targets = float(self.training.scores.mean()), self.training.targets
+        target = None if np.isnan(targets).all() else float(np.nanmean(targets))
+        data = HeldOut.from_turns(self.validation)
+        return estimates(data, metrics(data, self.rewards, self.returns, scores, target))
+
+    @cached_property
+    def verdict(self) -> str:
+        """What was learned, in words."""
+        return reward_verdict(self.method, self.metrics.get("validation", {}), self.estimates)
 
 
 def finish_run(run: RewardRun, tracker: Tracker, folder: Path) -> None:
@@ -182,15 +206,15 @@ def finish_run(run: RewardRun, tracker: Tracker, folder: Path) -> None:
             rewards = run.rewards[run.validation.turns_of(i)]
             tracker.log_bars(f"val/rewards_by_turn_{i + 1}", {n + 1: float(r) for n, r in enumerate(rewards)})
     tracker.log_pictures({f"report/{name}": path for name, (path, _) in pictures.items()})
-    tracker.summary({f"final/{key}": value for key, value in measured.items()})
+    tracker.summary({**{f"final/{key}": value for key, value in measured.items()}, "verdict": run.verdict})
     run.paths.append(write_page(reward_page(run, tracker, pictures), report_path(folder, tracker.name)))
     path = record_path(folder, tracker.name)
     write_json(path, _record(run, tracker, folder))
     run.paths.append(path)
     tracker.finish()
-    rows = [{"measured on validation": key, "value": value} for key, value in measured.items()]
+    rows = [{"measured on validation": key, "value": value} for key, value in measured.items() if value is not None]
     print(format_table(rows or [{"measured": "nothing (no --val)"}], f"\n{run.title}, run {tracker.name}"))
-    print("\n".join(["Written:", *(f"  {path}" for path in run.paths)]))
+    print(f"{run.verdict}\n{format_written(run.paths)}")
 
 
 def write_pictures(run: RewardRun, tracker: Tracker, folder: Path) -> dict[str, tuple[Path, str]]:
@@ -198,9 +222,9 @@ def write_pictures(run: RewardRun, tracker: Tracker, folder: Path) -> dict[str, 
     caption)."""
     captions = {
         "learning": "Losses by optimizer step.",
-        "val_turn_rewards": "Predicted reward along two validation conversations, with the listener's affect above.",
+        "val_turn_rewards": "Predicted reward along two validation conversations, with the user's reactions above.",
         "val_returns": "The return that the turn rewards predict, against the score that was given.",
-        "val_affects": "Predicted rewards by the listener's affect: quartiles, and whiskers of 1.5 times their range.",
+        "val_affects": "Predicted rewards by the user's reaction: quartiles, and whiskers of 1.5 times their range.",
     }
     png = {name: folder / f"{name}_{tracker.name}.png" for name in captions}
     written = []
@@ -213,7 +237,7 @@ def write_pictures(run: RewardRun, tracker: Tracker, folder: Path) -> dict[str, 
             table.to_csv(temporary, index=False, float_format="%.6f", lineterminator="\n")
         written += [path, *plots.turn_rewards(table, png["val_turn_rewards"])]
         written += plots.returns(run.validation.scores, run.returns, png["val_returns"])
-        if (table["affect"] != "").any():
+        if (plots.reactions(table)[0] != "").any():
             written += plots.affects(table, png["val_affects"])
     run.paths += written
     return {name: (path, captions[name]) for name, path in png.items() if path in written}
@@ -234,7 +258,11 @@ def _record(run: RewardRun, tracker: Tracker, folder: Path) -> dict:
         "arguments": run.arguments,
         "seed": run.arguments["seed"],
         "versions": versions(),
+        "verdict": run.verdict,
         "metrics": run.metrics,
+        "intervals": {
+            name: [value if np.isfinite(value) else None for value in found] for name, found in run.estimates.items()
+        },
         "data": run.corpus.counts(),
         "dropped_conversations": dict(sorted(run.corpus.dropped.items())),
         "dropped_trajectories": dict(sorted(run.corpus.dropped_trajectories.items())),
@@ -253,6 +281,7 @@ def reward_page(run: RewardRun, tracker: Tracker, pictures: dict[str, tuple[Path
         for name, part in (("training", run.training), ("validation", run.validation))
     }
     summary = {
+        "verdict": run.verdict,
         "data": f"{Path(run.arguments['data_dir']).name}, score {run.arguments['reward_class']}", **sizes,
         "encoder": Path(run.encoder).name, "seed": str(run.arguments["seed"]),
         **{name: f"{value:.4g}" for name, value in run.metrics.items() if isinstance(value, (int, float))},
@@ -272,7 +301,7 @@ def reward_page(run: RewardRun, tracker: Tracker, pictures: dict[str, tuple[Path
         Section("Versions", rows=[{"package": k, "version": v} for k, v in versions().items()], folded=True),
     ]  # fmt: skip
     links = [(ancestor.label, ancestor.report) for ancestor in lineage(run.started_from)]
-    return Page(f"{run.title}: run {tracker.name}", summary, links, sections)
+    return Page(f"{run.title}: run {tracker.name}", summary, links, sections, run.arguments["log_text"])
 
 
 def measured_rows(run: RewardRun) -> list[dict]:
@@ -280,11 +309,11 @@ def measured_rows(run: RewardRun) -> list[dict]:
     data = HeldOut.from_turns(run.validation)
     mean = float(run.training.scores.mean())
     constant = (np.zeros(len(run.rewards)), np.full(len(run.returns), mean))
-    columns = [estimates(data, metrics(data, *part, mean)) for part in ((run.rewards, run.returns), constant)]
+    columns = [run.estimates, estimates(data, metrics(data, *constant, mean))]
     return [
-        {"metric": column.meaning, **{name: cell(found[metric], column.decimals) for name, found in
+        {"metric": column.meaning, **{name: cell(found.get(metric), column.decimals) for name, found in
          zip(("this head", "mean score"), columns, strict=True)}}
-        for metric, column in COLUMNS.items() if metric in columns[0]
+        for metric, column in COLUMNS.items() if str(columns[0].get(metric, "-")) != "-"
     ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from geli.data.words import count_words
 from geli.nets.policy import Policy
 from geli.nets.prompts import Prompt
 from geli.rl.rollout import distinct, draw_length, draw_uniforms, ended_themselves, logprobs_and_values, rollout
+from geli.run.console import progress_bar
 from geli.run.distributed import gather_parts, local_part
 from geli.statistics import mean_interval
 
@@ -42,23 +43,26 @@ class Comparison:
     Attributes:
         metrics: of the reference `before`, of the tuned policy `after`, their difference in reward `gain` with its
             `efficiency` (and `gold_efficiency`), and of the `human` answers, where measured.
-        texts: responses of `base` and `tuned`.
+        texts: responses of `base` and `tuned`. rewards: of the reference's responses and the human answers.
     """
 
     def __init__(self, evaluate: Callable, prompts: Sequence[Prompt]):
         self.evaluate, self.prompts = evaluate, prompts
         self.metrics: dict[str, dict] = {}
         self.texts: dict[str, list[str]] = {}
+        self.rewards: list[float] = []
 
     def reference(self, policy: Policy) -> None:
         """Measures the reference policy."""
         with policy.reference():
-            self.metrics["before"], self.texts["base"], self._rewards = self.evaluate(policy)
+            self.metrics["before"], self.texts["base"], rewards = self.evaluate(policy)
+        self.rewards += rewards or []
 
     def human(self, score: Callable, gold: Callable | None, accelerator: Accelerator) -> None:
         """Measures the human answers."""
         answers = [prompt.human for prompt in self.prompts]
         rewards = score_together(score, self.prompts, answers, accelerator).tolist()
+        self.rewards += rewards
         self.metrics["human"] = reward_with_interval(rewards, self.prompts)
         if gold:
             self.metrics["human"]["gold"] = gold(self.prompts, answers).mean().item()
@@ -68,7 +72,7 @@ class Comparison:
         self.metrics["after"], self.texts["tuned"], rewards = self.evaluate(policy)
         if rewards:
             before, after = self.metrics["before"], self.metrics["after"]
-            gain = reward_with_interval(np.subtract(rewards, self._rewards), self.prompts)
+            gain = reward_with_interval(np.subtract(rewards, self.rewards[: len(rewards)]), self.prompts)
             for name in ("reward", "gold"):
                 if name in after:
                     paid = efficiency(after[name] - before[name], before[f"{name}_std"], after["kl"])
@@ -94,7 +98,7 @@ def evaluate_policy(
     """
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     texts, kls, ended = [], [], []
-    for first in range(0, len(prompts), batch_size):
+    for first in progress_bar(range(0, len(prompts), batch_size), desc="answering held-out prompts", unit="batch"):
         batch = prompts[first : first + batch_size]
         uniforms = draw_uniforms(len(batch), draw_length(rng, min_new_tokens, max_new_tokens), generator)
         mine, my_uniforms = local_part(batch, accelerator), local_part(uniforms, accelerator)

@@ -1,6 +1,7 @@
 """The files that stage 3 writes: names, metrics, checkpoints, and moving the files of an earlier run aside."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from geli.run.lock import RunLock
 from geli.run.tracking import Tracker
 
 _PICTURES = r"_report\.html|(_ppo|_before_after)\.(png|pdf)"
+ON_CARD = ("score_mean", "human_score_mean", "kl", "response_length_mean", "distinct_2")  # of a step
 _OUTPUTS = rf"(_sft|_\d+|(_\d+_val|_base)?(\.json|_responses\.csv|{_PICTURES})|_steps\.csv)"
 
 
@@ -99,7 +101,10 @@ def newest_checkpoint(folder: Path, stem: str) -> Path:
     steps = [p.name.removeprefix(f"{stem}_") for p in folder.glob("*") if p.name.startswith(f"{stem}_")]
     steps = [int(step) for step in steps if step.isascii() and step.isdecimal()]
     if not steps:
-        raise UserError(f"--val without --train: expected a checkpoint {folder}/{stem}_STEP, found none; add --train")
+        raise UserError(
+            f"--val or --generate without --train: expected a checkpoint {folder}/{stem}_STEP, found none: add "
+            "--train, or give --rf_model base for the reference policy alone"
+        )
     return folder / f"{stem}_{max(steps)}"
 
 
@@ -111,27 +116,29 @@ class Recorder:
         steps: of the run. algo: its name, for the progress bar.
         save_every: steps between two saved policies. target_kl_response: in nats a response, see `diagnose`.
         saves: False saves no policy, for a run that does not change it.
+        card: (name of a folder, what was measured) -> the README of the policy in it.
     """
 
     def __init__(
         self, policy: Policy, tracker: Tracker, folder: Path, stem: str, *, steps: int, algo: str,
-        save_every: int, target_kl_response: float, saves: bool = True,
+        save_every: int, target_kl_response: float, saves: bool = True, card: Callable[[str, dict], str],
     ):  # fmt: skip
         self.policy, self.tracker, self.folder, self.stem = policy, tracker, folder, stem
         self.steps, self.save_every, self.target_kl_response, self.saves = steps, save_every, target_kl_response, saves
+        self.card = card
         self.rows: list[dict] = []
         self.checkpoint: Path | None = None
-        self._warned: set[str] = set()
+        self.problems: dict[str, str] = {}  # check of `diagnose` -> what it said first
         self._bar = progress_bar(total=steps, desc=f"stage 3 ({algo.upper()})", unit="step")
 
     def state_dict(self) -> dict:
-        """The metrics so far, the warnings given, and the last checkpoint."""
+        """The metrics so far, the problems found, and the last checkpoint."""
         checkpoint = str(self.checkpoint) if self.checkpoint else None
-        return {"rows": self.rows, "warned": sorted(self._warned), "checkpoint": checkpoint}
+        return {"rows": self.rows, "problems": self.problems, "checkpoint": checkpoint}
 
     def load_state_dict(self, state: dict) -> None:
         """Restores the recorder."""
-        self.rows, self._warned = state["rows"], set(state["warned"])
+        self.rows, self.problems = state["rows"], state["problems"]
         self.checkpoint = Path(state["checkpoint"]) if state["checkpoint"] else None
         self._bar.update(len(self.rows))
 
@@ -148,8 +155,8 @@ class Recorder:
             )
         self.tracker.log({f"ppo/{name}": value for name, value in metrics.items()}, step)
         for check, problem in diagnose(self.rows, self.target_kl_response).items():
-            if check not in self._warned:  # once a run
-                self._warned.add(check)
+            if check not in self.problems:  # once a run
+                self.problems[check] = f"step {step}: {problem}"
                 self._bar.write(f"Step {step}: {problem}.")
         if step % self.save_every == 0 or step == self.steps or last:
             self._save(step)
@@ -167,7 +174,10 @@ class Recorder:
     def _save(self, step: int) -> None:
         if self.saves:
             self.checkpoint = self.folder / f"{self.stem}_{step}"
-            self.policy.save(self.checkpoint)
+            last = {
+                f"{name}, step {step} of training": self.rows[-1][name] for name in ON_CARD if name in self.rows[-1]
+            }
+            self.policy.save(self.checkpoint, self.card(self.checkpoint.name, last))
         with atomic_path(self.folder / f"{self.stem}_steps.csv") as temporary:
             pd.DataFrame(self.rows).to_csv(temporary, index=False, float_format="%.6g")
 

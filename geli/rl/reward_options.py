@@ -11,12 +11,14 @@ class HeadKind(NamedTuple):
 
     Attributes:
         folders: patterns of the folders that they are in. command: how to train one.
-        li_signal: the LI signal that they must have learned from; None: any.
+        li_signal: the LI signal that they must have learned from; None: any. reward_class: the question that they are
+        for; None: that of `--reward_class`.
     """
 
     folders: tuple[str, ...]
     command: str
     li_signal: str | None = None
+    reward_class: str | None = None
 
 
 _STAGE_2 = "train_reward_GELI.py --train --affect_path RUN"
@@ -37,7 +39,7 @@ RF_MODELS = {
     ),
     **{
         f"VFRRD_{short}": HeadKind(
-            (f"visual_feedback_baselines_*_{name}_baseline_*",), f"{_STAGE_2} --reward_class {name}"
+            (f"visual_feedback_baselines_*_{name}_baseline_*",), f"{_STAGE_2} --reward_class {name}", reward_class=name
         )
         for short, name in _SHORT_CLASSES.items()
     },
@@ -73,7 +75,8 @@ class RewardOptions:
     )
     rf_model: str = option(
         "GELI",
-        "of which kind the newest reward head under --output_dir is used; base: no RL, the reference policy",
+        "of which kind the newest reward head under --output_dir for this corpus and question is used; base: no RL, "
+        "the reference policy",
         choices=(*RF_MODELS, BASE),
     )
     reward_path: str | None = option(

@@ -4,6 +4,7 @@ They are written by `torch.save` into the run's folder (see `geli.run.lock`), an
 that loading one executes no code.
 """
 
+import os
 import random
 import signal
 import sys
@@ -42,6 +43,10 @@ _SAVED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_
 _OPTIMIZER_LOADED = StateDictOptions(full_state_dict=True, strict=False)
 
 
+class _StepStopped(BaseException):
+    """SIGTERM came in a step that can be given up."""
+
+
 class Checkpointer:
     """Saves a run at intervals, on SIGTERM and Ctrl-C, and before a step that fails; restores it bit for bit.
 
@@ -65,7 +70,7 @@ class Checkpointer:
         self.keep_copy = keep_copy
         self.saved: int | None = None  # the step of the newest checkpoint
         self._signal, self._signal_time = 0, 0.0
-        self._failed = False
+        self._failed = self._can_give_up = False
         self._good: tuple[int, dict | None, dict | None] = (0, None, None)  # step, random states, copy of the state
 
     def restore(self) -> int:
@@ -122,6 +127,25 @@ class Checkpointer:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around the computation of a step. SIGTERM gives it up if the state before it is kept: schedulers kill a job
+        some seconds later, and a step may take minutes. Several processes cannot end a step together: they finish it.
+
+        Raises:
+            Stopped: after SIGTERM.
+        """
+        kept = self.keep_copy or self.saved == self._good[0]
+        self._can_give_up = kept and self.accelerator.num_processes == 1 and not self._signal
+        try:
+            yield
+        except _StepStopped:
+            if self.saved != self._good[0]:
+                self._save()
+            raise self._stopped(signal.SIGTERM, self._good[0]) from None
+        finally:
+            self._can_give_up = False
+
     def done(self, step: int, save: bool = False) -> None:
         """Call after each step. Saves every `every` steps, after the last one, after a signal, or if `save` is set, as
         it must be when the step wrote a new best model. After a signal it ends the run (`Stopped`)."""
@@ -130,10 +154,11 @@ class Checkpointer:
         if step % self.every == 0 or step == self.total or number or save:
             self._save()
         if number:
-            raise Stopped(
-                f"stopped by {signal.Signals(number).name} after step {step:,} of {self.total:,}; {self._kept()}",
-                128 + number,
-            )
+            raise self._stopped(number, step)
+
+    def _stopped(self, number: int, step: int) -> Stopped:
+        name = signal.Signals(number).name
+        return Stopped(f"stopped by {name} after step {step:,} of {self.total:,}; {self._kept()}", 128 + number)
 
     def not_finite(self, what: str, step: int, ids: Sequence[str]) -> None:
         """Saves the state before `step` and ends the run by a `UserError`, because `what` is NaN or infinite. The names
@@ -157,9 +182,14 @@ class Checkpointer:
     def _on_signal(self, number: int, frame) -> None:
         """Remembers the first signal. A launcher may repeat it; a second Ctrl-C a second later ends the run at once."""
         if number == signal.SIGINT and self._signal and time.monotonic() - self._signal_time > 1:
-            raise KeyboardInterrupt
+            raise Stopped(f"stopped within a step; {self._kept()}", 128 + number)
+        if number == signal.SIGTERM and self._can_give_up:
+            self._can_give_up = False
+            raise _StepStopped
         if not self._signal:
             self._signal, self._signal_time = number, time.monotonic()
+            if is_main_process():  # a handler may not print: it can interrupt a print
+                os.write(2, b"\nStopping after this step; Ctrl-C again stops now.\n")
 
     def _keep(self, step: int) -> None:
         """Remembers the state after a step that succeeded."""

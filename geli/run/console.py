@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -23,6 +25,18 @@ def format_table(rows: list[dict], title: str = "") -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [" ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
     return "\n".join([title, *lines] if title else lines)
+
+
+def format_written(paths: Iterable[Path]) -> str:
+    """What was written: each folder once, with the names in it; a picture in several formats is one line."""
+    folders: dict[Path, dict[str, list[str]]] = {}
+    for path in paths:
+        kind = path.suffix if path.suffix in (".png", ".pdf") else ""
+        folders.setdefault(path.parent, {}).setdefault(path.name.removesuffix(kind), []).append(kind)
+    lines = ["Written:"]
+    for folder, names in folders.items():
+        lines += [f"  {folder}/", *(f"    {name}{', '.join(kinds)}" for name, kinds in names.items())]
+    return "\n".join(lines)
 
 
 def progress_bar(*args, **kwargs):

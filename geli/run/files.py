@@ -23,9 +23,13 @@ def temporary_name(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_path(path: str | Path, every_process: bool = False) -> Iterator[Path]:
+def atomic_path(path: str | Path, every_process: bool = False, private: bool = False) -> Iterator[Path]:
     """Yields a temporary path to write to. On success the file is flushed to disk and renamed to `path`; on failure it
     is removed. In a run of several processes only the main process' file is kept, unless `every_process` is set.
+
+    Args:
+        private: whether only its owner can read it, as a file with text of conversations; else the umask decides, also
+            where a library (safetensors) makes its files private.
 
     Raises:
         UserError: if it cannot be written, as on a full disk.
@@ -35,7 +39,11 @@ def atomic_path(path: str | Path, every_process: bool = False) -> Iterator[Path]
     try:
         with _write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            if private:
+                temporary.touch(mode=0o600)
             yield temporary
+            if not private:
+                _share(temporary)
             if every_process or is_main_process():
                 _flush(temporary)
                 os.replace(temporary, path)
@@ -45,9 +53,9 @@ def atomic_path(path: str | Path, every_process: bool = False) -> Iterator[Path]
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """As `atomic_path`, for a folder, which one process alone writes. An existing folder is renamed away, replaced, and
-    then removed."""
+def atomic_folder(path: str | Path, private: bool = False) -> Iterator[Path]:
+    """As `atomic_path`, for a folder, which one process alone writes; the files of a `private` one keep the modes that
+    they are written with. An existing folder is renamed away, replaced, and then removed."""
     path = Path(path)
     temporary, old = temporary_name(path), None
     try:
@@ -55,6 +63,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
             for written in [*temporary.rglob("*"), temporary]:
+                if written.is_file() and not private:
+                    _share(written)
                 _flush(written)
             if path.exists():
                 old = temporary_name(path)
@@ -81,6 +91,14 @@ def _write_errors(path: Path) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: could not be written ({reason}); an earlier version of it is unchanged") from error
+
+
+def _share(path: Path) -> None:
+    """Gives a file the mode that the umask gives to new files."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    with suppress(OSError):  # a file system without modes; a file that was not written
+        path.chmod(0o666 & ~umask)
 
 
 def _flush(path: Path) -> None:

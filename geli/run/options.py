@@ -19,7 +19,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,17 @@ def file_name(text: str) -> str:
     if not text or text.startswith(".") or any(c in text for c in "/\\\0") or text != text.strip():
         raise argparse.ArgumentTypeError(f"a plain name (no slashes, no leading dot) is expected, not {text!r}")
     return text
+
+
+def text_or_file(text: str) -> str:
+    """A text, or the content of the file of that name; not empty."""
+    try:
+        found = Path(text).read_text(encoding="utf-8").strip() if len(text) < 4096 and Path(text).is_file() else text
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: not a readable text file ({error})") from None
+    if not found.strip() or (text.endswith(".txt") and found is text):
+        raise argparse.ArgumentTypeError(f"a text, or an existing file with one, is expected, not {text!r}")
+    return found.strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,6 +158,26 @@ def parse(parser: argparse.ArgumentParser, options, argv: Sequence[str] | None =
     return dataclasses.replace(options, **groups)
 
 
+def preset_option(help: str):
+    """The option `--preset`, a field of an option group."""
+    return option(None, f"defaults of other options: small: {help} (default: as published)", choices=("small",))
+
+
+def with_preset(presets: Mapping[str | None, Any], argv: Sequence[str] | None = None):
+    """The options whose values are the defaults of a command line with this `--preset`.
+
+    Args:
+        presets: value of `--preset`, None without it -> options. A value that is not there is left to the parser.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset")
+    try:
+        chosen = parser.parse_known_args(argv)[0].preset
+    except argparse.ArgumentError:  # without a value
+        chosen = None
+    return presets.get(chosen, presets[None])
+
+
 def given_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> set[str]:
     """Names of the options that the command line (`argv`, by default that of the process) gives, with any value."""
     missing = object()
@@ -181,11 +212,22 @@ def _declared(options):
 # The options that all three stages have
 
 
+def runs_folder() -> str:
+    """The default of `--output_dir`: the environment variable GELIOUTPUT_DIR, else the nearest folder, from here up,
+    that has `rlmf_weights/`, else the current one."""
+    here = Path.cwd()
+    found = next((folder for folder in (here, *here.parents) if (folder / "rlmf_weights").is_dir()), here)
+    return os.environ.get("GELIOUTPUT_DIR") or os.path.relpath(found)
+
+
+OUTPUT_DIR = "(default: $GELIOUTPUT_DIR, else the nearest folder here or above that has rlmf_weights/, else here)"
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """How a command runs and where it writes."""
 
-    output_dir: str = option(".", "folder under which the output folders are made")
+    output_dir: str = option(runs_folder(), f"folder under which the output folders are made {OUTPUT_DIR}")
     run_name: str | None = option(None, "name of the run (default: wandb's, or one like it)", type=file_name)
     seed: int = option(0, "seed of every random choice", type=seed)
     device: str = option("auto", "auto is a GPU if there is one", choices=("auto", "cpu", "cuda", "mps"))

@@ -58,6 +58,8 @@ class Tracker:
         if is_main_process():
             self._start(project, folder, {**arguments, "processes": accelerator.num_processes}, run)
         self.name = broadcast_object_list([self.name])[0]
+        if is_main_process():
+            print(f"Run {self.name}, in {folder}", flush=True)
 
     def _start(self, project: str, folder: Path, arguments: dict, run: RunOptions) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,6 +131,9 @@ class Tracker:
         """Closes the run, after all its files were written, and removes its checkpoints and its lock."""
         if self._run:
             self._run.finish()
+            if self._run.settings.mode == "offline":
+                folder = Path(self._run.dir).parent
+                print(f"wandb: logged offline in {folder}; `wandb sync {folder}` sends it to the server")
         if self.lock:
             self.lock.remove()
 
@@ -151,7 +156,7 @@ def _init(project: str, folder: Path, arguments: dict, name: str | None, mode: s
         silent=True,
         init_timeout=30,  # seconds; after that the run is offline
     )
-    config = {key: _without_folders(value) for key, value in arguments.items()}
+    config = {key: without_folders(value) for key, value in arguments.items()}
     call = dict(project=project, name=name, dir=str(folder.parent), config=config, settings=settings)
     if resumed_id:
         call |= dict(id=resumed_id, resume="allow")
@@ -162,13 +167,13 @@ def _init(project: str, folder: Path, arguments: dict, name: str | None, mode: s
         return wandb.init(mode="offline", **{**call, "name": name or new_run_name(folder)})
 
 
-def _without_folders(value):
+def without_folders(value):
     """An option's value; of a path on this machine only the last part."""
     if isinstance(value, (list, tuple)):
-        return [_without_folders(item) for item in value]
+        return [without_folders(item) for item in value]
     if isinstance(value, str) and "=" in value:  # --trl NAME=VALUE
         name, _, value = value.partition("=")
-        return f"{name}={_without_folders(value)}"
+        return f"{name}={without_folders(value)}"
     is_path = isinstance(value, str) and "/" in value and (os.path.isabs(value) or os.path.exists(value))
     return os.path.basename(os.path.normpath(value)) if is_path else value
 

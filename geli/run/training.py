@@ -65,7 +65,8 @@ def train_steps(
     with checkpointer.watch() if checkpointer else nullcontext():
         for step in bar:
             try:
-                logged = stage.step(step)
+                with checkpointer.step() if checkpointer else nullcontext():
+                    logged = stage.step(step)
             except NotFinite as error:
                 if checkpointer is None:
                     raise

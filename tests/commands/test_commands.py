@@ -85,7 +85,8 @@ def test_reward_stages_write_the_promised_files(trained, sample, run, folder):
     out, printed = trained
     tables = [f"val_turn_rewards_{run}.csv", f"val_turn_rewards_{run}.png", f"val_returns_{run}.png"]
     for name in (f"reward1_{run}", f"reward1_{run}.json", *tables):
-        assert (out / folder / name).is_file() and str(out / folder / name) in printed[run].stdout
+        assert (out / folder / name).is_file() and f"\n    {name}" in printed[run].stdout
+    assert f"\n  {out / folder}/\n" in printed[run].stdout and record_of(out, run)["verdict"] in printed[run].stdout
     record = record_of(out, run)
     assert record["seed"] == 0 and record["arguments"]["reward_class"] == "overall_affect"
     assert record["versions"]["torch"] == torch.__version__

@@ -47,6 +47,17 @@ def test_nothing_refers_to_documents_that_are_not_in_the_repository():
     assert not [(path, name) for path in sources() for name in names if name in path.read_text(errors="replace")]
 
 
+def test_git_ignores_what_documented_commands_write():
+    """Conversations, and what quotes them, in the folders that the pages name."""
+    names = "talks casino planted sample sample_models candor_of_ours shares study cache wandb".split()
+    paths = [f"{name}/x" for name in names] + ["candor/x", "rlmf_weights/GELI_llama_responses.csv", "talk-1.json"]
+    paths += ["turn_rewards.parquet", "scored.csv", "chats.jsonl"]
+    asked = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True)
+    if asked.returncode == 128:
+        pytest.skip("this is no checkout")
+    assert asked.stdout.split() == paths
+
+
 def test_readme_is_short():
     assert (ROOT / "README.md").stat().st_size <= 10_240
 

@@ -20,7 +20,7 @@ def head(sample, tmp_path_factory):
 
 def test_trl(head, sample, tmp_path):
     policy = chat_model(small_model("llama", tmp_path / "llama", sample), tmp_path / "chat")
-    short = {"max_steps=100": "max_steps=1", "report_to=[]": "report_to=[], use_cpu=True, bf16=False"}
+    short = {"max_steps=100": "max_steps=1"}
     folder = {'"aligned"': repr(str(tmp_path / "aligned"))}
     ran = execute(TRL, RUN=str(head), MODEL=str(policy), **short, **folder)
     assert "rewards/GELIReward/mean" in ran["trainer"].state.log_history[0]

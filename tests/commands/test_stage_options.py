@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from turn_sets import trajectory, turn_set
 
 import train_rl_GELI
-from data_utils import make_trajectory, read_corpus, split, turn_text
+from data_utils import DataOptions, make_trajectory, read_corpus, split, turn_text
 from geli.data.candor import read_conversation
 from geli.data.questions import QUESTIONS
 from geli.data.shares import TrajectoryShares
@@ -507,14 +507,27 @@ def test_a_saved_head_is_not_measured_against_another_question(stages):
 def test_every_choice_of_reward_takes_the_newest_head_of_its_kind(tmp_path, capsys):
     stage_1 = RewardHeadConfig("small_model_shrink", 4, "x", False, 9, 2, 1, "overall_affect")
     stage_2 = replace(stage_1, stage=2, redist_type="RRD")
+    of = {name: replace(stage_2, reward_class=kind.reward_class) for name, kind in RF_MODELS.items()}
     heads = {
         "sentiment": ("SINGLE_INDEX_reward_function_a", replace(stage_1, li_signal="sentiment"), "sentiment"),
         "LI": ("SINGLE_INDEX_reward_function_b", stage_1, "face"),
         "GE": ("baselines_convo_overall_affect_baseline_RRD_K_160", replace(stage_2, li=False), None),
-        "VFRRD_funny": ("visual_feedback_baselines_convo_you_are_funny_baseline_RRD_K_160", stage_2, "face"),
-        "VFRRD_intelligent": ("visual_feedback_baselines_x_you_are_intelligent_baseline_RRD_K_160", stage_2, "face"),
-        "VFRRD_humble": ("visual_feedback_baselines_convo_you_are_humble_baseline_RRD_K_160", stage_2, "face"),
-        "VFRRD_sync": ("visual_feedback_baselines_x_our_thoughts_synced_up_sr1_baseline_RRD_K_1", stage_2, "face"),
+        "VFRRD_funny": ("visual_feedback_baselines_convo_you_are_funny_baseline_RRD_K_160", of["VFRRD_funny"], "face"),
+        "VFRRD_intelligent": (
+            "visual_feedback_baselines_x_you_are_intelligent_baseline_RRD_K_160",
+            of["VFRRD_intelligent"],
+            "face",
+        ),
+        "VFRRD_humble": (
+            "visual_feedback_baselines_convo_you_are_humble_baseline_RRD_K_160",
+            of["VFRRD_humble"],
+            "face",
+        ),
+        "VFRRD_sync": (
+            "visual_feedback_baselines_x_our_thoughts_synced_up_sr1_baseline_RRD_K_1",
+            of["VFRRD_sync"],
+            "face",
+        ),
         "GELI": ("visual_feedback_baselines_convo_overall_affect_baseline_RRD_K_160", stage_2, "face"),
     }
     assert set(heads) == set(RF_MODELS)
@@ -536,7 +549,7 @@ def test_every_choice_of_reward_takes_the_newest_head_of_its_kind(tmp_path, caps
         os.utime(path, (number, number))
         assert find(choice) == path
         said = f"(stage {config.stage}, {config.redist_type or 'no decomposition'}, "
-        said += f"{f'LI from the {learned}' if learned else 'no LI'}, overall_affect)"
+        said += f"{f'LI from the {learned}' if learned else 'no LI'}, {config.reward_class})"
         assert f"Reward head: {path} {said}" in capsys.readouterr().out
     assert find("base") == find("GELI")  # the reference policy is measured with GELI's reward
     assert find("GELI", "run1") == tmp_path / heads["LI"][0] / "reward1_run1"
@@ -567,7 +580,45 @@ def test_the_head_of_a_run_that_was_killed_is_not_taken(tmp_path, capsys):
     passed_over = re.findall(r"passed over .*/reward1_(\S+), whose run has not finished", capsys.readouterr().out)
     assert passed_over == ["killed-too", "killed"]
     (folder / "reward1_published").write_bytes(b"PK\x03\x04")  # the beginning of such a file
-    assert train_rl_GELI.newest_head("GELI", str(tmp_path)).name == "reward1_published"
+    assert train_rl_GELI.newest_head("GELI", str(tmp_path), DataOptions()).name == "reward1_published"
+
+
+def test_the_head_of_another_corpus_or_question_is_not_taken(tmp_path, capsys):
+    """Newest first: of another corpus, of another question, and one that fits; --reward_path takes what it names."""
+    folder, (mine, other) = tmp_path / "visual_feedback_baselines_x", (tmp_path / "mine", tmp_path / "other")
+    for path in (folder, mine / "a", other / "b", tmp_path / "third" / "c"):
+        path.mkdir(parents=True)
+    config = RewardHeadConfig("small_model_shrink", 4, "x", False, 9, 2, 2, "overall_affect", redist_type="RRD")
+    heads = [
+        ("fits", config, "a"),
+        ("question", replace(config, reward_class="i_like_you"), "a"),
+        ("corpus", config, "b"),
+    ]
+    for number, (run, of, conversation) in enumerate(heads):
+        save_reward_head(RewardHead(of), folder / f"reward1_{run}")
+        os.utime(folder / f"reward1_{run}", (number, number))
+        (folder / f"reward1_{run}.json").write_text(json.dumps({"training_conversations": [conversation, "gone"]}))
+
+    def find(data, **reward):
+        options = train_rl_GELI.Options()
+        options = replace(options, run=replace(options.run, output_dir=str(tmp_path)), data=data)
+        return train_rl_GELI.find_reward(replace(options, reward=replace(options.reward, **reward)), None).name
+
+    assert find(DataOptions(data_dir=str(mine))) == "reward1_fits"
+    printed = capsys.readouterr().out
+    assert (
+        "/reward1_corpus, which was trained on another corpus than --data_dir" in printed and "Warning" not in printed
+    )
+    assert "/reward1_question, which was trained for i_like_you, not for --reward_class overall_affect" in printed
+    assert find(DataOptions(data_dir=str(other))) == "reward1_corpus"
+    assert find(DataOptions(data_dir=str(mine), reward_class="i_like_you")) == "reward1_question"
+    with pytest.raises(
+        UserError, match=r"found .*reward1_corpus, which was trained on another corpus than .*--reward_path"
+    ):
+        find(DataOptions(data_dir=str(tmp_path / "third")))
+    capsys.readouterr()
+    assert find(DataOptions(data_dir=str(mine)), reward_path="corpus") == "reward1_corpus"
+    assert "Warning: it was trained on another corpus than --data_dir" in capsys.readouterr().out
 
 
 def test_rudder_scores_a_response_given_the_agent_turns_before_it(stages, sample):

@@ -147,7 +147,7 @@ def test_the_markers_are_in_all_that_could_leak(ran):
     responses = pd.read_csv(out / "rlmf_weights" / "GELI_llama_responses.csv")
     for who in ("prompt", "human", "base", "tuned"):  # and the policy says the marker
         assert responses[who].str.contains(TEXT).any(), who
-    assert TEXT in printed[2]  # sample responses, on the terminal alone
+    assert TEXT not in printed[2]  # sample responses are for a terminal alone
     table = next(out.glob("visual*/val_turn_rewards_geli.csv")).read_text()
     assert CONVERSATION in table and USER in table and TEXT not in table
 

@@ -268,5 +268,7 @@ def test_adapters_that_scale_in_another_way_are_refused(change, made, tmp_path):
 
 
 def test_a_missing_model_is_named_with_the_option(tmp_path):
-    with pytest.raises(UserError, match=r"--weights .*could not be loaded"):
+    with pytest.raises(
+        UserError, match=r"--weights .*/nothing: expected a model's folder, found none; the folders in "
+    ):
         load(tmp_path / "nothing")

@@ -23,6 +23,9 @@ class Scripted:
     def __init__(self, *replies):
         self.replies, self.asked = list(replies), []
 
+    def check(self, text, n):
+        pass
+
     def ask(self, text, n):
         self.asked.append(text)
         reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]

@@ -4,7 +4,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_utils import make_prompts, read_corpus, split
-from geli.nets import prompts as prompts_module
 from geli.nets.prompts import ChatFormat, Prompt, RawFormat
 from geli.run.errors import UserError
 
@@ -37,12 +36,12 @@ def tokenizer(tiny):
 
 
 @pytest.fixture
-def chat(tokenizer, monkeypatch):
-    monkeypatch.setattr(prompts_module, "INSTRUCTION", "Be kind.")
-
+def chat(tokenizer):
     def chat(template: str) -> ChatFormat:
         tokenizer.chat_template = template
-        return ChatFormat(tokenizer)
+        form = ChatFormat(tokenizer)
+        form.instruction = "Be kind."
+        return form
 
     return chat
 

@@ -15,7 +15,13 @@ STEPS = [
     for i in (1, 2, 3)
 ]  # fmt: skip
 REWARD = {"reward": 0.25, "reward_low": 0.1, "reward_high": 0.4}
-METRICS = {"before": {**REWARD, "kl": 0.0}, "after": {**REWARD, "kl": 4.0}, "gain": REWARD, "human": {"reward": 0.5}}
+DIVERSE = {"distinct_2": 0.9}
+METRICS = {
+    "before": {**REWARD, "kl": 0.0, **DIVERSE},
+    "after": {**REWARD, "kl": 4.0, **DIVERSE},
+    "gain": REWARD,
+    "human": {"reward": 0.5},
+}
 
 
 class Logged:
@@ -42,7 +48,7 @@ def policy_run(folder, **changes):
         stem=folder / "GELI_llama", algo="ppo", arguments={**defaults, "exp_name": "GELI"}, defaults=defaults,
         counts={"conversations": 4}, reward="reward1_geli", head=None, held_out=PROMPTS, metrics=METRICS,
         texts={"base": ["secret base"] * 4, "tuned": ["<b>secret</b>"] * 4}, steps=STEPS, paths=[],
-        seconds={"loading": 1.0, "training": 10.0},
+        problems=["step 20: KL runs away"], seconds={"loading": 1.0, "training": 10.0},
     )  # fmt: skip
     return PolicyRun(**{**values, **changes})
 
@@ -54,7 +60,7 @@ def test_the_table_has_a_column_for_each_policy_and_intervals_in_cells():
         "gain": "0.250 [0.100, 0.400]", "human": 0.5,
     }  # fmt: skip
     assert rows[1] == {"on held-out prompts": "kl", "before": 0.0, "after": 4.0, "gain": None, "human": None}
-    assert len(rows) == 2
+    assert len(rows) == 3
 
 
 def test_training_is_divided_into_the_parts_of_its_steps(tmp_path):
@@ -74,8 +80,15 @@ def test_everything_is_written_and_named(tmp_path, capsys):
     printed = capsys.readouterr().out
     for end in ends:
         path = tmp_path / f"GELI_llama{end}"
-        assert path.is_file() and str(path) in printed, end
+        assert path.is_file() and (path.stem if path.suffix in (".png", ".pdf") else path.name) in printed, end
     record = json.loads((tmp_path / "GELI_llama.json").read_text())
+    verdict = record["verdict"]
+    assert verdict.startswith("Better: +0.250 [0.100, 0.400]") and verdict.endswith(
+        "In training, step 20: KL runs away."
+    )
+    assert f"\n{verdict}\nWritten:" in printed and tracker.summaries["verdict"] == verdict
+    page = (tmp_path / "GELI_llama_report.html").read_text()
+    assert page.index("Better: +0.250") < page.index("<dt>policy</dt>")
     assert record["metrics"] == METRICS and record["versions"] == versions() and record["reward_head"] is None
     assert tracker.summaries["val/gain_reward"] == 0.25 and tracker.finished and len(tracker.pictures) == 2
 

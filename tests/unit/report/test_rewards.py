@@ -8,6 +8,7 @@ import pytest
 from turn_sets import trajectory, turn_set
 
 from data_utils import Corpus
+from geli.report import plots
 from geli.report.checks import conversations_seen, warn_of_leaks
 from geli.report.lineage import lineage, lineage_config
 from geli.report.rewards import (
@@ -44,6 +45,8 @@ def test_metrics_by_hand():
         "roc_auc_happy": 1,  # 0.5 and 0.4 are above all others
         "delta_li": pytest.approx(0.45 - 0.15),
         "return_correlation": pytest.approx(1),
+        "reward_mean": pytest.approx((0.3 + 0.225) / 2),
+        "reward_spread": pytest.approx((0.2 + 0.021875**0.5) / 2),  # 0.0725 - 0.225^2 in b
         "reward_neg_mean": 0,
         "reward_pos_mean": pytest.approx(0.45),
         "reward_neut_mean": pytest.approx(0.2),
@@ -74,10 +77,12 @@ def test_what_needs_faces_is_measured_where_there_are_faces():
     faceless = trajectory("c", 20.0, ["neutral"] * 2, no_faces="no such file")
     mixed, returns = turn_set(*TURNS.trajectories, faceless), np.array([70.0, 60.0, 10.0])
     before, found = evaluate(TURNS, REWARDS, returns[:2]), evaluate(mixed, np.append(REWARDS, [0.9, 0.9]), returns)
-    of_the_score = {"ge_loss": pytest.approx(200), "return_correlation": pytest.approx(0.5)}
-    assert found == before | of_the_score | {"return_correlation": spearman(mixed.scores, returns)}
+    of_the_score = {"ge_loss": pytest.approx(200), "return_correlation": spearman(mixed.scores, returns)}
+    of_the_rewards = {"reward_mean": pytest.approx(0.475), "reward_spread": before["reward_spread"] * 2 / 3}
+    assert found == before | of_the_score | {k: pytest.approx(v) for k, v in of_the_rewards.items()}
     alone = evaluate(turn_set(faceless, faceless), np.full(4, 0.9), np.array([70.0, 60.0]))
-    assert alone == {"ge_loss": 2050} | dict.fromkeys(["li_loss", "roc_auc_happy", "delta_li", "return_correlation"])
+    unknown = dict.fromkeys(["li_loss", "roc_auc_happy", "delta_li", "return_correlation"])
+    assert alone == {"ge_loss": 2050, "reward_mean": 0.9, "reward_spread": 0} | unknown
     assert wandb_validation(alone) == {"val/epoch_loss": 2050}
 
 
@@ -152,13 +157,16 @@ class Logged:
         self.finished = True
 
 
+VALIDATION = {"ge_loss": 250.0, "delta_li": None, "reward_mean": 0.25, "reward_spread": 0.2}
+
+
 def reward_run(started_from=None, **arguments):
     corpus = Corpus([], {"broken": "no survey.csv"}, {}, {})
     defaults = {"seed": 0, "log_text": False, "bar_chart": False, "data_dir": "candor", "reward_class": "affect"}
     return RewardRun(
-        title="Stage 2", stage=2, encoder="bart", arguments={**defaults, "seed": 3, **arguments}, defaults=defaults,
-        corpus=corpus, training=TURNS, validation=TURNS, rewards=REWARDS, returns=np.array([70.0, 60.0]), paths=[],
-        metrics={"steps": 7, "validation": {"ge_loss": 250.0, "delta_li": None}}, started_from=started_from,
+        title="Stage 2", stage=2, method="GELI", encoder="bart", arguments={**defaults, "seed": 3, **arguments},
+        defaults=defaults, corpus=corpus, training=TURNS, validation=TURNS, rewards=REWARDS, paths=[],
+        returns=np.array([70.0, 60.0]), metrics={"steps": 7, "validation": dict(VALIDATION)}, started_from=started_from,
         seconds={"reading": 1.0, "training": 3.0},
     )  # fmt: skip
 
@@ -168,13 +176,21 @@ def test_the_record_and_the_closing_table(tmp_path, capsys):
     finish_run(reward_run(), tracker, tmp_path)
     record = json.loads((tmp_path / "reward1_x.json").read_text())
     assert (record["run"], record["stage"], record["encoder"], record["seed"]) == ("x", 2, "bart", 3)
-    assert record["metrics"] == {"steps": 7, "validation": {"ge_loss": 250.0, "delta_li": None}}
+    assert record["metrics"] == {"steps": 7, "validation": VALIDATION}
     assert record["training_conversations"] == record["validation_conversations"] == ["a", "b"]
     assert record["dropped_conversations"] == {"broken": "no survey.csv"}
     assert record["versions"]["torch"] and record["data"]["dropped_conversations"] == 1
     printed = capsys.readouterr().out
-    assert "Stage 2, run x" in printed and "250" in printed and str(tmp_path / "reward1_x.json") in printed
-    assert tracker.finished and tracker.summaries == {"final/ge_loss": 250.0, "final/delta_li": None}
+    assert "Stage 2, run x" in printed and "250" in printed and printed.count(str(tmp_path)) == 1
+    assert f"  {tmp_path}/\n    learning_x.png, .pdf\n" in printed and printed.endswith("    reward1_x.json\n")
+    # squared errors 100 and 400, of the mean score 400 and 400; a resample may have one of the two alone
+    assert record["intervals"]["ge_share"] == pytest.approx([0.625, 0.25, 1.0])
+    verdict = record["verdict"]
+    assert verdict.startswith("Learned in part: L_GE is no lower than") and f"\n{verdict}\nWritten:" in printed
+    page = (tmp_path / "report_x.html").read_text()
+    assert page.index(verdict.replace("'", "&#39;")) < page.index("<dt>data</dt>")
+    assert tracker.finished and tracker.summaries.pop("verdict") == verdict
+    assert tracker.summaries == {f"final/{key}": value for key, value in VALIDATION.items()}
     assert not tracker.tables and not tracker.bars
 
 
@@ -197,8 +213,24 @@ def test_a_corpus_without_faces_has_a_report_without_them(tmp_path):
     assert b"3.000000,,,0.500000" in (tmp_path / "val_turn_rewards_x.csv").read_bytes()  # neither affect nor target
     assert sorted(path.name for path in tmp_path.glob("val_*.png")) == ["val_returns_x.png", "val_turn_rewards_x.png"]
     rows = {row["metric"].split(":")[0]: row["this head"] for row in measured_rows(run)}
-    assert rows["Δr_LI"] == rows["area under the ROC curve"] == rows["average precision"] == "-"
+    assert rows.keys() == {"L_GE"}  # the scores are all the same, too
     assert {row["listener"] for row in extreme_turns(run)} == {"-"}
+
+
+def test_a_corpus_without_faces_is_measured_by_the_signal_that_is_used(tmp_path, capsys):
+    turns = turn_set(*(trajectory(name, 80.0, ["neutral"] * 2, no_faces="no such file") for name in "abc"))
+    turns = replace(turns, targets=np.array([1, 0, 1, 0, 0, -1], dtype=np.float32))  # as of what the user says next
+    run = replace(reward_run(), training=turns, validation=turns, rewards=np.array([0.6, 0.1, 0.5, 0.2, 0.2, 0.1]))
+    run = replace(run, method="LI", returns=np.array([70.0, 60.0, 50.0]))
+    finish_run(run, Logged(), tmp_path)
+    assert (tmp_path / "val_affects_x.png").is_file() and "delta_li" not in capsys.readouterr().out
+    rows = {row["metric"]: row["this head"] for row in measured_rows(run)}
+    assert rows["rank correlation of turn reward and LI target"].startswith("0.890")
+    assert "L_LI as a share of the mean target's" in rows and not any("happy" in name for name in rows)
+    assert run.verdict.startswith("Learned: ") and "LI's targets are followed better than by chance" in run.verdict
+    names, _, what = plots.reactions(turn_table(turns, run.rewards))
+    assert names.tolist() == ["pleased", "neither", "pleased", "neither", "neither", "displeased"]
+    assert what == "the user's reaction, by LI's target"
 
 
 def test_the_page_tells_the_run_without_text(tmp_path):
@@ -207,7 +239,7 @@ def test_the_page_tells_the_run_without_text(tmp_path):
     assert page.count("data:image/png;base64,") == 4 and "http" not in page
     for words in ("Stage 2: run x", "250.0", "no survey.csv", "training", "75%", "<td>--seed</td>"):
         assert words in page, words
-    assert "turn 1" not in page and (tmp_path / "report_x.html").stat().st_mode & 0o077 == 0
+    assert "turn 1" not in page
 
 
 def test_the_page_has_text_only_when_asked_for_and_as_text(tmp_path):
@@ -219,6 +251,7 @@ def test_the_page_has_text_only_when_asked_for_and_as_text(tmp_path):
         run.validation.texts[0] = ("", "AI: a turn 1")
     page = (tmp_path / "report_x.html").read_text()
     assert "&lt;script&gt;alert(1)" in page and "<script" not in page
+    assert (tmp_path / "report_x.html").stat().st_mode & 0o077 == 0
 
 
 def test_a_page_leads_to_the_run_that_it_started_from(tmp_path):

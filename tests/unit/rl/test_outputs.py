@@ -15,8 +15,9 @@ FINE = dict(kl=4.0, entropy=3.0, cut_at_length_share=0.3, score_std=0.2, score_m
 
 
 class FakePolicy:
-    def save(self, folder):
+    def save(self, folder, card):
         folder.mkdir()
+        (folder / "README.md").write_text(card)
 
 
 class FakeTracker:
@@ -27,8 +28,12 @@ class FakeTracker:
         self.logged.append((step, values))
 
 
+def card(name, measured) -> str:
+    return f"{name}: {measured}"
+
+
 def recorder(folder, steps=25, **more) -> Recorder:
-    settings = dict(steps=steps, algo="ppo", save_every=10, target_kl_response=6.0, **more)
+    settings = dict(steps=steps, algo="ppo", save_every=10, target_kl_response=6.0, card=card, **more)
     return Recorder(FakePolicy(), FakeTracker(), folder, "GELI_llama", **settings)
 
 
@@ -102,7 +107,7 @@ def test_a_metric_that_is_not_finite_ends_the_run(tmp_path):
 
 
 def test_the_newest_checkpoint_has_the_most_steps(tmp_path):
-    with pytest.raises(UserError, match="GELI_llama_STEP, found none; add --train"):
+    with pytest.raises(UserError, match="GELI_llama_STEP, found none: add --train"):
         outputs.newest_checkpoint(tmp_path, "GELI_llama")
     for step in ("9", "10", "sft", "²"):
         (tmp_path / f"GELI_llama_{step}").mkdir()

@@ -195,6 +195,57 @@ def test_a_signal_ends_the_run_after_the_step(number, tmp_path):
     assert len(run.lock.checkpoints()) == 1
 
 
+@pytest.mark.parametrize(("keep_copy", "every"), [(True, 100), (False, 1)])
+def test_sigterm_gives_up_a_step_where_the_state_before_it_is_kept(keep_copy, every, tmp_path):
+    whole = Run(tmp_path / "whole", adafactor).train().result()
+    np.random.seed(0)
+    run = Run(tmp_path / "stopped", adafactor, every=every, keep_copy=keep_copy)
+    run.checkpointer.restore()
+    with pytest.raises(Stopped) as stopped, run.checkpointer.watch():
+        for step in (1, 2, 3):
+            with run.checkpointer.step():
+                run.step(step)
+                if step == 3:  # its parameters have changed already
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    pytest.fail("the step goes on")
+            run.checkpointer.done(step)
+    assert re.search("stopped by SIGTERM after step 2 of 8; .* after step 2 of 8 .*--resume", stopped.value.message)
+    assert stopped.value.code == 143
+    run.lock.release()
+    assert Run(tmp_path / "stopped", adafactor, seed=1).train().result() == whole
+
+
+def test_sigterm_waits_for_a_step_that_would_lose_others(tmp_path, capfd):
+    run = Run(tmp_path, adamw, every=100)
+    run.checkpointer.restore()
+    with pytest.raises(Stopped) as stopped, run.checkpointer.watch():
+        for step in (1, 2):
+            with run.checkpointer.step():
+                run.step(step)
+                os.kill(os.getpid(), signal.SIGTERM if step == 2 else 0)
+            run.checkpointer.done(step)
+    assert "stopped by SIGTERM after step 2 of 8" in stopped.value.message
+    assert capfd.readouterr().err == "\nStopping after this step; Ctrl-C again stops now.\n"
+
+
+def test_a_second_ctrl_c_ends_the_step_and_says_how_to_go_on(tmp_path, monkeypatch, capfd):
+    run, now = Run(tmp_path, adamw, every=1), [10.0]
+    monkeypatch.setattr("geli.run.checkpoint.time.monotonic", lambda: now[0])
+    run.checkpointer.restore()
+    with pytest.raises(Stopped) as stopped, run.checkpointer.watch():
+        run.step(1)
+        run.checkpointer.done(1)
+        with run.checkpointer.step():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)  # as a launcher repeats it
+            assert "Ctrl-C again stops now" in capfd.readouterr().err
+            now[0] += 2
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("the step goes on")
+    assert re.search("stopped within a step; the checkpoint after step 1 of 8 .*--resume", stopped.value.message)
+    assert stopped.value.code == 130
+
+
 def test_damage_anywhere_is_noticed(tmp_path):
     expected = {"format": "geli-checkpoint-1", "step": 1, "modules": {}, "optimizer": {}, "values": {}, "random": []}
     expected |= {"inputs": {"data": "abc"}, "numbers": torch.arange(20)}

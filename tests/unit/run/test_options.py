@@ -21,7 +21,10 @@ from geli.run.options import (
     positive_float,
     positive_int,
     refuse,
+    runs_folder,
     seed,
+    text_or_file,
+    with_preset,
 )
 
 
@@ -169,3 +172,47 @@ def test_help_says_what_each_option_means_and_its_default():
 def test_no_cache_means_no_folder():
     assert RunOptions(output_dir="out").cache_dir == Path("out/cache")
     assert RunOptions(output_dir="out", no_cache=True).cache_dir is None
+
+
+def test_a_preset_sets_defaults_and_what_is_given_wins(capsys):
+    presets = {None: Options(), "small": Options(sizes=Sizes(width=2), kinds=Kinds(size="large"))}
+
+    def parsed(*argv):
+        defaults = with_preset(presets, argv)
+        parser = build_parser("A command.", defaults)
+        parser.add_argument("--preset", choices=("small",))
+        return parse(parser, defaults, argv)
+
+    assert parsed() == Options()
+    small = parsed("--preset", "small")
+    assert small.sizes.width == 2 and small.kinds.size == "large" == parsed("--preset=small").kinds.size
+    given = parsed("--width", "5", "--preset", "small")  # 5 is the default without the preset
+    assert given.sizes.width == 5 and given.kinds.size == "large"
+    for wrong, message in ((["--preset"], "expected one argument"), (["--preset", "huge"], "invalid choice: 'huge'")):
+        with pytest.raises(SystemExit):
+            parsed(*wrong)
+        assert message in capsys.readouterr().err
+
+
+def test_a_text_or_the_file_of_that_name(tmp_path):
+    (tmp_path / "told.txt").write_text("Help them. \n")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert text_or_file(str(tmp_path / "told.txt")) == "Help them." and text_or_file(" Be kind. ") == "Be kind."
+    assert text_or_file("x" * 5000) == "x" * 5000
+    for wrong in (str(tmp_path / "empty.txt"), str(tmp_path / "missing.txt"), " ", str(tmp_path / "binary")):
+        with pytest.raises(argparse.ArgumentTypeError):
+            text_or_file(wrong)
+
+
+def test_runs_are_found_by_the_environment_or_the_nearest_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("GELI_OUTPUT_DIR", raising=False)
+    inside = tmp_path / "runs" / "a" / "b"
+    (tmp_path / "runs" / "rlmf_weights").mkdir(parents=True)
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    assert runs_folder() == "../.." and build_parser("", Options()) and RunOptions().output_dir
+    monkeypatch.chdir(tmp_path)
+    assert runs_folder() == "."
+    monkeypatch.setenv("GELI_OUTPUT_DIR", "/elsewhere")
+    assert runs_folder() == "/elsewhere"
