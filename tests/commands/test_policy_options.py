@@ -11,6 +11,7 @@ from safetensors import safe_open
 from small_models import chat_model
 
 import train_rl_GELI
+from geli.nets.options import INSTRUCTION
 from geli.nets.policy import TrainedAs, trained_as
 from geli.run.lock import _difference
 from geli.run.options import flat
@@ -70,7 +71,8 @@ def test_chat_form_is_recorded_and_followed_by_a_later_evaluation(stage_3, chat_
     stage_3(chat_llama, "--train", "--val", "--reward", "random", "--prompt_format", "chat")
     weights = tmp_path / "rlmf_weights"
     with safe_open(weights / "GELI_llama_2" / "value_head.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["policy"]) == {"prompt_format": "chat", "max_new_tokens": 8}
+        recorded = json.loads(file.metadata()["policy"])
+    assert recorded == {"prompt_format": "chat", "max_new_tokens": 8, "instruction": INSTRUCTION}
     trained = json.loads((weights / "GELI_llama.json").read_text())["metrics"]
     stage_3(chat_llama, "--val", "--reward", "random")  # without the option
     again = json.loads((weights / "GELI_llama_2_val.json").read_text())["metrics"]

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from geli.statistics import interval, interval_over_seeds, t_interval
+from geli.statistics import interval
 from tools.limits import CORRELATION, LIMITS, LOSS, SHARE, within
+from tools.seeds import interval_over_seeds, t_interval
 
 
 def test_a_correlations_interval_is_that_of_fishers_z():
