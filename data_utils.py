@@ -17,6 +17,7 @@ from geli.data.candor import HAPPINESS, NEGATIVE, TRANSCRIPTS, Conversation, Dro
 from geli.data.corpus import by_count, common_reasons, printable, read_conversations
 from geli.data.questions import QUESTIONS
 from geli.data.shares import TrajectoryShares
+from geli.data.words import surface
 from geli.nets.prompts import Prompt, context_text, prompt_text
 from geli.run.errors import UserError, one_line
 from geli.run.options import option, positive_int
@@ -504,6 +505,11 @@ class TurnSet:
         """The texts with each trajectory's answer appended, for `--curriculum`."""
         answers = np.repeat([t.answer for t in self.trajectories], np.diff(self.offsets))
         return [with_rating(text, answer) for text, answer in zip(self.texts, answers, strict=True)]
+
+    @property
+    def surface(self) -> np.ndarray:
+        """(N, 3) float32 what is on the surface of each response (`geli.data.words.SURFACE`)."""
+        return np.array([surface(response) for _, response in self.texts], dtype=np.float32)
 
     def ids(self, turns: Iterable[int]) -> list[str]:
         """`conversation/flip/turn_id` of these turns (indices into the arrays over turns)."""

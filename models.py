@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -139,6 +139,20 @@ def contrastive_term(hidden: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
     """() The weighted contrastive loss of the head's hidden layer (n, d) by labels (n,), which `--contrastive` adds."""
     labels = torch.as_tensor(labels, device=hidden.device)
     return CONTRASTIVE_WEIGHT * supervised_contrastive_loss(hidden, labels, CONTRASTIVE_TEMPERATURE)
+
+
+def surface_correlations(rewards: torch.Tensor, surface: torch.Tensor, least: float = 0.0) -> torch.Tensor:
+    """(d,) Pearson's correlations of rewards (n,) with what is on the surface of their turns' texts (n, d); 0 with what
+    is the same in all of them. The sum of their squares is the penalty that keeps a reward from following length and
+    punctuation (ODIN, Chen et al., 2024, in its simplest form: of one head).
+
+    Args:
+        least: rewards whose standard deviation is smaller count as if it were this, since the gradient of a correlation
+            has no bound where rewards are nearly the same.
+    """
+    rewards, surface = rewards - rewards.mean(), surface - surface.mean(dim=0)
+    squares = rewards.square().mean().clamp(min=least**2) * surface.square().mean(dim=0)
+    return rewards @ surface / len(rewards) / squares.clamp(min=1e-12).sqrt()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,6 +391,8 @@ class RewardHeadConfig:
         max_length, context_turns: how its input text was cut. ep_len: L of the return, in turns, or `actual`.
         stage: 1 or 2. reward_class: the score, None where not recorded. redist_type: the decomposition (stage 2).
         li: whether it was trained with LI. li_signal, sentiment_model: where LI's targets came from.
+        members: heads in the file; more than one are an ensemble. decorrelate: weight of the penalty on correlations
+            with the surface of texts (`surface_correlations`).
     """
 
     head: str
@@ -392,6 +408,8 @@ class RewardHeadConfig:
     li_signal: str = "face"
     sentiment_model: str | None = None
     ep_len: int | str = 160
+    members: int = 1
+    decorrelate: float = 0.0
 
     def check(self) -> None:
         """Raises a ValueError for values that no head of this program records."""
@@ -409,7 +427,7 @@ class RewardHeadConfig:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}: unknown: {getattr(self, name)!r}"[:200])
-        for name in ("hidden", "max_length", "context_turns", "ep_len"):
+        for name in ("hidden", "max_length", "context_turns", "ep_len", "members"):
             value = getattr(self, name)
             if value != "actual" and (isinstance(value, str) or not 1 <= value < 1 << 31):
                 raise ValueError(f"{name}: expected at least 1 and less than 2**31, found {value}"[:200])
@@ -417,6 +435,8 @@ class RewardHeadConfig:
             raise ValueError(f"encoder: expected a hub id or a folder, found {self.encoder!r}"[:200])
         if self.encoder_is_folder and (self.encoder is None or Path(self.encoder).is_absolute()):
             raise ValueError(f"encoder: expected a folder relative to the head's, found {self.encoder}"[:200])
+        if self.members > 1 and (self.stage == 1 or HEADS[self.head].rewards):
+            raise ValueError(f"members: expected 1 of stage 1 or a sequential head, found {self.members}")
 
 
 def head_config(options, encoder, /, **values) -> RewardHeadConfig:
@@ -439,6 +459,11 @@ class RewardHead(nn.Module):
         self._last = max(i for i, layer in enumerate(self.layers) if isinstance(layer, nn.Linear))
 
     @property
+    def members(self) -> "list[RewardHead]":
+        """The single heads in it: itself."""
+        return [self]
+
+    @property
     def sequential(self) -> bool:
         """Whether a turn's reward depends on the turns before it (see `Head`)."""
         return HEADS[self.config.head].rewards is not None
@@ -446,7 +471,7 @@ class RewardHead(nn.Module):
     @property
     def bounded(self) -> bool:
         """Whether its rewards stay between -1 and 1."""
-        return any(isinstance(layer, nn.Tanh) for layer in self.layers)
+        return any(isinstance(layer, nn.Tanh) for layer in self.modules())
 
     @torch.no_grad()
     def init_constant(self, value: float) -> None:
@@ -480,6 +505,41 @@ class RewardHead(nn.Module):
         of_outputs = HEADS[self.config.head].rewards
         length = n_turns if self.config.ep_len == "actual" else float(self.config.ep_len)
         return of_outputs(outputs, length, n_turns) if of_outputs else outputs
+
+
+class RewardEnsemble(RewardHead):
+    """Several heads of one kind on the same features (n, hidden), as one head. Its reward (n, 1) is the mean of theirs,
+    less `spread_penalty` times their standard deviation, with K - 1 (Coste et al., ICLR 2024, arXiv 2310.02743)."""
+
+    def __init__(self, config: RewardHeadConfig):
+        nn.Module.__init__(self)  # without layers of its own
+        self.config, self.spread_penalty = config, 0.0
+        self.heads = nn.ModuleList(RewardHead(replace(config, members=1)) for _ in range(config.members))
+
+    @property
+    def members(self) -> list[RewardHead]:
+        """The single heads in it."""
+        return list(self.heads)
+
+    def each(self, features: torch.Tensor) -> torch.Tensor:
+        """(K, n, 1) The members' rewards."""
+        return torch.stack([head(features) for head in self.heads])
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(n, 1) The ensemble's reward."""
+        rewards = self.each(features)
+        return rewards.mean(dim=0) - self.spread_penalty * rewards.std(dim=0)
+
+    def mean_of_weights(self) -> RewardHead:
+        """One head with the mean of the members' weights (WARM, Ramé et al., ICML 2024, arXiv 2401.12187)."""
+        head, states = RewardHead(replace(self.config, members=1)), [head.state_dict() for head in self.heads]
+        head.load_state_dict({name: torch.stack([state[name] for state in states]).mean(dim=0) for name in states[0]})
+        return head.train(self.training)
+
+
+def new_reward_head(config: RewardHeadConfig) -> RewardHead:
+    """An untrained head with this configuration, or an ensemble of them."""
+    return RewardEnsemble(config) if config.members > 1 else RewardHead(config)
 
 
 def head_rewards(head: RewardHead, features: torch.Tensor, turns: TurnSet | None = None) -> np.ndarray:

@@ -24,6 +24,7 @@ from geli.run.options import (
     flat,
     fraction,
     given_options,
+    non_negative_float,
     option,
     parse,
     positive_float,
@@ -59,6 +60,20 @@ class GELITrainingOptions(RewardTrainingOptions):
         None, "with --val alone: the saved head to evaluate (run name or path)", metavar="HEAD"
     )
     batch_size: int = option(1, "conversations a step", type=positive_int)
+    heads: int = option(
+        1,
+        "heads that are trained together and saved in one file, an ensemble: each draws its own order of conversations "
+        "and subsets of turns, and without --affect_path starts from its own weights",
+        type=positive_int,
+    )
+    decorrelate: float = option(
+        0.0,
+        "weight of a penalty on the squared correlations, over the turns of a step, of the reward with the response's "
+        "words, exclamation marks and question marks; with 1, full correlation costs as much as a GE loss of the "
+        "score's variance",
+        type=non_negative_float,
+        metavar="W",
+    )
     K: int = option(
         160,
         f"turns drawn of a trajectory in a step (all when there are fewer), for {', '.join(_SUBSET_DECOMPOSITIONS)}; "
@@ -91,8 +106,8 @@ PRESETS = {  # choices of --preset; the loss is normalized, because GE's part in
 _HEAD_SWITCHES = " ".join(name for name, head in HEADS.items() if head.selectable)
 # options that only training reads
 _OF_TRAINING = (
-    "affect_path batch_size contrastive curriculum curriculum_exposure encoder_learning_rate epochs ge_weight K "
-    f"learning_rate llm_shares loss_scale preset redist_type resume save_steps unfreeze {_HEAD_SWITCHES}"
+    "affect_path batch_size contrastive curriculum curriculum_exposure decorrelate encoder_learning_rate epochs ge_weight "
+    f"heads K learning_rate llm_shares loss_scale preset redist_type resume save_steps unfreeze {_HEAD_SWITCHES}"
 )
 
 
@@ -117,8 +132,11 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         unused(of_li, "only LI uses it: give --affect_path")
     if not training.unfreeze:
         unused("encoder_learning_rate", "the encoder is not trained: give --unfreeze")
+    else:
+        unused("heads", "an ensemble shares a frozen encoder: leave out --unfreeze")
     if decomposition.head:
         unused(_HEAD_SWITCHES, f"{training.redist_type} has a network of its own")
+        unused("heads", f"an ensemble cannot be of {training.redist_type}'s heads")
     if not decomposition.uses_shares:
         unused("llm_shares", "is for --redist_type LLM")
     elif not training.llm_shares:
@@ -132,6 +150,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
 OPTIONS = parse_options() if __name__ == "__main__" else Options()
 
 import numpy as np
+import pandas as pd
 import torch
 
 from data_utils import fingerprint
@@ -142,14 +161,32 @@ from geli.nets.features import TurnFeatures, encoder_fingerprint
 from geli.nets.pretrained import check_exists, named_by_file
 from geli.report.checks import check_li_targets, conversations_seen, warn_of_leaks, warn_of_scores_out_of_reach
 from geli.report.lineage import lineage_config
-from geli.report.rewards import RewardRun, affect_means, finish_run, measure, wandb_validation
+from geli.report.rewards import (
+    RewardRun,
+    affect_means,
+    correlations_with_surface,
+    finish_run,
+    measure,
+    wandb_validation,
+)
 from geli.run.checkpoint import Checkpointer
 from geli.run.distributed import frozen_dtype, gather_parts, local_part, make_accelerator, seed_everything
 from geli.run.gradients import apply_gradients, decaying_adamw
 from geli.run.lock import reward_run_to_resume
 from geli.run.tracking import Tracker
 from geli.run.training import Clock, Stage, train_steps
-from models import contrastive_term, geli_loss, length_of, li_loss, loss_scales, predicted_return, sample_turns
+from models import (
+    contrastive_term,
+    geli_loss,
+    head_rewards,
+    length_of,
+    li_loss,
+    loss_scales,
+    new_reward_head,
+    predicted_return,
+    sample_turns,
+    surface_correlations,
+)
 
 
 def main(options: Options) -> None:
@@ -194,6 +231,7 @@ def main(options: Options) -> None:
     if options.training.val:
         found = measure(head, features.held_out(validation.texts), validation, options.training.ep_len)
         metrics["validation"], rewards, returns = found
+        metrics["validation"] |= correlations_with_surface(validation, rewards)
         mean_score_errors = (validation.scores - training.scores.mean()) ** 2
         metrics["validation"]["ge_loss_of_training_mean"] = float(mean_score_errors.mean())
         clock.lap("validation")
@@ -295,13 +333,18 @@ def find_encoder(options: Options, accelerator, saved: RewardHead | None, path: 
 def new_head(
     options: Options, folder: Path, run_name: str, saved: RewardHead | None, encoder: TurnEncoder, training: TurnSet
 ) -> RewardHead:
-    """The head to train: stage 1's, or a fresh one if there is none or the decomposition needs its own kind."""
+    """The head to train: stage 1's, or a fresh one if there is none or the decomposition needs its own kind; with
+    `--heads` an ensemble of such heads."""
     required, affect_path = DECOMPOSITIONS[options.training.redist_type].head, options.training.affect_path
     reference = {"encoder": f"lang_model_{run_name}", "encoder_is_folder": True}
     if not options.training.unfreeze:
         reference = heads.encoder_reference(encoder.name, folder)
-    learned = dict(stage=2, redist_type=options.training.redist_type, li=saved is not None)
-    head = RewardHead(head_config(options, encoder, head=required or options.head.chosen, **learned, **reference))
+    learned = dict(
+        stage=2, redist_type=options.training.redist_type, li=saved is not None, members=options.training.heads,
+        decorrelate=options.training.decorrelate,
+    )  # fmt: skip
+    config = head_config(options, encoder, head=required or options.head.chosen, **learned, **reference)
+    head = new_reward_head(config)
     if required:
         head.init_constant(float(training.scores.mean()))
     elif saved:
@@ -311,7 +354,8 @@ def new_head(
                 f"--affect_path {affect_path}: its head is of the kind {kind}, the options ask for {head.config.head}; "
                 "give the options that it was trained with"
             )
-        head.load_state_dict(saved.state_dict())
+        for member in head.members:
+            member.load_state_dict(saved.state_dict())
     return head
 
 
@@ -335,8 +379,9 @@ def train(
     tracker: Tracker, paths: list[Path],
 ) -> dict:  # fmt: skip
     """Trains the head (with `--unfreeze` also the encoder), saves the best by GE loss to `paths` (of the head, of a
-    trained encoder), and returns {"steps", "best_epoch", "best_ge_loss"}."""
-    encoder = features.encoder
+    trained encoder), and returns {"steps", "best_epoch", "best_ge_loss"}, with `--decorrelate` also the correlations
+    before training."""
+    encoder, before = features.encoder, {}
 
     def save() -> None:
         if not features.frozen:
@@ -347,6 +392,9 @@ def train(
     stage = GELITraining(
         head, features, training, held_out, options.training, features.accelerator, options.run.seed, save
     )
+    if held_out and options.training.decorrelate:
+        rewards = head_rewards(head, features.held_out(held_out.texts), held_out)
+        before["before_training"] = correlations_with_surface(held_out, rewards)
     inputs = {"data": fingerprint(training.trajectories + validation.trajectories)}
     if training.shares is not None:
         inputs["shares"] = hashlib.sha256(training.shares.tobytes()).hexdigest()
@@ -358,10 +406,11 @@ def train(
     checkpointer = Checkpointer(
         tracker.lock, features.accelerator, modules=modules, optimizer=stage.optimizer,
         values={"schedule": stage.schedule, "best": stage.best, "order": stage.order, "logged": tracker.logged},
-        generators={"training": stage.rng}, inputs=inputs, every=options.run.save_steps, total=stage.steps,
+        generators={f"training {i}": rng for i, rng in enumerate(stage.rngs)}, inputs=inputs,
+        every=options.run.save_steps, total=stage.steps,
     )  # fmt: skip
     train_steps(stage, stage.steps, "stage 2", checkpointer, tracker)
-    return dict(stage.best)
+    return stage.best | before
 
 
 class Drawn(NamedTuple):
@@ -376,22 +425,24 @@ class Drawn(NamedTuple):
 
 class TrajectoryLoss(NamedTuple):
     """The loss () of a trajectory, the head's hidden layer (k, d) that the contrastive loss takes, and what is logged:
-    the squared error of the return, the LI loss, and the rewards (k,)."""
+    the squared error of the return, the LI loss; and the rewards (k,)."""
 
     loss: torch.Tensor
     hidden: torch.Tensor
     ge: float
     li: float
-    rewards: np.ndarray
+    rewards: torch.Tensor
 
 
 class GELITraining(Stage):
     """Trains a head on the GELI loss (or GE alone), with a learning rate that decays linearly to 0.
 
     Args:
-        head: trained in place; its configuration says whether it learns LI. features: of turns; trains the encoder too
-            unless it is frozen. validation: turns to choose the best epoch by; None: the last epoch is saved.
-        seed: of the order of conversations and of subsets. save: called when the head is the best so far.
+        head: trained in place; its configuration says whether it learns LI. Each member of an ensemble learns as a head
+            alone would, from trajectories and turns that it draws itself; validation is of the ensemble's mean.
+        features: of turns; trains the encoder too unless it is frozen. validation: turns to choose the best epoch by;
+            None: the last epoch is saved.
+        seed: of the orders of conversations and of subsets. save: called when the head is the best so far.
     """
 
     def __init__(
@@ -400,15 +451,19 @@ class GELITraining(Stage):
     ):  # fmt: skip
         self.head, self.features, self.training, self.validation = head, features, training, validation
         self.options, self.accelerator, self.save = options, accelerator, save
-        self.rng = np.random.default_rng(seed)
+        self.rngs = [np.random.default_rng([seed, i]) for i in range(len(head.members))]  # [seed, 0] is seed itself
         conversations: dict[str, list[int]] = {}
         for i, trajectory in enumerate(training.trajectories):
             conversations.setdefault(trajectory.conversation.id, []).append(i)
         self.conversations = list(conversations.values())  # the trajectories of each
         self.epoch_steps = -(-len(self.conversations) // options.batch_size)
         self.steps = options.epochs * self.epoch_steps
-        self.order: dict[str, list[int]] = {}  # of the conversations in this epoch
+        self.order: dict[str, list[list[int]]] = {}  # of the conversations in this epoch, for each member
         self.scales = loss_scales(options.loss_scale, options.redist_type, options.ep_len, training)
+        variance, _ = loss_scales("normalized", options.redist_type, options.ep_len, training)
+        self.penalty = options.decorrelate * variance / self.scales[0]  # on the scale of GE's part of the loss
+        self.least = loss_scales("normalized", "IRCR", options.ep_len, training)[0] ** 0.5  # deviation of R/L
+        self.surface = torch.from_numpy(training.surface) if self.penalty else None
         shows_rating = options.curriculum or options.curriculum_exposure
         features.prepare(training.texts, training.rated_texts() if shows_rating else None)
         groups = [{"params": list(head.parameters()), "lr": options.learning_rate}]
@@ -423,51 +478,65 @@ class GELITraining(Stage):
         """One optimizer step on the trajectories of a few conversations, of which each process computes a part."""
         epoch, place = 1 + (step - 1) // self.epoch_steps, (step - 1) % self.epoch_steps
         if place == 0:
-            self.order["groups"] = self.rng.permutation(len(self.conversations)).tolist()
-        size = self.options.batch_size
-        batch = self.order["groups"][place * size : (place + 1) * size]
-        self.batch = [i for conversation in batch for i in self.conversations[conversation]]
-        drawn = self.sample(epoch)
-        mine = local_part(drawn, self.accelerator)
-        found = [self.trajectory_loss(one, len(mine)) for one in mine]
-        contrastive = self.options.contrastive and epoch % 2 == 0
-        contrast = self.contrastive_loss(mine, found) if contrastive and mine else torch.zeros(())
-        contrast = contrast * len(mine) / len(drawn)  # so that the sum over processes is the batch's mean
-        loss = torch.stack([torch.zeros(()), *(one.loss for one in found)]).sum() / len(drawn) + contrast
-        loss = loss + self.features.idle_passes(-(-len(drawn) // self.accelerator.num_processes) - len(mine))
+            self.order["groups"] = [rng.permutation(len(self.conversations)).tolist() for rng in self.rngs]
+        size, self.batch, losses, logs = self.options.batch_size, [], [], []
+        for head, rng, order in zip(self.head.members, self.rngs, self.order["groups"], strict=True):
+            conversations = order[place * size : (place + 1) * size]
+            batch = [i for conversation in conversations for i in self.conversations[conversation]]
+            self.batch += batch
+            loss, logged = self.batch_loss(head, self.sample(batch, rng, epoch), epoch)
+            losses.append(loss)
+            logs.append(logged)
+        loss = torch.stack(losses).sum()
         if loss.requires_grad:
             loss.backward()
         norm = apply_gradients(self.optimizer, self.accelerator, self.schedule)
-        logged = self.logged(drawn, found) | {"train/gradient_norm": norm}
-        if contrastive:
-            logged["train/contrastive_loss"] = sum(gather_parts([contrast.item()], self.accelerator))
-        return logged
+        return pd.DataFrame(logs).mean().to_dict() | {"train/gradient_norm": norm}
 
-    def sample(self, epoch: int) -> list[Drawn]:
+    def batch_loss(self, head: RewardHead, drawn: list[Drawn], epoch: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """This process' part of the loss () of a head on a batch, and what is logged of it."""
+        mine, options = local_part(drawn, self.accelerator), self.options
+        found = [self.trajectory_loss(head, one, len(mine)) for one in mine]
+        terms = {"contrastive": self.contrastive_loss} if options.contrastive and epoch % 2 == 0 else {}
+        if self.penalty:
+            terms["decorrelation"] = self.decorrelation_loss
+        # weighted so that the sum over processes is the batch's mean
+        more = {
+            name: term(mine, found) * len(mine) / len(drawn) if mine else torch.zeros(())
+            for name, term in terms.items()
+        }
+        loss = torch.stack([torch.zeros(()), *(one.loss for one in found)]).sum() / len(drawn) + sum(more.values())
+        loss = loss + self.features.idle_passes(-(-len(drawn) // self.accelerator.num_processes) - len(mine))
+        logged = self.logged(drawn, found)
+        for name, term in more.items():
+            logged[f"train/{name}_loss"] = sum(gather_parts([term.item()], self.accelerator))
+        return loss, logged
+
+    def sample(self, batch: list[int], rng: np.random.Generator, epoch: int) -> list[Drawn]:
         """What is used of each trajectory in the batch. Every process draws all of it, so that their generators stay
         the same."""
         options, drawn = self.options, []
         probability = rating_probability(options.curriculum, options.curriculum_exposure, epoch, options.epochs)
-        for i in self.batch:
+        for i in batch:
             place = self.training.turns_of(i)
             n_turns = place.stop - place.start
             uses_subset = DECOMPOSITIONS[options.redist_type].uses_subset
-            turns = sample_turns(n_turns, options.K, self.rng) if uses_subset else np.arange(n_turns)
-            rated = self.rng.random(len(turns)) < probability if probability else np.zeros(len(turns), dtype=bool)
+            turns = sample_turns(n_turns, options.K, rng) if uses_subset else np.arange(n_turns)
+            rated = rng.random(len(turns)) < probability if probability else np.zeros(len(turns), dtype=bool)
             drawn.append(Drawn(i, turns + place.start, rated, length_of(options.ep_len, n_turns)))
         return drawn
 
-    def trajectory_loss(self, drawn: Drawn, calls: int = 1) -> TrajectoryLoss:
-        """The loss of a trajectory on the turns that were drawn: GELI's, or GE's alone.
+    def trajectory_loss(self, head: RewardHead, drawn: Drawn, calls: int = 1) -> TrajectoryLoss:
+        """The loss of a head on the turns that were drawn of a trajectory: GELI's, or GE's alone.
 
         Args:
             calls: trajectories of this process in the batch, which share the encoder's memory.
         """
         i, turns, rated, length = drawn
         decomposition, score = DECOMPOSITIONS[self.options.redist_type], self.training.scores[i]
-        outputs, hidden = self.head(self.features.training(turns, rated, calls), with_hidden=True)
+        outputs, hidden = head(self.features.training(turns, rated, calls), with_hidden=True)
         outputs = outputs.squeeze(1)
-        rewards = self.head.rewards(outputs, len(turns))
+        rewards = head.rewards(outputs, len(turns))
         li = li_loss(rewards, torch.from_numpy(self.training.targets[turns]))
         shares = [torch.from_numpy(self.training.shares[turns])] if decomposition.uses_shares else []
         loss = decomposition.loss(outputs, score, length, *shares)
@@ -476,16 +545,22 @@ class GELITraining(Stage):
         else:
             loss = loss / self.scales[0]
         ge = (score - predicted_return(rewards.detach(), length).item()) ** 2
-        return TrajectoryLoss(loss, hidden, ge, li.item(), rewards.detach().numpy())
+        return TrajectoryLoss(loss, hidden, ge, li.item(), rewards)
 
     def contrastive_loss(self, drawn: list[Drawn], found: list[TrajectoryLoss]) -> torch.Tensor:
         """() The contrastive loss of all turns of these trajectories."""
         labels = self.training.labels[np.concatenate([one.turns for one in drawn])]
         return contrastive_term(torch.cat([one.hidden for one in found]), labels)
 
+    def decorrelation_loss(self, drawn: list[Drawn], found: list[TrajectoryLoss]) -> torch.Tensor:
+        """() The penalty on the correlations of these trajectories' rewards with the surface of the turns' texts."""
+        surface = self.surface[np.concatenate([one.turns for one in drawn])]
+        rewards = torch.cat([one.rewards for one in found])
+        return self.penalty * surface_correlations(rewards, surface, self.least).square().sum()
+
     def logged(self, drawn: list[Drawn], found: list[TrajectoryLoss]) -> dict[str, float]:
         """What is logged of the whole batch `drawn`, of which this process `found` its part."""
-        mine = [(one.ge, one.li, one.rewards) for one in found]
+        mine = [(one.ge, one.li, one.rewards.detach().numpy()) for one in found]
         ge, li, rewards = zip(*gather_parts(mine, self.accelerator), strict=True)
         logged = {"train/loss": float(np.mean(ge))}
         if known := [value for value in li if not np.isnan(value)]:  # GE alone may have no faces

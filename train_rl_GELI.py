@@ -251,8 +251,9 @@ EFFECTS = (
     Effect(["gold_function"], lambda o: o.trains_by_ppo or o.evaluates, "without PPO, --val or --generate"),
     Effect(["reward", "reward_path", "reward_function"], lambda o: o.scores, "where nothing is scored: add --val"),
     Effect(["rf_model"], lambda o: o.scores or o.reward.rf_model == BASE, "where nothing is scored: add --val"),
+    Effect(["spread_penalty"], lambda o: o.reward.ensemble == "lower", "without --ensemble lower"),
     Effect(
-        ["lang_model_path", "max_length"],
+        ["lang_model_path", "max_length", "ensemble", "spread_penalty"],
         lambda o: o.scores and o.reward.chosen.is_head,
         "where no reward head is used",
     ),
@@ -326,7 +327,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from geli.distill import Distillation
-from geli.heads import find_head, is_finished, load_reward_head, saved_heads
+from geli.heads import find_head, is_finished, load_reward_head, saved_heads, score_as
 from geli.nets.policy import Policy, TrainedAs, adapter_of, load_policy, trained_as
 from geli.nets.pretrained import check_exists
 from geli.nets.smollm2 import PACKAGE, make_smollm2
@@ -482,11 +483,13 @@ def find_reward(options: Options, resumed_head: str | None) -> Path | None:
         path = find_head(reward.name, output_dir)
     else:
         path = newest_head(reward.name, output_dir, options.data)
-    config = load_reward_head(path).config
+    head = load_reward_head(path)
+    score_as(head, path, options.reward.ensemble)  # a mistake is answered at once
+    config = head.config
     learned = f"LI from the {config.li_signal}" if config.li else "no LI"
     print(
         f"Reward head: {path} (stage {config.stage}, {config.redist_type or 'no decomposition'}, {learned}, "
-        f"{config.reward_class or 'class not recorded'})"
+        f"{config.reward_class or 'class not recorded'}{f', {config.members} heads' if config.members > 1 else ''})"
     )
     if not is_of_corpus(path, options.data.data_dir):
         print(f"Warning: it was trained on another corpus than --data_dir {options.data.data_dir}")
@@ -565,6 +568,7 @@ def load_score(options: Options, accelerator, head_path: Path | None) -> Callabl
     return GELIReward.load(
         head_path, device=options.run.device, dtype=options.run.dtype, max_length=options.reward.max_length,
         lang_model_path=options.reward.lang_model_path, trust_remote_code=options.run.trust_remote_code, cache_size=0,
+        ensemble=options.reward.ensemble, spread_penalty=options.reward.spread_penalty,
     ).score  # fmt: skip
 
 

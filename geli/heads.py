@@ -13,18 +13,21 @@ from geli.data.questions import QUESTIONS
 from geli.nets.encoder import TurnEncoder, load_encoder
 from geli.nets.pretrained import named_by_file
 from geli.nets.published_heads import NotPublished, read_published_head
+from geli.rl.reward_options import ENSEMBLES
 from geli.run.errors import UserError, first_line
 from geli.run.files import atomic_path
 from geli.run.run_names import record_path
-from models import DECOMPOSITIONS, RewardHead, RewardHeadConfig
+from models import DECOMPOSITIONS, RewardHead, RewardHeadConfig, new_reward_head
 
 _HEAD_FORMAT = "geli-reward-head-1"
+_PLAIN = {"members": 1, "decorrelate": 0.0}  # is not recorded
 
 
 def save_reward_head(head: RewardHead, path: str | Path) -> None:
     """Writes one safetensors file with the head's configuration in its metadata, atomically."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    config = json.dumps({"format": _HEAD_FORMAT, **asdict(head.config)})
+    recorded = {name: value for name, value in asdict(head.config).items() if (name, value) not in _PLAIN.items()}
+    config = json.dumps({"format": _HEAD_FORMAT, **recorded})
     with atomic_path(path) as temporary:
         save_file(state, temporary, metadata={"config": config})  # one entry: the order of several is not fixed
 
@@ -61,19 +64,45 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
     return head.eval().to(device)
 
 
+def score_as(head: RewardHead, path: Path, ensemble: str = "mean", spread_penalty: float = 1.0) -> RewardHead:
+    """The head that was read from `path`, of which an ensemble scores as `ensemble`, a key of `ENSEMBLES`, says.
+
+    Raises:
+        UserError: if it has no such key; if one head is to score as several; for the mean of weights of heads that did
+            not start alike, which is no reward.
+    """
+    if ensemble not in ENSEMBLES:
+        raise UserError(f"ensemble {ensemble}: expected one of {', '.join(ENSEMBLES)}")
+    if ensemble == "mean":
+        return head
+    if head.config.members == 1:
+        raise UserError(f"--ensemble {ensemble}: {path} is one head: train several with train_reward_GELI.py --heads K")
+    if ensemble == "lower":
+        head.spread_penalty = spread_penalty
+        return head
+    if not head.config.li:
+        raise UserError(
+            f"--ensemble weights: the heads of {path} started from different weights, whose mean means nothing: train "
+            "them with --affect_path, from one start, or take another --ensemble"
+        )
+    return head.mean_of_weights()
+
+
 def _head_of(config: dict, state: dict[str, torch.Tensor]) -> RewardHead:
     """The head with this recorded configuration and these weights. Raises a ValueError, among others, if they do not
     fit; a head that claims to be huge is refused before memory is allocated for it."""
     config = RewardHeadConfig(**{name: value for name, value in config.items() if name != "format"})
     config.check()
+    if config.members > len(state):
+        raise ValueError(f"it has {len(state)} tensors, too few for {config.members} heads")
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in RewardHead(config).state_dict().items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in new_reward_head(config).state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if found != expected:
         raise ValueError(f"its tensors are {found}, expected {expected}"[:400])
     if not all(tensor.is_floating_point() and torch.isfinite(tensor.float()).all() for tensor in state.values()):
         raise ValueError("weights that are not finite numbers")
-    head = RewardHead(config)
+    head = new_reward_head(config)
     head.load_state_dict(state)
     return head
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from geli.heads import find_head, load_encoder_of_head, load_reward_head
+from geli.heads import find_head, load_encoder_of_head, load_reward_head, score_as
 from geli.nets.encoder import TurnEncoder
 from geli.nets.forms import Message, Turns, read_completion, read_messages, read_prompt, trajectory_of
 from geli.nets.prompts import Prompt
@@ -63,7 +63,8 @@ class GELIReward:
     def load(
         cls, run_or_path: str | Path, *, output_dir: str | Path = ".", device: str = "auto", dtype: str = "auto",
         context_turns: int | None = None, max_length: int = 1024, cache_size: int = 1 << 16,
-        lang_model_path: str | None = None, trust_remote_code: bool = False,
+        lang_model_path: str | None = None, trust_remote_code: bool = False, ensemble: str = "mean",
+        spread_penalty: float = 1.0,
     ) -> "GELIReward":  # fmt: skip
         """Loads a head and the encoder that it was trained on.
 
@@ -75,13 +76,15 @@ class GELIReward:
             max_length: encoder tokens of a turn, lowered to what the head was trained with.
             lang_model_path: encoder of a published head, which records none.
             trust_remote_code: run code that the encoder's folder brings along.
+            ensemble: how several heads in one file score: `mean`, `lower` (the mean less `spread_penalty` standard
+                deviations) or `weights` (one head, of the mean of their weights).
 
         Raises:
             UserError: if there is no such head, or it cannot be loaded.
         """
         path = find_head(str(run_or_path), output_dir)
         half, device = uses_bfloat16(device, dtype, cpu_dtype="float32"), local_device(device)
-        head = load_reward_head(path, device)
+        head = score_as(load_reward_head(path), path, ensemble, spread_penalty).to(device)
         encoder = load_encoder_of_head(
             head.config, path, min(max_length, head.config.max_length), lang_model_path,
             torch.bfloat16 if half and device.type == "cuda" else torch.float32, trust_remote_code,
@@ -112,9 +115,19 @@ class GELIReward:
             UserError: if there are not as many prompts as responses, or one has another form or a chat template's
                 markup left in it.
         """
+        return torch.tensor(self.score_pairs(self._read_all(prompts, responses)))
+
+    def spread(self, prompts: Sequence, responses: Sequence) -> torch.Tensor:
+        """(n,) float32 standard deviations of the rewards of an ensemble's heads: the error bars of `score`, which has
+        the same arguments. Raises a `UserError` if there is only one head."""
+        if self.head.config.members == 1:
+            raise UserError(f"{self.path}: one head has no spread: train several with train_reward_GELI.py --heads K")
+        return self._compute(self._read_all(prompts, responses), lambda features: self.head.each(features).std(dim=0))
+
+    def _read_all(self, prompts: Sequence, responses: Sequence) -> list[Pair]:
         if len(prompts) != len(responses):
             raise UserError(f"expected a completion to each prompt, found {len(prompts)} and {len(responses)}")
-        return torch.tensor(self.score_pairs(list(map(self.read, prompts, responses))))
+        return list(map(self.read, prompts, responses))
 
     def read(self, prompt, response) -> Pair:
         """The state and the response of a prompt and a response in any form that `score` takes."""
@@ -181,14 +194,15 @@ class GELIReward:
     # What scores are computed by
 
     @torch.no_grad()
-    def _compute(self, pairs: Sequence[Pair]) -> torch.Tensor:
-        """(n,) rewards of states and responses; a sequential head also sees the agent turns before each state."""
+    def _compute(self, pairs: Sequence[Pair], of_features: Callable | None = None) -> torch.Tensor:
+        """(n,) rewards of states and responses, or what `of_features` (n, hidden) -> (n, 1) gives in their place; a
+        sequential head also sees the agent turns before each state."""
         with self._model_lock:
             features = self.features([(prompt.context, f"AI: {response}") for prompt, response in pairs])
             if self.head.sequential:
                 rewards = self._as_last_turns([prompt for prompt, _ in pairs], features)
             else:
-                rewards = self.head(features.to(self.encoder.device)).squeeze(1)
+                rewards = (of_features or self.head)(features.to(self.encoder.device)).squeeze(1)
             return rewards.float().cpu()
 
     def _as_last_turns(self, prompts: Sequence[Prompt], features: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""How many words a text has, also in languages that are written without spaces between them."""
+"""How many words a text has, also in languages that are written without spaces between them, and what else is on its
+surface."""
 
 import math
 
@@ -21,3 +22,12 @@ def count_words(text: str) -> int:
         return len(text.split())
     letters = len(_EAST_ASIAN.findall(text)) / 2 + len(_SOUTH_EAST_ASIAN.findall(text)) / 3
     return math.ceil(letters) + len(_SPACED.findall(others[0]))
+
+
+SURFACE = ("words", "exclamation_marks", "question_marks")
+
+
+def surface(text: str) -> tuple[int, int, int]:
+    """How many words, exclamation marks and question marks a text has (`SURFACE`), which a reward can follow without
+    any understanding of it."""
+    return count_words(text), *(sum(map(text.count, marks)) for marks in ("!！", "?？"))

@@ -12,6 +12,7 @@ import torch
 from data_utils import NO_FACE, Corpus, TurnSet
 from geli.data.candor import AFFECT_GROUPS, FACES, HAPPINESS
 from geli.data.corpus import by_count
+from geli.data.words import SURFACE
 from geli.report import plots
 from geli.report.lineage import lineage
 from geli.report.metrics import COLUMNS, HeldOut, cell, estimates, metrics
@@ -23,7 +24,7 @@ from geli.run.files import atomic_path, write_json
 from geli.run.run_names import record_path, report_path
 from geli.run.tracking import Tracker, versions
 from geli.statistics import Estimate
-from models import RewardHead, head_rewards, predicted_returns
+from models import RewardHead, head_rewards, predicted_returns, surface_correlations
 
 BAR_CHARTS = 4  # validation trajectories that `--bar_chart` shows
 
@@ -95,6 +96,12 @@ def measure(
     rewards[slice(None) if chosen is None else chosen] = head_rewards(head, features, turns)
     returns = predicted_returns(turns, rewards, ep_len, chosen)
     return evaluate(turns, rewards, returns, chosen), rewards, returns
+
+
+def correlations_with_surface(turns: TurnSet, rewards: np.ndarray) -> dict[str, float]:
+    """How far rewards (N,) follow length and punctuation: their correlation with each of `SURFACE`."""
+    found = surface_correlations(torch.from_numpy(rewards).double(), torch.from_numpy(turns.surface).double())
+    return {f"correlation_with_{name}": value for name, value in zip(SURFACE, found.tolist(), strict=True)}
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from geli.run.options import option, positive_int
+from geli.run.options import option, positive_float, positive_int
 
 
 class HeadKind(NamedTuple):
@@ -43,6 +43,11 @@ RF_MODELS = {
         )
         for short, name in _SHORT_CLASSES.items()
     },
+}
+ENSEMBLES = {  # how several heads in one file score
+    "mean": "the mean of their rewards",
+    "lower": "the mean less --spread_penalty times the standard deviation",
+    "weights": "one head, of the mean of their weights",
 }
 BASE = "base"  # the choice without RL: the reference policy, measured with GELI's reward
 
@@ -93,6 +98,12 @@ class RewardOptions:
         "over-optimization of the reward",
         metavar="MODULE:FUNCTION",
     )
+    ensemble: str = option(
+        "mean",
+        f"what the reward of --heads is. {'; '.join(f'{name}: {help}' for name, help in ENSEMBLES.items())}",
+        choices=ENSEMBLES,
+    )
+    spread_penalty: float = option(1.0, "of --ensemble lower", type=positive_float)
     lang_model_path: str | None = option(
         None, "encoder of a published head, which records none; other heads use their own"
     )

@@ -67,8 +67,7 @@ def test_stage_2_initial_head_and_order_of_conversations(drawn, tiny):
         stage.epoch_steps, stage.trajectory_loss = 6, stop_at_batch
         with pytest.raises(StopIteration):
             stage.step(1)
-        stage.batch = [0]
-        turns = [stage.sample(1)[0].turns.tolist() for _ in range(9)]
+        turns = [stage.sample([0], stage.rngs[0], 1)[0].turns.tolist() for _ in range(9)]
         return {"head": first_layer(stage.head), "order": stage.order["groups"], "subsets": turns}
 
     def stop_at_batch(*_):

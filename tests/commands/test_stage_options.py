@@ -236,9 +236,9 @@ def test_the_geli_loss_of_a_trajectory_by_hand(redist_type, normalized):
     )
     head = torch.nn.Linear(1, 1)
     head.forward, head.config = lambda features, with_hidden: (features, features), SimpleNamespace(li=True)
-    head.rewards = lambda outputs, n_turns: outputs
+    head.rewards, head.members = lambda outputs, n_turns: outputs, [head]
     stage = GELITraining(head, features, turns, None, options, Accelerator(cpu=True), 0, lambda: None)
-    loss, _, ge, li, _ = stage.trajectory_loss(Drawn(0, np.arange(2), np.zeros(2, dtype=bool), 160.0))
+    loss, _, ge, li, _ = stage.trajectory_loss(head, Drawn(0, np.arange(2), np.zeros(2, dtype=bool), 160.0))
     # LI: (0.75^2 + 0.5^2) / 2; the return is 160 * 0.375 = 60, so that L_GE is (80 - 60)^2
     assert (ge, li) == (pytest.approx(400), pytest.approx(0.40625))
     # RRD regresses to R; IRCR's loss is ((0.5 - 0.25)^2 + 0) / 2, of R/L = 0.5

@@ -258,6 +258,7 @@ def test_a_run_goes_on_with_its_own_options_and_data_only(begin, whole, corpus, 
         (1, "--contrastive --curriculum_exposure"),
         (2, "--unfreeze --contrastive --curriculum_exposure"),
         (2, "--redist_type RUDDER"),
+        (2, "--heads 2 --decorrelate 1"),
         (3, "--reward random --sft_steps 2"),
     ],
 )

@@ -1,6 +1,6 @@
 import pytest
 
-from geli.data.words import count_words
+from geli.data.words import count_words, surface
 
 
 @pytest.mark.parametrize(
@@ -16,3 +16,10 @@ from geli.data.words import count_words
 )  # fmt: skip
 def test_words_by_hand(text, number):
     assert count_words(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("", (0, 0, 0)), ("Oh! Really?! Yes.", (3, 2, 1)), ("何？すごい！", (2, 1, 1))]
+)
+def test_what_is_on_the_surface_of_a_text(text, found):
+    assert surface(text) == found
