@@ -106,8 +106,9 @@ PRESETS = {  # choices of --preset; the loss is normalized, because GE's part in
 _HEAD_SWITCHES = " ".join(name for name, head in HEADS.items() if head.selectable)
 # options that only training reads
 _OF_TRAINING = (
-    "affect_path batch_size contrastive curriculum curriculum_exposure decorrelate encoder_learning_rate epochs ge_weight "
-    f"heads K learning_rate llm_shares loss_scale preset redist_type resume save_steps unfreeze {_HEAD_SWITCHES}"
+    "affect_path batch_size contrastive curriculum curriculum_exposure decorrelate encoder_learning_rate epochs "
+    f"ge_weight heads K learning_rate llm_shares loss_scale preset redist_type resume save_steps unfreeze "
+    f"{_HEAD_SWITCHES}"
 )
 
 
