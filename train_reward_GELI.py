@@ -15,7 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data_utils import LI_SIGNALS, Corpus, DataOptions, SignalOptions, TurnSet, load_turns, rating_probability
+from data_utils import (
+    LI_SIGNALS,
+    Corpus,
+    DataOptions,
+    SignalOptions,
+    TurnSet,
+    fingerprint,
+    load_turns,
+    rating_probability,
+)
 from geli.nets.options import EncoderOptions
 from geli.run.errors import UserError, run
 from geli.run.options import (
@@ -127,7 +136,6 @@ OPTIONS = parse_options() if __name__ == "__main__" else Options()
 import numpy as np
 import torch
 
-from data_utils import fingerprint
 from geli import heads
 from geli.data.shares import read_shares
 from geli.nets.encoder import TurnEncoder, open_encoder, place_encoder
@@ -378,6 +386,9 @@ class GELITraining(Stage):
         head: trained in place; its configuration says whether it learns LI. features: of turns; trains the encoder too
             unless it is frozen. validation: turns to choose the best epoch by; None: the last epoch is saved.
         seed: of the order of conversations and of subsets. save: called when the head is the best so far.
+
+    Attributes:
+        steps: optimizer steps. best: {"best_epoch", "best_ge_loss", "steps"}.
     """
 
     def __init__(
