@@ -15,7 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data_utils import LI_SIGNALS, Corpus, DataOptions, SignalOptions, TurnSet, load_turns, rating_probability
+from data_utils import (
+    LI_SIGNALS,
+    Corpus,
+    DataOptions,
+    SignalOptions,
+    TurnSet,
+    fingerprint,
+    load_turns,
+    rating_probability,
+)
 from geli.nets.options import EncoderOptions
 from geli.run.errors import UserError, run
 from geli.run.options import (
@@ -154,7 +163,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from data_utils import fingerprint
 from geli import heads
 from geli.data.shares import read_shares
 from geli.nets.encoder import TurnEncoder, open_encoder, place_encoder
@@ -444,6 +452,9 @@ class GELITraining(Stage):
         features: of turns; trains the encoder too unless it is frozen. validation: turns to choose the best epoch by;
             None: the last epoch is saved.
         seed: of the orders of conversations and of subsets. save: called when the head is the best so far.
+
+    Attributes:
+        steps: optimizer steps. best: {"best_epoch", "best_ge_loss", "steps"}.
     """
 
     def __init__(

@@ -190,6 +190,9 @@ class LITraining(Stage):
     Args:
         validation: turns to choose the best step by; None: the last step is saved. seed: of the order of turns.
         save: called when encoder and head are the best so far.
+
+    Attributes:
+        steps: optimizer steps. best: {"best_step", "best_li_loss", "steps"}.
     """
 
     def __init__(

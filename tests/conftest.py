@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -22,6 +23,9 @@ from small_models import SMALL_WIDTH, small_model  # noqa: F401 (tests import th
 
 from geli.run.errors import run
 from tools import sample_candor, tiny_models
+
+# A shell starts `command &` with Ctrl-C ignored, and so would be every command that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = left_out()

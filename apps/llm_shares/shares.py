@@ -301,11 +301,11 @@ def _rows(
 def write_shares(path: Path, rows: Iterable[ShareRow]) -> None:
     """Writes the file, atomically."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
         for row in rows:
             numbers = {"share": f"{row.share:.6g}", "tokens": f"{row.tokens:.1f}", "seconds": f"{row.seconds:.3f}"}
-            writer.writerow({**row._asdict(), **numbers}.values())
+            writer.writerow({**row._asdict(), **numbers})
 
 
 def _results(

@@ -317,10 +317,10 @@ def _find(name: str, file: str, local: bool = False) -> str | None:
         path = Path(name) / file
         return str(path) if path.is_file() else None
     try:
-        kinds = ("gated_repo", "missing_entries", "connection_errors")
         return cached_file(
-            name, file, local_files_only=local, **{f"_raise_exceptions_for_{kind}": False for kind in kinds}
-        )
+            name, file, local_files_only=local, _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
     except (OSError, ValueError):  # not a hub id: from_pretrained reports it
         return None
 

@@ -64,6 +64,7 @@ def test_a_dialogue_by_hand(tmp_path):
     assert second == {"overall_affect": 7, "i_like_you": 7, "how_enjoyable": 5, "end_affect": 5}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CASINO.is_dir(), reason="CaSiNo's files are not beside this repository")
 def test_the_whole_of_casino_is_usable(tmp_path):
     run_script("tools/convert_corpus.py", "casino", CASINO, tmp_path / "casino")

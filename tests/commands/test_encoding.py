@@ -105,6 +105,7 @@ def test_what_is_compiled_is_what_is_run(tiny, graph_calls, tmp_path):
     assert first == second
 
 
+@pytest.mark.slow
 def test_the_compile_option_compiles_the_encoder_in_both_stages(command, graph_calls, tmp_path):
     weights = {}
     for script in ("train_reward_GELI.py", "train_reward_LI_only.py"):

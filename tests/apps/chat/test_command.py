@@ -137,6 +137,7 @@ def terminal():
         session.close()
 
 
+@pytest.mark.slow
 def test_a_session_with_all_commands_wide_characters_and_two_thousand_turns(terminal, made, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(WITH_HISTORY)
