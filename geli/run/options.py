@@ -213,14 +213,14 @@ def _declared(options):
 
 
 def runs_folder() -> str:
-    """The default of `--output_dir`: the environment variable GELIOUTPUT_DIR, else the nearest folder, from here up,
+    """The default of `--output_dir`: the environment variable GELI_OUTPUT_DIR, else the nearest folder, from here up,
     that has `rlmf_weights/`, else the current one."""
     here = Path.cwd()
     found = next((folder for folder in (here, *here.parents) if (folder / "rlmf_weights").is_dir()), here)
-    return os.environ.get("GELIOUTPUT_DIR") or os.path.relpath(found)
+    return os.environ.get("GELI_OUTPUT_DIR") or os.path.relpath(found)
 
 
-OUTPUT_DIR = "(default: $GELIOUTPUT_DIR, else the nearest folder here or above that has rlmf_weights/, else here)"
+OUTPUT_DIR = "(default: $GELI_OUTPUT_DIR, else the nearest folder here or above that has rlmf_weights/, else here)"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ def model(tiny, tmp_path):
 
 def load(folder, prompt_format="raw", **more):
     torch.manual_seed(0)
-    return load_policy(str(folder), Adapter(4, 8), torch.float32, prompt_format=prompt_format, **more)
+    adapter = Adapter(4, 8, targets=more.pop("targets", None))
+    return load_policy(str(folder), adapter, torch.float32, prompt_format=prompt_format, **more)
 
 
 def train_a_step(policy):
