@@ -373,6 +373,9 @@ class Policy(nn.Module):
             UserError: if they do not fit this policy.
         """
         saved, own = check_adapter(folder, "the policy's checkpoint"), self.model.peft_config["default"]
+        names = sorted(saved.get("target_modules") or ())
+        if names != sorted(own.target_modules):
+            raise UserError(f"{folder}: an adapter of other modules: give --lora_target_modules {' '.join(names)}")
         base = saved.get("base_model_name_or_path")
         if base != own.base_model_name_or_path:
             print(f"Warning: {folder} was trained on {base!r}, --model_name is {own.base_model_name_or_path}")

@@ -184,6 +184,21 @@ def test_ppo_trains_by_its_options_and_a_checkpoint_records_how_long_replies_are
     assert "room for a prompt besides" in stage_3(tiny / "llama", *too_many, check=2).stderr
 
 
+def test_a_fixed_coefficient_and_a_small_adapter_of_the_last_layer(stage_3, tiny, tmp_path):
+    words = "--train --reward random --steps 3 --num_generations 2 --exact_kl --fixed_kl_coef --init_kl_coef 0.4"
+    more = "--critic ridge --optimizer adamw --learning_rate 5e-3 --lora_r 2 --lora_alpha 6 --num_layers_unfrozen 1"
+    stage_3(tiny / "llama", *words.split(), *more.split(), "--batch_size", 4)
+    weights = tmp_path / "rlmf_weights"
+    steps = pd.read_csv(weights / "GELI_llama_steps.csv")
+    assert (
+        steps["beta"].tolist() == [0.4] * 3
+        and steps["kl"].iloc[0] == pytest.approx(0.0, abs=1e-6) < steps["kl"].iloc[2]
+    )
+    adapter = json.loads((weights / "GELI_llama_3" / "adapter_config.json").read_text())
+    layers = json.loads((tiny / "llama" / "config.json").read_text())["num_hidden_layers"]
+    assert (adapter["r"], adapter["lora_alpha"], adapter["layers_to_transform"]) == (2, 6, [layers - 1])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -194,11 +209,13 @@ def test_ppo_trains_by_its_options_and_a_checkpoint_records_how_long_replies_are
         ("--train --horizon 4 --batch_size 20", "--horizon 4: expected more than a fifth of --batch_size 20"),
         ("--train --target_kl 2 --no_early_stopping", "--target_kl has no effect with --no_early_stopping"),
         ("--train --algo grpo --init_kl_coef 0.1", "--init_kl_coef is for --algo ppo"),
+        ("--train --algo grpo --exact_kl", "--exact_kl is for --algo ppo"),
+        ("--train --fixed_kl_coef --horizon 999", "--horizon has no effect with --fixed_kl_coef"),
+        ("--val --lora_r 8", "--lora_r has no effect without training"),
         ("--train --algo rloo --vf_coef 0.1", "--vf_coef is for --algo ppo"),  # though that is its default
         ("--train --algo rloo --no_early_stopping", "--no_early_stopping is for --algo ppo"),
         ("--train --algo grpo --mini_batch_size 2", "--mini_batch_size has no effect without PPO"),
         ("--train --algo grpo --trl max_completion_length=9", "give it as --max_new_tokens"),
-        ("--train --num_generations 4", "--num_generations is for --algo rloo or grpo"),
         ("--train --ppo_off --lam 0.9", "--lam has no effect with --ppo_off"),
         ("--train --ppo_off --learning_rate 1e-4", "--learning_rate has no effect with --ppo_off"),
         ("--val --ppo_off", "--ppo_off has no effect without RL, which takes --train"),

@@ -638,7 +638,7 @@ def test_rudder_scores_a_response_given_the_agent_turns_before_it(stages, sample
         torch.testing.assert_close(found, whole[order], atol=1e-4, rtol=1e-4)
     other = score([prompts[5], prompts[5]._replace(trajectory=turns[::-1])], ["hello there"] * 2)
     assert other[0] != other[1]  # the turns before it count
-    stages.ppo("--train", "--val", "--reward_path", "rudder-rl", "--exp_name", "rudder")
+    stages.ppo("--train", "--val", "--reward_path", "rudder-rl", "--exp_name", "rudder", "--allow_constant_reward")
 
 
 def test_ppo_off_changes_nothing_and_saves_no_adapter(stages):
