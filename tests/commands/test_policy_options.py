@@ -190,10 +190,7 @@ def test_a_fixed_coefficient_and_a_small_adapter_of_the_last_layer(stage_3, tiny
     stage_3(tiny / "llama", *words.split(), *more.split(), "--batch_size", 4)
     weights = tmp_path / "rlmf_weights"
     steps = pd.read_csv(weights / "GELI_llama_steps.csv")
-    assert (
-        steps["beta"].tolist() == [0.4] * 3
-        and steps["kl"].iloc[0] == pytest.approx(0.0, abs=1e-6) < steps["kl"].iloc[2]
-    )
+    assert steps["beta"].tolist() == [0.4] * 3 and abs(steps["kl"].iloc[0]) < 1e-6 < steps["kl"].iloc[2]
     adapter = json.loads((weights / "GELI_llama_3" / "adapter_config.json").read_text())
     layers = json.loads((tiny / "llama" / "config.json").read_text())["num_hidden_layers"]
     assert (adapter["r"], adapter["lora_alpha"], adapter["layers_to_transform"]) == (2, 6, [layers - 1])
