@@ -207,7 +207,7 @@ def test_a_head_that_is_gone_is_named_and_another_can_be_given(made, tmp_path):
         ("--weights x --user a,b", "at most 64 letters, digits and . @ + - _ are expected"),
         ("--weights x --reward_class you_are_tall", "invalid choice: 'you_are_tall'"),
         ("--weights x --context_turns 0", "a whole number of at least 1 is expected, not '0'"),
-        ("--weights no/such/folder", "--weights no/such/folder: this hub id"),
+        ("--weights no/such/folder", "--weights no/such/folder: expected a model's folder, found none"),
         ("--weights {policy} --compare", "has no adapter, so there is no base policy beside it"),
         ("--weights {policy} --prompt_format chat", "has no chat template; use raw"),
         ("--weights {policy} --reward_path nobody", "nobody: expected a run name or the path of a reward1_ file"),

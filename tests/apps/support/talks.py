@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import torch
 
 from apps.chat.talk import Talk
-from geli.nets.options import Adapter
 from geli.nets.policy import load_policy
+from geli.nets.options import INSTRUCTION, Adapter
 
 HEADS = "visual_feedback_baselines_convo_overall_affect_baseline_RRD_K_160"
 
@@ -38,6 +38,7 @@ class LetterPolicy:
     """
 
     device, ends, prompt_format, max_new_tokens = torch.device("cpu"), (ord("|"),), "raw", 128
+    format = SimpleNamespace(instruction=INSTRUCTION)
 
     def __init__(self, *replies: str):
         self.replies, self.prompts, self.adapter = list(replies), [], True
