@@ -266,6 +266,7 @@ def test_an_adapters_readme_is_a_model_card(stage_3, common, tiny):
     assert len(weights) and found["policy"].peft_config["default"].r == 16
 
 
+@pytest.mark.slow
 def test_held_out_text_is_not_printed_into_a_file(common, tiny):
     options = ("--val", "--rf_model", "base", "--reward", "random", "--model_name", tiny / "llama", *common)
     more = ("--val_prompts", 2, "--batch_size", 2, "--max_new_tokens", 8, "--min_new_tokens", 4, "--context_turns", 2)

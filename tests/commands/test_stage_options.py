@@ -146,6 +146,7 @@ def test_contrastive_changes_training(stages):
     assert not torch.equal(stages.weights("plain"), stages.weights("contra"))
 
 
+@pytest.mark.slow
 def test_the_curriculum_shows_the_answer_to_training_turns_only(stages, sample, monkeypatch):
     seen = {True: 0, False: 0}
     tokenize = TurnEncoder.tokenize
@@ -175,6 +176,7 @@ def test_the_curriculum_shows_the_answer_to_training_turns_only(stages, sample, 
     assert len({tuple(stages.weights(run).tolist()) for run in ("li", "li-told", "li-exposed")}) == 3
 
 
+@pytest.mark.slow
 def test_unfreeze_trains_saves_and_hands_on_the_encoder(stages):
     stages.geli("--train", "--val", "--run_name", "thawed", "--unfreeze", "--encoder_learning_rate", 1e-3)
     path = stages.path("thawed")

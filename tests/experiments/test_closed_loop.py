@@ -46,6 +46,7 @@ def looped(sample, tiny, tmp_path_factory):
     return folder / "out", printed, commands
 
 
+@pytest.mark.slow
 def test_every_reward_is_in_the_table_and_nothing_is_run_twice(looped):
     out, printed, commands = looped
     assert printed[0].count("policy ") == 6 and "policy " not in printed[1]
@@ -58,6 +59,7 @@ def test_every_reward_is_in_the_table_and_nothing_is_run_twice(looped):
     assert (out / "frontier.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_a_result_is_that_of_the_responses(looped):
     out, _, _ = looped
     reference = json.loads((out / "results" / "reference-0.json").read_text())
@@ -70,6 +72,7 @@ def test_a_result_is_that_of_the_responses(looped):
     assert first["gold_mean"] == pytest.approx(first["score_mean"], abs=1e-4)  # it is trained on the truth
 
 
+@pytest.mark.slow
 def test_the_hidden_reward_chooses_the_best_of_n(looped):
     out, _, _ = looped
     samples = [json.loads((out / "samples" / "0" / f"{k}.json").read_text())["texts"] for k in (0, 1)]

@@ -188,6 +188,7 @@ def arguments(folder, url, prompts=9, **more):
     return (TOOL, "judge", responses, *words, "--log_text")
 
 
+@pytest.mark.slow
 def test_whatever_the_server_does_nothing_is_lost_and_each_is_counted(tmp_path, judge_at_work):
     with judge_at_work(BEHAVIOR) as (url, asked):
         said = call_script(*arguments(tmp_path, url))

@@ -135,6 +135,7 @@ def _read_in_a_process(data, folder, queue):
     queue.put(len(read_corpus(data, "overall_affect", cache=folder).conversations))
 
 
+@pytest.mark.slow
 def test_runs_at_the_same_time_do_not_disturb_each_other(data, tmp_path):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()

@@ -294,6 +294,7 @@ def folders(published, sample, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_it_can_be_evaluated_and_trained_from_and_used_in_stage_3(folders, sample, tiny):
     data = ["--data_dir", sample, "--output_dir", folders]
     run = call_script("train_reward_GELI.py", "--val", "--reward_path", "eager-glade-5", "--run_name", "seen", *data)
