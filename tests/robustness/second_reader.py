@@ -123,7 +123,9 @@ def reference(folder: Path) -> Conversation:
     seconds = [second for both in frames.values() for second, _ in both]
     if not no_faces and (no_faces := reference_clocks(turns, seconds)):
         frames = {speaker: [] for speaker in speakers}
-    turns = tuple(reference_turn(turn, frames[speakers[turn[1] == speakers[0]]]) for turn in turns)
+    of_listeners = [frames[speakers[turn[1] == speakers[0]]] for turn in turns]
+    unseen = [i for i, turn in enumerate(turns) if not any(turn[2] <= t <= turn[3] for t, _ in of_listeners[i])]
+    turns = tuple(map(reference_turn, turns, of_listeners))
 
     (_, *questions), rows = reference_table(folder, SURVEY_FILE, set(speakers))
     users = [row["user_id"].strip() for row in rows]
@@ -134,7 +136,10 @@ def reference(folder: Path) -> Conversation:
         answers[speaker] = {q: value for q, value in given.items() if 0 <= value <= highest_answer(q)}
         for q in given.keys() - answers[speaker].keys():
             off_scale[q] = [*off_scale.get(q, []), given[q]]
-    return Conversation(folder.name, speakers, turns, answers, frozenset(questions), skipped, off_scale, no_faces)
+    questions = frozenset(questions)
+    return Conversation(
+        folder.name, speakers, turns, answers, questions, skipped, off_scale, no_faces, tuple(unseen)
+    )  # fmt: skip
 
 
 def highest_answer(question: str) -> int:

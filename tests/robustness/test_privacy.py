@@ -117,7 +117,7 @@ def commands(marked, out: Path) -> list[tuple]:
     first = ("--lang_model_path", marked.models / "bart", "--run_name", "li", "--train_size", 8)
     second = ("--affect_path", "li", "--run_name", "geli", "--train", "--train_size", 8)
     third = ("--model_name", marked.models / "llama", "--train", "--val", "--generate", "--steps", 2)
-    third = (*third, "--batch_size", 4, "--val_prompts", 4, *common)
+    third = (*third, "--allow_constant_reward", "--batch_size", 4, "--val_prompts", 4, *common)
     return [
         ("train_reward_LI_only.py", *reward, *first),
         ("train_reward_GELI.py", *reward, *second),
