@@ -244,7 +244,8 @@ def _watch_all(
         more = iter(jobs)
         while True:
             for job in islice(more, 2 * workers - len(waiting)):
-                waiting[pool.submit(_watch_in_worker, *job.arguments())] = job
+                with _ctrl_c_afterwards():
+                    waiting[pool.submit(_watch_in_worker, *job.arguments())] = job
             if not waiting:
                 return
             done, _ = wait(waiting, timeout=POLL, return_when=FIRST_COMPLETED)
@@ -263,6 +264,22 @@ def _watch_all(
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _ctrl_c_afterwards() -> Iterator[None]:
+    """Has Ctrl-C wait while a pool starts its thread and processes, and hides it from these processes: a pool that is
+    interrupted there, or whose processes are, cannot be shut down."""
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which the processes inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _watch(
@@ -288,10 +305,9 @@ _worker = None  # in a worker process: (seconds watched by all of them, whether 
 
 
 def _begin_worker(watched, stop) -> None:
-    """Makes this process end with the one that started it, however that ends; Ctrl-C is for that one alone."""
+    """Makes this process end with the one that started it, however that ends."""
     global _worker
     _worker = watched, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
