@@ -3,6 +3,8 @@
 import pytest
 from conftest import call_script
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"phone": 400, "screen": 1400}
 
 

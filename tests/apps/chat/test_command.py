@@ -298,6 +298,7 @@ def trained(made, tmp_path_factory):
     return SimpleNamespace(talks=talks, runs=runs, printed=printed)
 
 
+@pytest.mark.slow
 def test_the_three_commands_train_on_ten_collected_conversations(trained, made):
     for printed in trained.printed.values():
         assert "Read 10 conversations, 10 trajectories" in printed  # nothing of those that were broken off

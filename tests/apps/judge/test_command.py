@@ -229,6 +229,7 @@ def test_too_few_answers_for_a_table_are_an_error(tmp_path, judge_at_work):
     assert "2 requests: 0 answered, 2 unparsed" in stopped.stdout
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_without_asking_again(tmp_path, judge_at_work):
     with judge_at_work(dict.fromkeys(range(9), well), seconds=0.2) as (url, asked):
         words = [str(word) for word in arguments(tmp_path, url, concurrency=2, timeout=20)]

@@ -77,6 +77,7 @@ def test_an_oracles_shares_follow_the_truth_and_sum_to_the_scores(shares, sample
     assert results["turns answered"] == (rows["status"] == "answered").sum()
 
 
+@pytest.mark.slow
 def test_stage_2_learns_from_the_shares(shares, sample, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     without_pictures(monkeypatch)

@@ -104,6 +104,7 @@ def test_killed_and_stopped_under_load_nobody_gets_a_wrong_score(head):
     assert code == 143 and printed.endswith("stopped; every request that was accepted is answered\n")
 
 
+@pytest.mark.slow
 def test_mistakes_are_answered_in_one_line(head, tmp_path):
     (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError(\"No module named 'uvicorn'\")")
     for words, said, path in (
