@@ -3,12 +3,11 @@
 import json
 import os
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import call_script, run_script, with_sizes
-from no_pictures import without_pictures
+from no_pictures import quick_commands
 from safetensors.torch import load_file
 from small_models import chat_model, write_head
 
@@ -26,16 +25,7 @@ QUICK = ("--context_turns", 2, "--train_size", 6, "--small_model_shrink", "--val
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     """Without wandb and pictures, and with short responses."""
-    parse = train_rl_GELI.parse_options
-
-    def parse_short(argv=None):
-        options = parse(argv)
-        return replace(options, ppo=replace(options.ppo, min_new_tokens=4, max_new_tokens=8))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        patch.setattr(train_rl_GELI, "parse_options", parse_short)
-        without_pictures(patch)
+    with quick_commands(min_new_tokens=4, max_new_tokens=8):
         yield
 
 

@@ -5,13 +5,12 @@ The loss itself is tested in unit/rl/test_trl_algorithms.py.
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
 import wandb
 from conftest import call_script, run_script, small_model, with_sizes
-from no_pictures import without_pictures
+from no_pictures import quick_commands
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -27,16 +26,7 @@ WARM = ("--train", "--sft_steps", 3, "--sft_learning_rate", 5e-3)
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     """Without wandb and pictures, and with short responses."""
-    parse = train_rl_GELI.parse_options
-
-    def parse_short(argv=None):
-        options = parse(argv)
-        return replace(options, ppo=replace(options.ppo, min_new_tokens=4, max_new_tokens=8))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        patch.setattr(train_rl_GELI, "parse_options", parse_short)
-        without_pictures(patch)
+    with quick_commands(min_new_tokens=4, max_new_tokens=8):
         yield
 
 

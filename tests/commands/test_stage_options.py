@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, call_script, small_model, with_sizes
-from no_pictures import without_pictures
+from no_pictures import quick_commands
 from options_table import options_page
 from textblob import TextBlob
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -47,16 +47,7 @@ SHORT = dict(min_new_tokens=4, max_new_tokens=8)  # responses
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     """Without wandb and pictures, and with short responses."""
-    parse = train_rl_GELI.parse_options
-
-    def parse_short(argv=None):
-        options = parse(argv)
-        return replace(options, ppo=replace(options.ppo, **SHORT))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        patch.setattr(train_rl_GELI, "parse_options", parse_short)
-        without_pictures(patch)
+    with quick_commands(**SHORT):
         yield
 
 
