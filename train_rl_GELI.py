@@ -584,12 +584,12 @@ def start_policy(options: Options, accelerator, names: OutputNames, resumed: boo
     warmed = bool(resumed and options.rl.sft_steps and names.sft_model.is_dir())
     if warmed:
         source = str(names.sft_model.resolve())
-        seed_everything(options.run.seed)  # as `warm_start` does
     if checkpoint:
         adapter = adapter_of(checkpoint, "the policy's checkpoint")
     else:
         layers = options.policy.num_layers_unfrozen if warmed or not options.rl.sft_steps else 0  # SFT adapts all
         adapter = options.policy.adapter._replace(layers=layers)
+    seed_everything(options.run.seed)  # the adapter begins the same, however many random numbers were drawn so far
     policy = build_policy(options, accelerator, source, form, adapter)
     if checkpoint:
         policy.load(checkpoint)
