@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_utils import DataOptions, load_prompts
+from geli.data.messages import INSTRUCTION
 from geli.data.questions import QUESTIONS
-from geli.nets.options import INSTRUCTION, SMOLLM2, Adapter, PolicyOptions
+from geli.nets.options import SMOLLM2, Adapter, PolicyOptions
 from geli.nets.prompts import Prompt, with_instruction
 from geli.rl.reward_options import BASE, RF_MODELS, HeadKind, RewardOptions
 from geli.rl.rollout import RandomScorer

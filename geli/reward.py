@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from geli.data.messages import Message, Turns, read_messages
 from geli.heads import find_head, load_encoder_of_head, load_reward_head, score_as
 from geli.nets.encoder import TurnEncoder
-from geli.nets.forms import Message, Turns, read_completion, read_messages, read_prompt, trajectory_of
+from geli.nets.forms import read_completion, read_prompt, trajectory_of
 from geli.nets.prompts import Prompt
 from geli.nets.templates import OwnTemplate
 from geli.rl.rollout import first_turn

@@ -31,7 +31,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from apps.serve.batcher import Batcher, QueueFull
 from apps.sockets import is_loopback, listen
-from geli.nets.forms import read_messages, split_query
+from geli.data.messages import read_messages
+from geli.nets.forms import split_query
 from geli.reward import GELIReward
 from geli.run.errors import Stopped, UserError, one_line
 

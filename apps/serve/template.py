@@ -3,7 +3,8 @@
 import re
 from collections.abc import Callable
 
-from geli.nets.templates import MARKUP, Messages, check_folded, opens_reply, refuse_markup
+from geli.data.messages import MARKUP, refuse_markup
+from geli.nets.templates import Messages, check_folded, opens_reply
 from geli.run.errors import UserError, first_line
 
 

@@ -1,56 +1,16 @@
 """The forms in which trainers write prompts and completions, read as the state and the response that a head scores."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from geli.nets.options import INSTRUCTION
+from geli.data.messages import INSTRUCTION, MARKUP, Message, Turns, ends_in_thought, read_messages, spoken
 from geli.nets.prompts import Prompt, context_text, prompt_text
-from geli.nets.templates import (
-    MARKUP,
-    OwnTemplate,
-    ends_in_thought,
-    read_template,
-    refuse_markup,
-    spoken,
-)
+from geli.nets.templates import OwnTemplate, read_template
 from geli.run.errors import UserError
-
-Turns = list[tuple[bool, str]]  # (is_agent, utterance) of each turn
-Message = Mapping[str, str]  # {"role": "user", "content": "Hello"}
-
-ROLES = {"user": False, "assistant": True}  # -> whether its messages are the agent's turns
-UNREAD_ROLES = ("system", "developer")  # heads have read conversations without instructions
 
 _TURN = re.compile(r"(?:^|(?<=\s))(User|AI): ?")  # begins a turn in the published form
 _BEGIN = re.compile(r"^(?:<s>|<bos>|<\|begin_of_text\|>)")
 _FIRST_TOKEN = re.compile(r"<[^<>\s]+>")  # as <s>, which tokenizers put before a text
-
-
-def read_messages(messages: Sequence[Message], cuts: bool = False) -> Turns:
-    """The turns of chat messages, stripped. System messages are left out, and what the assistant only thought.
-
-    Args:
-        cuts: cut a text before markup, as what a policy wrote is, instead of refusing it.
-
-    Raises:
-        UserError: for anything but messages of system, user and assistant with a text without markup each.
-    """
-    turns = []
-    if isinstance(messages, str) or not isinstance(messages, Sequence):
-        raise UserError(f"expected a list of chat messages, found {type(messages).__name__}")
-    for place, message in enumerate(messages):
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
-        if not isinstance(role, str) or role not in (*ROLES, *UNREAD_ROLES) or not isinstance(content, str):
-            raise UserError(
-                f'message {place}: expected {{"role": "user" or "assistant" or "system", "content": text}}, found '
-                + (f"role {role!r}, content of type {type(content).__name__}"[:100] if role else "something else")
-            )
-        if role in ROLES:
-            text = spoken(content) if ROLES[role] else content.strip().removeprefix(INSTRUCTION)
-            text = MARKUP.split(text, maxsplit=1)[0] if cuts else text
-            refuse_markup(text, f"message {place}")
-            turns.append((ROLES[role], text.strip()))
-    return turns
 
 
 def trajectory_of(turns: Turns, context_turns: int) -> tuple[tuple[str, str], ...]:

@@ -11,11 +11,6 @@ from geli.run.options import non_negative_int, option, positive_int, text_or_fil
 
 MAX_NEW_TOKENS = 128  # of a response
 DONE_EVERY = 4  # tokens between two checks of whether a response can stop
-# the text that every prompt begins with; a prompt that is too long keeps it
-INSTRUCTION = (
-    "You are AI, in a casual social conversation with a User. Be polite, kind and honest, do not swear, and answer in "
-    "under 100 words."
-)
 
 
 class EncoderAlias(NamedTuple):

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from geli.data.messages import INSTRUCTION
 from geli.nets.decoding import CausalDecoder, EncoderDecoder, left_aligned
-from geli.nets.options import DONE_EVERY, INSTRUCTION, MAX_NEW_TOKENS, Adapter
+from geli.nets.options import DONE_EVERY, MAX_NEW_TOKENS, Adapter
 from geli.nets.pretrained import check_adapter, check_adapter_weights, check_vocabulary, load_pretrained
 from geli.nets.prompts import PROMPT_FORMATS, ChatFormat, Prompt, PromptFormat
 from geli.nets.trunk import Trunk

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import NamedTuple, Protocol
 
-from geli.nets.options import INSTRUCTION
-from geli.nets.templates import ends_in_thought, is_empty_thought
+from geli.data.messages import INSTRUCTION, ends_in_thought, is_empty_thought
 from geli.run.errors import UserError, first_line
 
 

@@ -1,61 +1,19 @@
-"""Texts that chat templates wrote, read as their messages; and markup that no prompt of a reward may hold."""
+"""Texts that chat templates wrote, read as their messages."""
 
 import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from geli.nets.options import INSTRUCTION
-from geli.run.errors import UserError, one_line
+from geli.data.messages import INSTRUCTION, MARKUP, refuse_markup, spoken
+from geli.run.errors import UserError
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": "Hello"}]
 OwnTemplate = Callable[[str], Messages | None]  # as `apps.serve.template.TokenizerTemplate`
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Markup and thoughts
-
-# What chat templates and tokenizers write around text, in known forms and in those that unknown ones are likely to have
-MARKUP = re.compile(
-    r"<[|\uff5c][^<>|\uff5c\n]{1,40}[|\uff5c]>|<\|\w{1,30}>|<\w{1,30}\|>|\[\|\w{1,30}\|\]"  # <|user|>, <|turn>
-    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|THINK|gMASK)\]|<</?SYS>>"
-    r"|</?(?:s|bos|eos|pad|sop|eop|think)>|<(?:start|end)_of_(?:turn|role|text)>|<(?:extra_id|reserved)_\d+>"
-    r"|^#{2,3} ?(?:Instruction|Response|Input|Human|Assistant|User|System)s?:",
-    re.MULTILINE,
-)
 # where a reply begins in a text with words for markup (Vicuna's and others'), or that has lost its special tokens
 _CUE = re.compile(
     r"(?:\bASSISTANT:|(?:^|\n)[ \t]*(?:Assistant|assistant|Bot|Response) ?:|\n[ \t]*(?:assistant|model))$"
 )
-_THOUGHT_BEGINS = re.compile(r"<think>|\[THINK\]|<\|channel\|>analysis<\|message\|>")
-_THOUGHT_ENDS = re.compile(r"</think>|\[/THINK\]|<\|channel\|>final<\|message\|>")
-
-
-def spoken(text: str) -> str:
-    """What of a reply is not thought: what follows its last thought, without one that has not ended."""
-    return _THOUGHT_BEGINS.split(_THOUGHT_ENDS.split(text)[-1], maxsplit=1)[0]
-
-
-def is_empty_thought(text: str) -> bool:
-    """Whether the text is a thought, in which there need be nothing, and no more."""
-    return bool(_THOUGHT_ENDS.search(text)) and not spoken(text).strip()
-
-
-def ends_in_thought(text: str) -> bool:
-    """Whether a thought has begun in the text and has not ended."""
-    return bool(_THOUGHT_BEGINS.search(_THOUGHT_ENDS.split(text)[-1]))
-
-
-def refuse_markup(text: str, place: str, markup: re.Pattern = MARKUP) -> None:
-    """Refuses text that still holds markup: its reward would be that of the markup.
-
-    Raises:
-        UserError: with what was found. `place`: where.
-    """
-    if found := markup.search(text):
-        raise UserError(
-            f"{place}: expected text without a chat template's markup, found {one_line(found[0])!r}: send chat "
-            "messages, or name the policy's tokenizer (--tokenizer of the server, GELIReward.template)"
-        )
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Templates in wide use

@@ -14,8 +14,8 @@ from small_models import chat_model, write_head
 import train_reward_GELI
 import train_reward_LI_only
 import train_rl_GELI
+from geli.data.messages import INSTRUCTION
 from geli.heads import load_reward_head, save_reward_head
-from geli.nets.options import INSTRUCTION
 from geli.nets.policy import trained_as
 from geli.run.options import flat
 

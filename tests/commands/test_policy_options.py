@@ -11,7 +11,7 @@ from safetensors import safe_open
 from small_models import chat_model
 
 import train_rl_GELI
-from geli.nets.options import INSTRUCTION
+from geli.data.messages import INSTRUCTION
 from geli.nets.policy import TrainedAs, trained_as
 from geli.run.lock import _difference
 from geli.run.options import flat

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import torch
 
 from apps.chat.talk import Talk
-from geli.nets.options import INSTRUCTION, Adapter
+from geli.data.messages import INSTRUCTION
+from geli.nets.options import Adapter
 from geli.nets.policy import load_policy
 
 HEADS = "visual_feedback_baselines_convo_overall_affect_baseline_RRD_K_160"

@@ -2,8 +2,8 @@
 
 import pytest
 
+from geli.data.messages import INSTRUCTION
 from geli.nets.forms import prompt_of_turns, read_completion, read_messages, read_prompt, split_query
-from geli.nets.options import INSTRUCTION
 from geli.nets.prompts import prompt_text
 from geli.run.errors import UserError
 

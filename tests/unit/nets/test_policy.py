@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import small_model
 
+from geli.data.messages import INSTRUCTION
 from geli.nets import policy as policy_module
-from geli.nets.options import INSTRUCTION, Adapter, PolicyOptions
+from geli.nets.options import Adapter, PolicyOptions
 from geli.nets.policy import Policy, load_policy
 from geli.nets.prompts import Prompt
 from geli.run.errors import UserError

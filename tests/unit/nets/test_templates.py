@@ -5,8 +5,8 @@ from chat_templates import CONTEXT, FOLDS, MARKS, SYSTEM, TALK, TEMPLATES, UNKNO
 from hypothesis import given
 from hypothesis import strategies as st
 
+from geli.data.messages import INSTRUCTION
 from geli.nets.forms import read_completion, read_prompt
-from geli.nets.options import INSTRUCTION
 from geli.nets.templates import spoken
 from geli.run.errors import UserError
 
