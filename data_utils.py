@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from geli.data.candor import HAPPINESS, NEGATIVE, TRANSCRIPTS, Conversation, Dropped, Turn
+from geli.data.chats import Range
 from geli.data.corpus import by_count, common_reasons, printable, read_conversations
 from geli.data.questions import QUESTIONS
 from geli.data.shares import TrajectoryShares
@@ -96,11 +97,13 @@ class Reactions(NamedTuple):
     Attributes:
         polarity: (n,) 1 pleased, -1 displeased, 0 neither. strength: (n,) how pleased, in [0, 1].
         labels: (n,) integer class of the reaction, for the contrastive loss.
+        known: (n,) bool, whether there was a reaction; None: to all. The others of an unknown one are those of none.
     """
 
     polarity: np.ndarray
     strength: np.ndarray
     labels: np.ndarray
+    known: np.ndarray | None = None
 
 
 def reactions_of_faces(affects: np.ndarray, happy_shares: np.ndarray) -> Reactions:
@@ -123,18 +126,18 @@ def face_reactions(trajectories: list[Trajectory], *_) -> Reactions:
     """The LI signal of the paper: the listener's face during each agent turn."""
     turns = _agent_turns(trajectories)
     affects = np.array([turn.affect for turn in turns], dtype=int)
-    return reactions_of_faces(affects, np.array([turn.happy_share for turn in turns], dtype=np.float64))
-
-
-def has_face(trajectories: list[Trajectory]) -> list[bool]:
-    """Whether the listener's face is known in a second of each agent turn."""
     unseen = [set(t.conversation.unseen) for t in trajectories]
-    return [i not in found for t, found in zip(trajectories, unseen, strict=True) for i in t.agent_turns]
+    seen = [i not in found for t, found in zip(trajectories, unseen, strict=True) for i in t.agent_turns]
+    reactions = reactions_of_faces(affects, np.array([turn.happy_share for turn in turns], dtype=np.float64))
+    return reactions._replace(known=np.array(seen, dtype=bool))
 
 
-def has_answer(trajectories: list[Trajectory]) -> list[bool]:
-    """Whether the user says something after each agent turn."""
-    return [bool(next_user_utterance(t.conversation, i, t.user)) for t in trajectories for i in t.agent_turns]
+def thumb_reactions(trajectories: list[Trajectory], *_) -> Reactions:
+    """The thumb or emoji that the user put under each agent turn of a chat."""
+    found = [turn.reaction for turn in _agent_turns(trajectories)]
+    polarity = np.array([reaction or 0 for reaction in found], dtype=int)
+    known = np.array([reaction is not None for reaction in found], dtype=bool)
+    return Reactions(polarity, np.maximum(polarity, 0.0), polarity + 1, known)
 
 
 def sentiment_reactions(
@@ -150,7 +153,8 @@ def sentiment_reactions(
     else:
         sentiments = lexicon_sentiment(texts)
     answered = np.array([bool(text) for text in texts], dtype=bool)  # nobody reacts to a last turn
-    return reactions_of_sentiments(np.where(answered, np.asarray(sentiments, dtype=np.float64), 0.0))
+    reactions = reactions_of_sentiments(np.where(answered, np.asarray(sentiments, dtype=np.float64), 0.0))
+    return reactions._replace(known=answered)
 
 
 class LISignal(NamedTuple):
@@ -161,34 +165,38 @@ class LISignal(NamedTuple):
             trajectory after the other.
         help: one line for `--help`. uses_model: whether `--sentiment_model` is for it.
         needs_faces: whether it reads the listener's face, so that conversations without faces cannot be learned from.
-        known: trajectories -> whether there was a reaction to each agent turn; None: to all.
+        unknown: what `--unknown_reaction` is by default.
     """
 
     reactions: Callable[..., Reactions]
     help: str
     uses_model: bool = False
     needs_faces: bool = False
-    known: Callable | None = None
+    unknown: str = "neutral"
 
 
 LI_SIGNALS = {
-    "face": LISignal(face_reactions, "the listener's face during the turn", needs_faces=True, known=has_face),
-    "sentiment": LISignal(
-        sentiment_reactions, "the sentiment of the user's next turn", uses_model=True, known=has_answer
-    ),
+    "face": LISignal(face_reactions, "the listener's face during the turn", needs_faces=True),
+    "sentiment": LISignal(sentiment_reactions, "the sentiment of the user's next turn", uses_model=True),
+    "reaction": LISignal(thumb_reactions, "the user's thumb or emoji under a chat's turn", unknown="left_out"),
 }
 
 
-def li_targets(reactions: Reactions, reaction_type: str = "class", negative_affect: str = "zero") -> np.ndarray:
+def li_targets(
+    reactions: Reactions, reaction_type: str = "class", negative_affect: str = "zero", unknown: str = "neutral"
+) -> np.ndarray:
     """(n,) float32 f_t in [-1, 1], the targets of the LI loss, by which a turn's reward follows the user's reaction.
 
     Args:
         reaction_type: `class`: 1 if pleased, else 0; `mean`: how pleased (of faces, the share of happy frames).
         negative_affect: `negative`: -1 if displeased; `zero`: no difference for displeased reactions.
+        unknown: `left_out`: NaN, no target, where the reaction is not known; `neutral`: as of no reaction.
     """
     targets = reactions.strength if reaction_type == "mean" else reactions.polarity == 1
     if negative_affect == "negative":
         targets = np.where(reactions.polarity == -1, -1.0, targets)
+    if unknown == "left_out" and reactions.known is not None:
+        targets = np.where(reactions.known, targets, np.nan)
     return targets.astype(np.float32)
 
 
@@ -200,7 +208,17 @@ def li_targets(reactions: Reactions, reaction_type: str = "class", negative_affe
 class DataOptions:
     """Which conversations are read, and what of them."""
 
-    data_dir: str = option("./candor", "folder with one folder a conversation, in CANDOR's layout")
+    data_dir: str = option(
+        "./candor",
+        "folder with one folder a conversation, in CANDOR's layout; or rated chats, a JSONL file or a folder of them",
+    )
+    rating_range: tuple[float, float] | None = option(
+        None,
+        "lowest and highest rating of rated chats (default: as the file's first line states)",
+        type=float,
+        nargs=2,
+        metavar=("LO", "HI"),
+    )
     transcript: str = option("cliffhanger", "which of CANDOR's transcripts is read", choices=TRANSCRIPTS)
     reward_class: str = option(
         "overall_affect",
@@ -233,6 +251,13 @@ class SignalOptions:
         "zero",
         "LI target of displeased reactions (anger, contempt, disgust, fear, sadness): 0 or -1",
         choices=("zero", "negative"),
+    )
+    unknown_reaction: str | None = option(
+        None,
+        "LI target of turns whose reaction is not known (the face was lost, nothing was said next, no thumb): neutral: "
+        "0; left_out: none, so that LI is learned from the other turns alone (default: left_out with reaction, else "
+        "neutral)",
+        choices=("neutral", "left_out"),
     )
     sentiment_model: str | None = option(
         None,
@@ -302,7 +327,8 @@ class Corpus:
             f"{counts['turns']:,} turns."
         ]
         if self.dropped:
-            lines.append(f"Dropped {len(self.dropped):,} of {len(self.dropped) + len(self.conversations):,} folders:")
+            found = len(self.dropped) + len(self.conversations)
+            lines.append(f"Dropped {len(self.dropped):,} of {found:,} conversations:")
             lines += [f"  {one_line(f'{printable(name)}: {reason}')}" for name, reason in sorted(self.dropped.items())]
         for reason, number in counts["dropped_trajectories_by_reason"].items():
             lines.append(f"Dropped {number:,} trajectories: {reason}.")
@@ -325,9 +351,9 @@ def _said_of_off_scale(question: str, found: dict) -> str:
 
 def read_corpus(
     data_dir: str | Path, reward_class: str, transcript: str = "cliffhanger", cache: str | Path | None = None,
-    needs_faces: bool = False,
+    needs_faces: bool = False, rating_range: Range | None = None,
 ) -> Corpus:  # fmt: skip
-    """Reads every conversation folder in `data_dir`, in an order that does not depend on the file system.
+    """Reads every conversation in `data_dir`, in an order that does not depend on the file system.
 
     Args:
         reward_class: a key of `QUESTIONS`.
@@ -338,11 +364,11 @@ def read_corpus(
     Raises:
         UserError: if there is no folder, nothing usable in it, or no answer to `reward_class`.
     """
-    conversations, dropped = read_conversations(data_dir, transcript, cache)
+    conversations, dropped = read_conversations(data_dir, transcript, cache, rating_range)
     asked = frozenset().union(*(c.questions for c in conversations))
     if reward_class not in asked:
         raise UserError(
-            f"--reward_class {reward_class}: no survey.csv under {data_dir} has that column; "
+            f"--reward_class {reward_class}: no survey.csv or chat under {data_dir} has it; "
             f"present: {', '.join(sorted(asked)) or 'none of the known questions'}"
         )
     trajectories, dropped_trajectories = {}, {}
@@ -446,7 +472,8 @@ class TurnSet:
         offsets: (n + 1,) turns of trajectory i are offsets[i]:offsets[i + 1].
         texts: (N,) pairs (context, response).
         affects: (N,) indices into `FACES`, `NO_FACE` in conversations without faces.
-        targets: (N,) float32 f_t of the LI loss, NaN where the signal needs faces and the conversation has none.
+        targets: (N,) float32 f_t of the LI loss, NaN where there is none: the signal needs faces and the conversation
+            has none, or unknown reactions are left out.
         labels: (N,) the class of the user's reaction that the targets come from.
         known: (N,) whether there was a reaction. n_words: (N,) words of each turn.
         scores: (n,) R in points.
@@ -473,7 +500,8 @@ class TurnSet:
         """The agent turns of `trajectories` with their texts and LI targets (without a `li_signal`, from faces)."""
         li_signal = LI_SIGNALS[signal.li_signal or "face"]
         reactions = li_signal.reactions(trajectories, signal, trust_remote_code)
-        targets = li_targets(reactions, signal.reaction_type, signal.negative_affect)
+        unknown = signal.unknown_reaction or li_signal.unknown
+        targets = li_targets(reactions, signal.reaction_type, signal.negative_affect, unknown)
         turns = _agent_turns(trajectories)
         affects = np.array([turn.affect for turn in turns], dtype=int)
         faceless = np.array([bool(t.conversation.no_faces) for t in trajectories for _ in t.agent_turns], dtype=bool)
@@ -487,7 +515,7 @@ class TurnSet:
             affects=affects,
             targets=targets,
             labels=reactions.labels,
-            known=np.array(li_signal.known(trajectories) if li_signal.known else [True] * len(turns), dtype=bool),
+            known=np.ones(len(turns), dtype=bool) if reactions.known is None else reactions.known,
             n_words=np.array([turn.n_words for turn in turns], dtype=int),
             scores=np.array([t.score for t in trajectories]),
         )
@@ -562,7 +590,7 @@ def load_turns(
         UserError: if there is nothing to train on, or nothing to validate on although it is needed.
     """
     needs_faces = learns_li and LI_SIGNALS[signal.li_signal or "face"].needs_faces
-    corpus = read_corpus(data.data_dir, data.reward_class, data.transcript, cache, needs_faces)
+    corpus = read_corpus(data.data_dir, data.reward_class, data.transcript, cache, needs_faces, data.rating_range)
     trajectories, held_out = split(corpus, data.train_size or len(corpus.conversations), val_except)
     if shares is not None:
         trajectories, dropped = split_by_shares(trajectories, shares)
@@ -581,6 +609,8 @@ def load_turns(
     for name, turns, needed in (("training", training, True), ("validation", validation, validate)):
         n = len({t.conversation.id for t in turns.trajectories})
         print(f"{name}: {n:,} conversations, {len(turns.trajectories):,} trajectories, {len(turns):,} turns")
+        if needed and learns_li and len(turns) and np.isnan(turns.targets).all():
+            raise UserError(f"--li_signal {signal.li_signal}: none of the {len(turns):,} {name} turns has a reaction")
         if needed and not len(turns):
             raise UserError(
                 f"--data_dir {data.data_dir}: none of the {name} conversations has an answer to {data.reward_class}"
@@ -613,7 +643,7 @@ def load_prompts(
 ) -> tuple[list[Prompt], list[Prompt], dict[str, int]]:
     """Training prompts, at most `val_prompts` held-out prompts (drawn by `seed`), and the counts of what was read.
     Raises a `UserError` if there are no prompts of a kind that is needed."""
-    corpus = read_corpus(data.data_dir, data.reward_class, data.transcript, cache)
+    corpus = read_corpus(data.data_dir, data.reward_class, data.transcript, cache, rating_range=data.rating_range)
     print(corpus.describe())
     parts = split(corpus, data.train_size or len(corpus.conversations))
     training, validation = (make_prompts(part, data.context_turns) for part in parts)

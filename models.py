@@ -64,8 +64,10 @@ def rrd_loss(rewards: torch.Tensor, score: float, length: float) -> torch.Tensor
 
 
 def li_loss(rewards: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-modal distillation: () mean squared error of r_t (n,) against the listener's affect f_t (n,) in [-1, 1]."""
-    return ((rewards - targets) ** 2).mean()
+    """Cross-modal distillation: () mean squared error of r_t (n,) against the listener's affect f_t (n,) in [-1, 1],
+    over the turns of which it is known, not NaN; NaN if there is none."""
+    known = ~targets.isnan()
+    return ((rewards[known] - targets[known]) ** 2).mean()
 
 
 def geli_loss(ge: torch.Tensor, li: torch.Tensor, weight: float, ge_scale: float = 1.0, li_scale: float = 1.0):
@@ -230,7 +232,8 @@ def loss_scales(loss_scale: str, redist_type: str, ep_len: int | str, training: 
     lengths = np.array([length_of(ep_len, n) for n in turns])
     of_turns = (training.shares, np.repeat(lengths, turns)) if row.uses_shares else (training.scores, lengths)
     ge_targets = row.target(*of_turns)
-    return float(ge_targets.var()) or 1.0, float(training.targets.var()) or 1.0
+    li_targets = training.targets[~np.isnan(training.targets)]
+    return float(ge_targets.var()) or 1.0, float(li_targets.var() if len(li_targets) else 0) or 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -138,7 +138,9 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     if training.train:
         unused("reward_path", "is a head to evaluate, without --train; training starts from --affect_path")
     if training.train and not training.affect_path:
-        of_li = "contrastive ge_weight loss_scale li_signal sentiment_model reaction_type negative_affect"
+        of_li = (
+            "contrastive ge_weight loss_scale li_signal sentiment_model reaction_type negative_affect unknown_reaction"
+        )
         unused(of_li, "only LI uses it: give --affect_path")
     if not training.unfreeze:
         unused("encoder_learning_rate", "the encoder is not trained: give --unfreeze")
@@ -553,16 +555,17 @@ class GELITraining(Stage):
         shares = [torch.from_numpy(self.training.shares[turns])] if decomposition.uses_shares else []
         loss = decomposition.loss(outputs, score, length, *shares)
         if self.head.config.li:
-            loss = geli_loss(loss, li, self.options.ge_weight, *self.scales)
+            loss = geli_loss(loss, li.nan_to_num(), self.options.ge_weight, *self.scales)  # NaN: no turn has a target
         else:
             loss = loss / self.scales[0]
         ge = (score - predicted_return(rewards.detach(), length).item()) ** 2
         return TrajectoryLoss(loss, hidden, ge, li.item(), rewards)
 
     def contrastive_loss(self, drawn: list[Drawn], found: list[TrajectoryLoss]) -> torch.Tensor:
-        """() The contrastive loss of all turns of these trajectories."""
-        labels = self.training.labels[np.concatenate([one.turns for one in drawn])]
-        return contrastive_term(torch.cat([one.hidden for one in found]), labels)
+        """() The contrastive loss of all turns of these trajectories that have an LI target."""
+        turns = np.concatenate([one.turns for one in drawn])
+        known = ~np.isnan(self.training.targets[turns])
+        return contrastive_term(torch.cat([one.hidden for one in found])[known], self.training.labels[turns][known])
 
     def decorrelation_loss(self, drawn: list[Drawn], found: list[TrajectoryLoss]) -> torch.Tensor:
         """() The penalty on the correlations of these trajectories' rewards with the surface of the turns' texts."""

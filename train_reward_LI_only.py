@@ -161,7 +161,7 @@ def train(
     returns {"steps", "best_step", "best_li_loss"}."""
     trained = {"encoder": paths[1].name, "encoder_is_folder": True}
     head = RewardHead(head_config(options, encoder, head=options.head.chosen, stage=1, **trained))
-    head.init_constant(min(max(float(training.targets.mean()), -0.95), 0.95))  # inside tanh's range
+    head.init_constant(min(max(float(np.nanmean(training.targets)), -0.95), 0.95))  # inside tanh's range
     head.to(accelerator.device)
 
     def save() -> None:
@@ -206,10 +206,11 @@ class LITraining(Stage):
         self.pairs = encoder.tokenize(training.texts)
         self.rated_pairs = encoder.tokenize(training.rated_texts()) if self.shows_rating else self.pairs
         lengths = np.array([len(pair.ids) for pair in self.pairs])
+        known = np.flatnonzero(~np.isnan(training.targets))  # the others have nothing to learn from
         self.batches = [
-            (epoch, batch)
+            (epoch, known[batch])
             for epoch in range(1, options.epochs + 1)
-            for batch in shuffled_batches(lengths, options.batch_size, self.rng)
+            for batch in shuffled_batches(lengths[known], options.batch_size, self.rng)
         ]
         self.steps = len(self.batches)
         n_turns = np.diff(training.offsets)  # the score and the length that belong to each turn, for the logged GE loss

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,20 +17,23 @@ CHECKSUM_BYTES = 32  # of SHA-256, in front of the table
 _TEXTS, _NUMBERS, _INTEGERS = (pa.list_(pa.field("element", kind)) for kind in (pa.string(), pa.float64(), pa.int32()))
 TURN_COLUMNS = {  # type of each field of `Turn`; a speaker is a number
     "turn_id": _TEXTS, "speaker": _INTEGERS, "start": _NUMBERS, "stop": _NUMBERS, "utterance": _TEXTS,
-    "n_words": _INTEGERS, "affect": _INTEGERS, "happy_share": _NUMBERS,
+    "n_words": _INTEGERS, "affect": _INTEGERS, "happy_share": _NUMBERS, "reaction": _INTEGERS, "rating": _NUMBERS,
 }  # fmt: skip
 COLUMNS = pa.schema({
-    "folder": pa.binary(), "signature": pa.string(), "about": pa.string(),  # about: JSON of all but the turns
+    "source": pa.binary(), "signature": pa.string(), "about": pa.string(),  # about: JSON of all but the turns
     **{name: TURN_COLUMNS[name] for name in Turn._fields},
 })  # fmt: skip
 
 
 class ConversationCache:
-    """The conversations of a data folder in one Parquet file behind its checksum, a row a conversation.
+    """The conversations of a data folder or of chats in one Parquet file behind its checksum, a row a conversation.
 
-    A row is used if the size and times of its conversation's three files are the same; the file, if it is undamaged
-    and was written with the same `READER_VERSION`. The file, in the `folder` of all caches, holds text, so only its
-    owner can read it.
+    A row has a source (a folder's name, or a chat's file and line) and is used if the signature of that is the same;
+    the file, if it is undamaged and was written with the same `READER_VERSION`. The file, in the `folder` of all
+    caches, holds text, so only its owner can read it.
+
+    Args:
+        transcript: which one is read of each folder; "" for chats.
     """
 
     def __init__(self, folder: str | Path, data_dir: str | Path, transcript: str):
@@ -54,28 +56,26 @@ class ConversationCache:
                 files.append(None)
         return json.dumps(files)
 
-    def get(self, folder: Path) -> Conversation | None:
-        """The folder's conversation; None if it must be read (dropped conversations always are)."""
-        row = self._rows.get(folder.name)
-        return row[1] if row and row[0] == self.signature(folder) else None
+    def get(self, source: str, signature: str) -> Conversation | None:
+        """The source's conversation; None if it must be read (dropped conversations always are)."""
+        row = self._rows.get(source)
+        return row[1] if row and row[0] == signature else None
 
-    def has_more_than(self, folders: Iterable[Path]) -> bool:
-        """Whether a row belongs to none of these folders."""
-        return bool(self._rows.keys() - {folder.name for folder in folders})
-
-    def write(self, conversations: dict[Path, tuple[str | None, Conversation]]) -> None:
-        """Replaces the file. `conversations`: folder -> (signature from before reading, or None for a row that is
-        already here; the conversation)."""
+    def update(self, conversations: dict[str, tuple[str, Conversation]]) -> None:
+        """Replaces the file if it has other rows. `conversations`: source -> (signature from before reading, the
+        conversation)."""
+        if {source: row[0] for source, row in self._rows.items()} == {s: row[0] for s, row in conversations.items()}:
+            return
         rows = []
-        for folder, (signature, conversation) in conversations.items():
+        for source, (signature, conversation) in conversations.items():
             number = {user: i for i, user in enumerate(conversation.speakers)}
             columns = dict(zip(Turn._fields, map(list, zip(*conversation.turns, strict=True)), strict=True))
             columns["speaker"] = [number[user] for user in columns["speaker"]]
-            about = [conversation.speakers, conversation.answers, sorted(conversation.questions)]
+            about = [conversation.id, conversation.speakers, conversation.answers, sorted(conversation.questions)]
             more = [conversation.skipped_turns, conversation.off_scale, conversation.no_faces, conversation.unseen]
             columns["about"] = json.dumps([*about, *more])
-            columns["folder"] = folder.name.encode("utf-8", "surrogateescape")
-            columns["signature"] = signature or self._rows[folder.name][0]
+            columns["source"] = source.encode("utf-8", "surrogateescape")
+            columns["signature"] = signature
             rows.append(columns)
         buffer = pa.BufferOutputStream()
         parquet.write_table(pa.Table.from_pylist(rows, self._schema), buffer, compression="zstd")
@@ -85,7 +85,7 @@ class ConversationCache:
             temporary.write_bytes(hashlib.sha256(content).digest() + content)
 
     def _read(self) -> dict[str, tuple[str, Conversation]]:
-        """Folder name -> (signature, conversation); {} without a file that can be used."""
+        """Source -> (signature, conversation); {} without a file that can be used."""
         try:
             content = self.path.read_bytes()
             checksum, content = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
@@ -102,11 +102,11 @@ class ConversationCache:
             return {}
 
 
-def _conversation(folder: bytes, signature: str, about: str, turn_ids, speaker, *columns):
-    """A row of the file: (folder name, (signature, conversation))."""
-    name = folder.decode("utf-8", "surrogateescape")
-    speakers, answers, questions, skipped, off_scale, no_faces, unseen = json.loads(about)
+def _conversation(source: bytes, signature: str, about: str, turn_ids, speaker, *columns):
+    """A row of the file: (source, (signature, conversation))."""
+    name, speakers, answers, questions, skipped, off_scale, no_faces, unseen = json.loads(about)
     turns = tuple(map(Turn, turn_ids, [speakers[i] for i in speaker], *columns))
     questions, skipped = frozenset(questions), Counter(skipped)
     more = (skipped, off_scale, no_faces, tuple(unseen))
-    return name, (signature, Conversation(name, tuple(speakers), turns, answers, questions, *more))
+    conversation = Conversation(name, tuple(speakers), turns, answers, questions, *more)
+    return source.decode("utf-8", "surrogateescape"), (signature, conversation)

@@ -22,7 +22,7 @@ from pyarrow import csv as arrow_csv
 from geli.data.questions import QUESTIONS
 from geli.data.words import count_words
 
-READER_VERSION = 3  # part of the cache's key: raise it when the same files are read differently
+READER_VERSION = 4  # part of the cache's key: raise it when the same files are read differently
 
 TRANSCRIPTS = ("cliffhanger", "audiophile", "backbiter")
 
@@ -58,6 +58,8 @@ class Turn(NamedTuple):
         n_words: the transcript's word count, or `count_words` where it has none.
         affect: index into `FACES` of the *listener's* face during the turn; neutral without frames or words enough.
         happy_share: share of the listener's frames that are happy, in [0, 1]; 0 without frames or words enough.
+        reaction: of a chat, the listener's to the message: 1 pleased, -1 displeased; None: not known.
+        rating: of a chat, somebody's judgement of this turn alone, to measure rewards by; nothing trains on it.
     """
 
     turn_id: str
@@ -68,14 +70,16 @@ class Turn(NamedTuple):
     n_words: int
     affect: int
     happy_share: float
+    reaction: int | None = None
+    rating: float | None = None
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A video call of two people.
+    """A video call or a chat of two people.
 
     Attributes:
-        id: name of its folder.
+        id: name of its folder; of a chat its id, or its file and line.
         speakers: user ids, first the one who speaks first.
         turns: in the order of their ids.
         answers: user id -> question -> answer; missing answers are left out.

@@ -1,4 +1,4 @@
-"""Reads all conversations of a folder, in several processes, with a cache."""
+"""Reads all conversations of a folder, in several processes, or of rated chats; with a cache."""
 
 import hashlib
 import multiprocessing
@@ -14,6 +14,7 @@ from types import ModuleType
 
 from geli.data.cache import ConversationCache
 from geli.data.candor import FEATURES_FILE, SURVEY_FILE, Conversation, conversation_or_reason
+from geli.data.chats import ChatFiles, Range, chat_files
 from geli.run.console import progress_bar
 from geli.run.distributed import available_cores
 from geli.run.errors import UserError
@@ -27,25 +28,38 @@ _HOW_TO_GET_DATA = (
 
 
 def read_conversations(
-    data_dir: str | Path, transcript: str = "cliffhanger", cache: str | Path | None = None
-) -> tuple[list[Conversation], dict[str, str]]:
-    """The conversations in the folders in `data_dir`, in the order of `split_key`, and folder name -> reason of those
-    dropped. Raises a `UserError` if `data_dir` is not a folder, or has no usable conversation.
+    data_dir: str | Path, transcript: str = "cliffhanger", cache: str | Path | None = None,
+    rating_range: Range | None = None,
+) -> tuple[list[Conversation], dict[str, str]]:  # fmt: skip
+    """The conversations in the folders in `data_dir`, or in rated chats, in the order of `split_key`; and name of a
+    folder, or file and line of a chat -> reason of those dropped.
 
     Args:
+        data_dir: a folder in CANDOR's layout, a JSONL file, or a folder of them.
         transcript: one of `candor.TRANSCRIPTS`. cache: folder of a `ConversationCache`; None for no cache.
+        rating_range: as of `ChatFiles`.
+
+    Raises:
+        UserError: if there is no such folder or file, or no usable conversation, or an option is for the other kind.
     """
     data_dir = Path(data_dir)
-    folders, dropped = _folders(data_dir)
-    conversations = []
-    for folder, result in zip(folders, _read_or_recall(folders, data_dir, transcript, cache), strict=True):
-        if isinstance(result, Conversation):
-            conversations.append(result)
-        else:
-            dropped[folder.name] = result
+    files = chat_files(data_dir)
+    if files:
+        if transcript != "cliffhanger":
+            raise UserError(f"--transcript {transcript} is for folders in CANDOR's layout, {data_dir} has chats")
+        kept = ConversationCache(cache, data_dir, "") if cache else None
+        results = _read_or_recall_chats(ChatFiles(files, rating_range), kept)
+    else:
+        if rating_range:
+            raise UserError(f"--rating_range is for JSONL files of rated chats, {data_dir} is none and has none in it")
+        folders, links = _folders(data_dir)
+        kept = ConversationCache(cache, data_dir, transcript) if cache else None
+        results = links | _read_or_recall(folders, transcript, kept)
+    conversations = [result for result in results.values() if isinstance(result, Conversation)]
+    dropped = {name: result for name, result in results.items() if not isinstance(result, Conversation)}
     if not conversations:
-        raise UserError(_nothing_usable(data_dir, dropped, transcript))
-    return conversations, dropped
+        raise UserError(_nothing_usable(data_dir, dropped, "" if files else transcript))
+    return sorted(conversations, key=lambda conversation: split_key(conversation.id)), dropped
 
 
 def split_key(conversation_id: str) -> str:
@@ -68,17 +82,32 @@ def printable(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-def _read_or_recall(folders: list[Path], data_dir: Path, transcript: str, cache) -> list[Conversation | str]:
-    """The conversation of each folder, from the cache if its files are unchanged, or the reason why it is dropped."""
-    kept = ConversationCache(cache, data_dir, transcript) if cache else None
-    results = {folder: kept.get(folder) for folder in folders} if kept else dict.fromkeys(folders)
-    missing = [folder for folder, conversation in results.items() if conversation is None]
-    signatures = {folder: kept.signature(folder) for folder in missing} if kept else {}  # from before reading
-    results |= zip(missing, _read_many(missing, transcript), strict=True)
-    usable = [folder for folder in folders if isinstance(results[folder], Conversation)]
-    if kept and (any(folder in signatures for folder in usable) or kept.has_more_than(usable)):
-        kept.write({folder: (signatures.get(folder), results[folder]) for folder in usable})
-    return list(results.values())
+def _read_or_recall(
+    folders: list[Path], transcript: str, kept: ConversationCache | None
+) -> dict[str, Conversation | str]:
+    """Folder name -> its conversation, from the cache if its files are unchanged, or the reason why it is dropped."""
+    signatures = {folder.name: kept.signature(folder) for folder in folders} if kept else {}  # from before reading
+    results = {folder.name: kept.get(folder.name, signatures[folder.name]) if kept else None for folder in folders}
+    missing = [folder for folder in folders if results[folder.name] is None]
+    results |= zip((folder.name for folder in missing), _read_many(missing, transcript), strict=True)
+    if kept:
+        kept.update({name: (signatures[name], c) for name, c in results.items() if isinstance(c, Conversation)})
+    return results
+
+
+def _read_or_recall_chats(files: ChatFiles, kept: ConversationCache | None) -> dict[str, Conversation | str]:
+    """File and line -> its chat, from the cache if the line is unchanged, or the reason why it is dropped."""
+    signatures = {}
+
+    def recall(place: str, line: bytes) -> Conversation | None:
+        signatures[place] = hashlib.blake2b(line, digest_size=16).hexdigest()
+        return kept.get(place, signatures[place])
+
+    chats = files.chats(recall) if kept else files.chats()
+    results = dict(progress_bar(chats, desc="reading chats", unit="chat"))
+    if kept:
+        kept.update({place: (signatures[place], c) for place, c in results.items() if isinstance(c, Conversation)})
+    return results
 
 
 def _read_many(folders: list[Path], transcript: str) -> Iterable[Conversation | str]:
@@ -134,10 +163,13 @@ def _folders(data_dir: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def _nothing_usable(data_dir: Path, dropped: dict[str, str], transcript: str) -> str:
+    kind = "folder" if transcript else "chat"
     found = (
-        f"found {len(dropped)} folders, none usable: {common_reasons(dropped)}" if dropped else "found no folder in it"
+        f"found {len(dropped)} {kind}s, none usable: {common_reasons(dropped)}" if dropped else f"found no {kind} in it"
     )
-    return (
-        f"--data_dir {data_dir}: expected <conversation>/transcription/transcript_{transcript}.csv, {SURVEY_FILE} and, "
-        f"for faces, {FEATURES_FILE}; {found}; {_HOW_TO_GET_DATA}"
+    expected = (
+        f"<conversation>/transcription/transcript_{transcript}.csv, {SURVEY_FILE} and, for faces, {FEATURES_FILE}"
+        if transcript
+        else "rated chats, one a line (docs/rated-chats.md)"
     )
+    return f"--data_dir {data_dir}: expected {expected}; {found}; {_HOW_TO_GET_DATA}"

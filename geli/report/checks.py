@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_utils import SignalOptions, Trajectory, TurnSet
+from data_utils import LI_SIGNALS, NO_FACE, SignalOptions, Trajectory, TurnSet
 from geli.data.candor import MIN_WORDS
 from geli.heads import encoder_of_head
 from geli.nets.pretrained import read_json
@@ -62,26 +62,27 @@ def check_li_targets(training: TurnSet, signal: SignalOptions) -> None:
     """Prints how many turns have a reaction to learn from and how much the LI targets differ, and warns of few.
 
     Raises:
-        UserError: if no turn of `MIN_WORDS` words has a reaction: then nothing can be learned from them.
+        UserError: if no turn (of faces: none of `MIN_WORDS` words) has a reaction: then nothing can be learned.
     """
-    has_target = ~np.isnan(training.targets)
-    targets = training.targets[has_target]
-    known = training.known[has_target & (training.n_words >= MIN_WORDS)]
+    faces, what = LI_SIGNALS[signal.li_signal].needs_faces, f"--li_signal {signal.li_signal}"
+    of_words = f" of {MIN_WORDS} words or more" if faces else ""
+    known, targets = training.known, training.targets[~np.isnan(training.targets)]
+    if faces:
+        known = known[(training.affects != NO_FACE) & (training.n_words >= MIN_WORDS)]
+    if (len(known) and not known.any()) or not len(targets):
+        raise UserError(f"{what}: none of the {len(known):,} turns{of_words} has a reaction")
     values, counts = np.unique(targets, return_counts=True)
-    differ, what = 1 - counts.max() / len(targets), f"--li_signal {signal.li_signal}"
     print(
-        f"LI targets: {known.mean() if len(known) else 0:.0%} of the {len(known):,} turns of {MIN_WORDS} words or more "
-        f"have a reaction ({signal.li_signal}); {differ:.1%} of {len(targets):,} targets differ from the commonest, "
-        f"{values[counts.argmax()]:g}"
+        f"LI targets: {known.mean() if len(known) else 0:.0%} of the {len(known):,} turns{of_words} have a reaction "
+        f"({signal.li_signal}); {1 - counts.max() / len(targets):.1%} of {len(targets):,} targets differ from the "
+        f"commonest, {values[counts.argmax()]:g}"
     )
-    if len(known) and not known.any():
-        raise UserError(f"{what}: none of the {len(known):,} turns of {MIN_WORDS} words or more has a reaction")
     if len(values) == 1:
         print(
             f"Warning: all {len(targets):,} LI targets are {targets[0]:g}: {what} found no reaction that differs; "
             "another signal may, or train GE alone"
         )
-    if len(known) and known.mean() < 0.5:
+    if faces and len(known) and known.mean() < 0.5:
         print(
             f"Warning: {what} has no reaction for most turns; do the times of transcript and faces agree (both in "
             "seconds from the beginning of the call)?"
@@ -103,8 +104,10 @@ def warn_of_scores_out_of_reach(head: RewardHead, training: TurnSet, ep_len: int
 
 def is_of_corpus(head_path: Path, data_dir: str) -> bool:
     """Whether a head was trained on conversations of `data_dir`, or has no record that says on which."""
-    trained_on = read_json_or_empty(head_path.with_name(head_path.name + ".json")).get("training_conversations")
-    folder = Path(data_dir)
-    if not (isinstance(trained_on, list) and trained_on and folder.is_dir() and any(folder.glob("*/"))):
-        return True  # without conversations, reading them says what is wrong
+    record, folder = read_json_or_empty(head_path.with_name(head_path.name + ".json")), Path(data_dir)
+    trained_on, arguments = record.get("training_conversations"), record.get("arguments")
+    if not (isinstance(trained_on, list) and trained_on and folder.exists()):
+        return True
+    if isinstance(arguments, dict) and not (folder.is_dir() and any(folder.glob("*/"))):  # of chats, by the file's name
+        return Path(str(arguments.get("data_dir"))).name == folder.name
     return any((folder / str(name)).is_dir() for name in trained_on)

@@ -63,7 +63,8 @@ def evaluate(turns: TurnSet, rewards: np.ndarray, returns: np.ndarray, chosen: n
         raise UserError("predicted rewards are not finite: training has diverged; try a lower --learning_rate")
     errors = (rewards - turns.targets) ** 2
     parts = [turns.turns_of(i) for i in range(len(turns.trajectories))]
-    li = [errors[part][chosen[part]].mean() for part in parts if not np.isnan(errors[part]).any()]
+    of_chosen = [errors[part][chosen[part]] for part in parts]
+    li = [some[~np.isnan(some)].mean() for some in of_chosen if not np.isnan(some).all()]
     of_each = [rewards[part][chosen[part]] for part in parts]
     chosen = chosen & (turns.affects != NO_FACE)
     happy, rewards = turns.affects[chosen] == HAPPINESS, rewards[chosen]
@@ -114,11 +115,12 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def choose_turns(turns: TurnSet, k: int, seed: int) -> np.ndarray:
-    """(N,) bool: K random turns of every trajectory, the same ones at every call."""
+    """(N,) bool: K random turns of every trajectory, those with an LI target first; the same ones at every call."""
     rng = np.random.default_rng([seed, k])
     chosen = np.zeros(len(turns), dtype=bool)
     for first, end in zip(turns.offsets[:-1], turns.offsets[1:], strict=True):
-        chosen[first + rng.permutation(end - first)[:k]] = True
+        order = first + rng.permutation(end - first)
+        chosen[order[np.argsort(np.isnan(turns.targets[order]), kind="stable")][:k]] = True
     return chosen
 
 

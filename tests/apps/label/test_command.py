@@ -140,7 +140,7 @@ def test_cases_a_byte_order_mark_and_thoughts_are_no_text_and_an_id_stands_for_o
         (json.dumps(A, indent=1).encode(), "found JSON over several lines"),
         (json.dumps([A, B]).encode(), "found an array of conversations"),
         (lines_of({"conversations": [{"from": "human", "value": "hi"}]}), "found ShareGPT's form"),
-        (gzip.compress(lines_of(A, B)), "found gzip: unpack it"),
+        (gzip.compress(lines_of(A, B)), "found gzip under a name without .gz"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run git lfs pull"),
         (lines_of({"prompt": "hi", "completion": "ho"}), "no messages, but prompt, completion (1)"),
         (lines_of({"messages": [{"role": "user", "content": "[INST] hi [/INST]"}]}), "found '[INST]'"),
