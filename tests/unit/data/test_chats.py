@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from data_utils import DataOptions, SignalOptions, TurnSet, load_turns, read_corpus, split
 from geli.data import corpus as corpus_module
-from geli.data.chats import ChatFiles
+from geli.data.chats import ChatFiles, _chat
 from geli.data.corpus import read_conversations
 from geli.run.errors import UserError
 
@@ -154,18 +154,18 @@ def test_scoring_reads_the_same_without_ratings(file):
 
 
 def test_the_range_is_stated_by_a_line_or_the_option_and_never_guessed(file):
-    assert read_corpus(file_of := write(file, chat(), header=None), "overall_affect", rating_range=(0, 8)).trajectories[
-        "a"][0].score == 50  # fmt: skip
-    with pytest.raises(UserError, match=r"chats.jsonl:1: the range of its rating is not stated: give --rating_range"):
-        read_corpus(file_of, "overall_affect")
-    write(
-        file, chat(rating=4), {**HEADER, "rating_range": [0, 10]}, chat("b", rating=4)
-    )  # two files, one behind the other
+    write(file, chat(), header=None)
+    assert read_corpus(file, "overall_affect", rating_range=(0, 8)).trajectories["a"][0].score == 50
+    with pytest.raises(UserError, match=r"chats\.jsonl:1: the range of its rating is not stated: give --rating_range"):
+        read_corpus(file, "overall_affect")
+    write(file, chat(rating=4), {**HEADER, "rating_range": [0, 10]}, chat("b", rating=4))  # two files in one
     assert [c.answers["user"]["overall_affect"] for _, c in ChatFiles([file]).chats()] == [7.5, 4]
-    with pytest.raises(UserError, match=r"--rating_range: 1 to 5, but chats.jsonl:3 states 0 to 10"):
+    with pytest.raises(UserError, match=r"--rating_range: 1 to 5, but chats\.jsonl:3 states 0 to 10"):
         read_corpus(file, "overall_affect", rating_range=(1, 5))
     for wrong in ([5, 1], [1], "1 5", [1, True], None):
-        with pytest.raises(UserError, match="chats.jsonl:1: rating_range: expected the lowest and the highest rating"):
+        with pytest.raises(
+            UserError, match=r"chats\.jsonl:1: rating_range: expected the lowest and the highest rating"
+        ):
             read(file, chat(), header={**HEADER, "rating_range": wrong})
 
 
@@ -189,7 +189,7 @@ def test_the_cache_gives_the_same_and_a_changed_line_or_range_is_read_again(file
     cold, warm = (read_conversations(file, cache=tmp_path / "cache") for _ in range(2))
     assert cold == warm and cold[1] == {"chats.jsonl:4": "not JSON"} and [c.unseen for c in cold[0]] == [(0, 1, 2)] * 2
     calls = []
-    monkeypatch.setattr("geli.data.chats._chat", lambda *args, made=corpus_chat: calls.append(args[1]) or made(*args))
+    monkeypatch.setattr("geli.data.chats._chat", lambda *args, made=_chat: calls.append(args[1]) or made(*args))
     assert read_conversations(file, cache=tmp_path / "cache") == cold and calls == []
     write(file, chat(rating=5), with_message(reaction=-1, turn_rating=0) | {"id": "b"}, "{")
     changed = {c.id: c for c in read_conversations(file, cache=tmp_path / "cache")[0]}
@@ -200,20 +200,19 @@ def test_the_cache_gives_the_same_and_a_changed_line_or_range_is_read_again(file
     assert cache.stat().st_mode & 0o777 == 0o600
 
 
-from geli.data.chats import _chat as corpus_chat
-
-
 def test_options_of_the_other_kind_of_data_are_refused(file, sample):
     write(file, chat())
     with pytest.raises(UserError, match="--transcript backbiter is for folders"):
         read_corpus(file, "overall_affect", "backbiter")
     with pytest.raises(UserError, match="--rating_range is for JSONL files"):
         read_corpus(sample, "overall_affect", rating_range=(1, 5))
-    with pytest.raises(UserError, match=r"no trajectory .* no faces to learn from \(chats have none: .*reaction"):
+    with pytest.raises(
+        UserError, match=r"no trajectory .* no faces to learn from \(chats have none; --li_signal reaction"
+    ):
         read_corpus(file, "overall_affect", needs_faces=True)
-    with pytest.raises(UserError, match="no survey.csv or chat under .* has it; present: overall_affect"):
+    with pytest.raises(UserError, match=r"no survey\.csv or chat under .* has it; present: overall_affect"):
         read_corpus(file, "i_like_you")
-    with pytest.raises(UserError, match="expected rated chats, one a line .*; found 1 chats, none usable: no rating"):
+    with pytest.raises(UserError, match=r"expected rated chats, one a line .*; found 1 chats, none usable: no rating"):
         read_corpus(write(file, chat(rating=None)), "overall_affect")
 
 
