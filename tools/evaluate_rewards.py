@@ -4,7 +4,8 @@
 
 A HEAD is the path of a `reward1_` file, or the name of a run under --output_dir. Heads with commas between them are
 seeds of one setting. The baselines always predict the mean, or the mode, of the training scores. Intervals resample
-conversations. If the corpus has a `truth.csv`, turns are also compared with the hidden reward.
+conversations. If the corpus has a `truth.csv`, turns are also compared with the hidden reward; and with people's
+judgements of single turns, if there are any (--turn_labels, or `turn_rating` in chats).
 """
 
 import sys
@@ -24,7 +25,10 @@ def parse_options(argv: Sequence[str] | None = None):
     """The command line."""
     parser = new_parser("Measure saved reward heads on the same held-out conversations, with 95% intervals.")
     parser.add_argument("heads", nargs="+", metavar="[LABEL=]HEAD[,HEAD…]", help="heads; after a comma, other seeds")
-    parser.add_argument("--data_dir", default="./candor", help="folder with one folder a conversation")
+    parser.add_argument("--data_dir", default="./candor", help="folder with one folder a conversation, or rated chats")
+    parser.add_argument(
+        "--rating_range", nargs=2, type=float, metavar=("LO", "HI"), help="of rated chats, as in training"
+    )
     parser.add_argument(
         "--output_dir", default=runs_folder(), help="as of the three commands; the tables are written there, too"
     )
@@ -40,6 +44,10 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument(
         "--truth", type=Path, help="hidden rewards of turns (default: DATA_DIR/truth.csv, if it exists)"
     )
+    parser.add_argument(
+        "--turn_labels", type=Path, metavar="FILE", help="people's judgements of turns: a CSV file with "
+        "conversation_id, turn_id and label, or chats with turn_rating (default: those in DATA_DIR, if any)",
+    )  # fmt: skip
     parser.add_argument("--lang_model_path", help="encoder of published heads, whose files record none")
     parser.add_argument("--repetitions", default=1000, type=positive_int, help="bootstrap resamples")
     parser.add_argument("--seed", default=0, type=seed, help="of the resamples")
@@ -74,11 +82,14 @@ def main(options) -> None:
     if options.lang_model_path and all(load_reward_head(path).config.encoder for path in paths):
         raise UserError("--lang_model_path is for published heads, and all of these record their own encoder")
     reward_class = reward_class_of(paths, options.reward_class)
-    data = DataOptions(options.data_dir, options.transcript, reward_class, train_size=options.train_size)
+    data = DataOptions(
+        options.data_dir, transcript=options.transcript, reward_class=reward_class, train_size=options.train_size,
+        rating_range=options.rating_range,
+    )  # fmt: skip
     truth = options.truth or Path(options.data_dir) / "truth.csv"
     evaluation = Evaluation.of(
         data, paths, cache=cache, val_all=options.val_all, repetitions=options.repetitions, seed=options.seed,
-        truth=truth if options.truth or truth.is_file() else None,
+        truth=truth if options.truth or truth.is_file() else None, turn_labels=options.turn_labels,
     )  # fmt: skip
     accelerator = make_accelerator(options.device, options.dtype)
     score = Scorer(evaluation, accelerator, cache, options.lang_model_path, options.trust_remote_code)

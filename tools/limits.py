@@ -10,8 +10,9 @@ Limits = tuple[float, float]
 LOSS, SHARE, CORRELATION = (0.0, np.inf), (0.0, 1.0), (-1.0, 1.0)
 LIMITS = {  # metric of geli.report.metrics -> its limits; a difference of rewards has none
     **dict.fromkeys(("ge_loss", "ge_share", "li_share"), LOSS),
-    **dict.fromkeys(("roc_auc", "average_precision"), SHARE),
+    **dict.fromkeys(("roc_auc", "average_precision", "label_auc"), SHARE),
     **dict.fromkeys(("return_correlation", "target_correlation", "truth_correlation"), CORRELATION),
+    **dict.fromkeys(("label_correlation", "label_within", "label_given_place"), CORRELATION),
 }
 
 

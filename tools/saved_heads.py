@@ -21,6 +21,7 @@ from models import RewardHead, head_rewards, predicted_returns
 from tools.limits import LIMITS, within
 from tools.seeds import interval_over_seeds
 from tools.tables import Row
+from tools.turn_labels import label_metrics, labels_of, read_labels
 
 
 class Setting(NamedTuple):
@@ -67,33 +68,40 @@ class Evaluation:
 
     Attributes:
         corpus: as read. training, validation: its trajectories. truth: (conversation id, turn id) -> hidden reward;
-            None where it is not known. repetitions, seed: of the bootstrap.
+            None where it is not known. labels: (N,) people's labels of the validation turns, NaN where there is none.
+            repetitions, seed: of the bootstrap.
     """
 
     corpus: Corpus
     training: list[Trajectory]
     validation: list[Trajectory]
     truth: dict[tuple[str, str], float] | None
+    labels: np.ndarray
     repetitions: int = 1000
     seed: int = 0
 
     @classmethod
     def of(
-        cls, data: DataOptions, paths: Sequence[Path], *, cache: Path | None, val_all: bool, truth: Path | None, **more
-    ):
+        cls, data: DataOptions, paths: Sequence[Path], *, cache: Path | None, val_all: bool, truth: Path | None,
+        turn_labels: Path | None = None, **more
+    ):  # fmt: skip
         """Reads the corpus; prints how much was read, and a warning if a head was trained on what it is measured on.
 
         Args:
             paths: of all heads. val_all: measure on all conversations that none of the heads was trained on.
+            turn_labels: people's judgements of turns (`read_labels`); None: those in the chats, if any.
         """
-        corpus = read_corpus(data.data_dir, data.reward_class, data.transcript, cache)
+        corpus = read_corpus(data.data_dir, data.reward_class, data.transcript, cache, rating_range=data.rating_range)
         print(corpus.describe())
         seen = frozenset().union(*(conversations_seen(path, load_reward_head(path).config) for path in paths))
         training, validation = split(corpus, data.train_size or len(corpus.conversations), seen if val_all else None)
         if not validation:
             raise UserError(f"--data_dir {data.data_dir}: no validation conversation has an answer to the score")
         warn_of_leaks(seen, validation)
-        return cls(corpus, training, validation, truth and read_truth(truth), **more)
+        labels = labels_of(validation, turn_labels and read_labels(turn_labels))
+        if turn_labels and np.isnan(labels).all():
+            raise UserError(f"--turn_labels {turn_labels}: has no label of the {len(labels):,} validation turns")
+        return cls(corpus, training, validation, truth and read_truth(truth), labels, **more)
 
     @property
     def training_scores(self) -> np.ndarray:
@@ -201,6 +209,11 @@ def compare(evaluation: Evaluation, predictions: dict[str, list[Predictions]]) -
     rows, first = [], {}
     for label, heads in predictions.items():
         of_heads = [metrics(data, *head, constants["mean"]) for head in heads]
+        if not np.isnan(evaluation.labels).all():
+            of_heads = [
+                found | label_metrics(evaluation.labels, head.rewards, turns.trajectories, data.of_turn)
+                for found, head in zip(of_heads, heads, strict=True)
+            ]
         for name in of_heads[0]:
             measured = _measure([of_head[name] for of_head in of_heads], weights)
             first.setdefault(name, measured)

@@ -10,6 +10,7 @@ from geli.report.metrics import COLUMNS, cell
 from geli.run.console import format_table
 from geli.run.files import atomic_path, write_json
 from geli.statistics import Estimate
+from tools.turn_labels import LABEL_COLUMNS
 
 
 class Row(NamedTuple):
@@ -32,8 +33,9 @@ class Row(NamedTuple):
 LEGEND = (
     "L_GE in points², also as a share of the mean baseline's; Δr_LI: reward of turns with a happy listener less that "
     "of the others; ROC AUC, AP: of happy listeners by reward; ρ: rank correlation with the score, and of turns with "
-    "the hidden reward"
+    "the hidden reward and with people's labels; within: conversations"
 )
+ALL_COLUMNS = COLUMNS | LABEL_COLUMNS
 
 
 def wide(rows: list[Row], field: str = "value") -> list[dict[str, str]]:
@@ -41,7 +43,7 @@ def wide(rows: list[Row], field: str = "value") -> list[dict[str, str]]:
     out."""
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
-        column, estimate = COLUMNS[row.metric], getattr(row, field)
+        column, estimate = ALL_COLUMNS[row.metric], getattr(row, field)
         if estimate is not None:
             lines.setdefault(row.setting, {"reward": row.setting})[column.name] = cell(estimate, column.decimals)
     return list(lines.values())
@@ -63,7 +65,7 @@ def markdown(lines: list[dict[str, str]]) -> str:
 def latex(rows: list[Row], caption: str) -> str:
     """A booktabs table in the form of the paper's Table 1: rewards by metric, the better direction at each metric."""
     frame = pd.DataFrame(wide(rows)).set_index("reward")
-    names = {column.name: column.latex for column in COLUMNS.values()}
+    names = {column.name: column.latex for column in ALL_COLUMNS.values()}
     frame = frame.rename(columns=names).rename(index=_escape).rename_axis(index=None)
     styled = frame.style.to_latex(hrules=True, column_format="l" + "r" * frame.shape[1])
     return f"% {caption}\n{styled}"
