@@ -1,6 +1,7 @@
-"""Writes another corpus in CANDOR's layout, so that every command can read it.
+"""Writes another corpus in CANDOR's layout, or as rated chats, so that every command can read it.
 
 python tools/convert_corpus.py casino FOLDER_WITH_CASINO_JSON OUT
+python tools/convert_corpus.py candor FOLDER chats.jsonl
 """
 
 import sys
@@ -15,13 +16,18 @@ from tools.converters import CONVERTERS, convert
 
 def main() -> None:
     """Command line."""
-    parser = new_parser("Write another corpus in CANDOR's layout.")
+    parser = new_parser("Write another corpus in CANDOR's layout, or as rated chats.")
     known = "; ".join(f"{name}: {converter.help}" for name, converter in CONVERTERS.items())
     parser.add_argument("corpus", choices=CONVERTERS, help=known)
     parser.add_argument("source", help="folder with the corpus' files")
-    parser.add_argument("out", help="folder to write one folder a conversation to (becomes --data_dir)")
+    parser.add_argument(
+        "out", help="folder to write one folder a conversation to, or a .jsonl file of rated chats (becomes --data_dir)"
+    )
+    parser.add_argument("--rating_range", nargs=2, type=float, metavar=("LO", "HI"), help="of rated-chats")
     args = parser.parse_args()
-    conversations, turns = convert(args.corpus, Path(args.source), Path(args.out))
+    if args.rating_range and args.corpus != "rated-chats":
+        parser.error("--rating_range is for rated-chats")
+    conversations, turns = convert(args.corpus, Path(args.source), Path(args.out), args.rating_range)
     print(f"Wrote {conversations:,} conversations with {turns:,} turns to {args.out}")
 
 

@@ -18,10 +18,10 @@ from geli.run.options import new_parser, runs_folder
 def parse_options(argv: Sequence[str] | None = None):
     """The options on the command line."""
     parser = new_parser("Delete a person's conversations, and say which models were trained on them.")
-    parser.add_argument("user", help="the person's id, as in the transcripts")
+    parser.add_argument("user", help="the person's id, as in the transcripts; or the id of a rated chat")
     parser.add_argument(
-        "--data_dir", type=Path, nargs="+", metavar="DIR", help="folders of conversations, such as "
-        "--data_dir of the three commands and --collect of the chat (default: candor)",
+        "--data_dir", type=Path, nargs="+", metavar="DIR", help="folders of conversations and files of rated chats, "
+        "such as --data_dir of the three commands and --collect of the chat (default: candor)",
     )  # fmt: skip
     parser.add_argument(
         "--output_dir", type=Path, default=Path(runs_folder()), help="as --output_dir of the three commands"
@@ -52,7 +52,8 @@ def main(options) -> None:
     if not (options.yes or confirmed()):
         raise UserError("nothing was removed: expected the answer yes")
     remove(traces)
-    print(f"Removed {len(traces.folders)} conversations and {len(traces.caches)} caches.")
+    conversations = len(traces.folders) + sum(map(len, traces.lines.values()))
+    print(f"Removed {conversations} conversations and {len(traces.caches)} caches.")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ from apps.chat.collect import BROKEN_OFF
 from apps.chat.survey import PARTNER_PREFIX
 from geli.data.cache import CHECKSUM_BYTES
 from geli.data.candor import MOST_BYTES, SURVEY_FILE
+from geli.data.chats import chat_files, open_chats
+from geli.data.messages import ROLES
 from geli.heads import load_reward_head
 from geli.report.checks import conversations_seen
 from geli.run.errors import UserError, first_line
-from geli.run.files import TEMPORARY, read_json_or_empty, temporary_name
+from geli.run.files import TEMPORARY, atomic_path, read_json_or_empty, temporary_name
 
 LEAST_QUOTE = 25  # characters of an utterance by which it is recognized in other files
 RUN_FOLDERS = ("*reward_function_*", "*baselines_*", "rlmf_weights", "wandb")  # that the three commands write
@@ -31,6 +33,7 @@ class Traces:
 
     Attributes:
         folders: the conversations that the person takes part in. caches: files and folders with their content.
+        lines: file of rated chats -> the numbers of their lines, from 1.
         ids: of all these conversations, also of those that are left in a cache only.
         heads: file of a reward head -> how it saw them. policies: record of a run of stage 3 -> how it saw them.
         mentions: other files of runs that name or quote them.
@@ -38,6 +41,7 @@ class Traces:
     """
 
     folders: list[Path] = field(default_factory=list)
+    lines: dict[Path, list[int]] = field(default_factory=dict)
     caches: list[Path] = field(default_factory=list)
     ids: set[str] = field(default_factory=set)
     heads: dict[Path, str] = field(default_factory=dict)
@@ -49,6 +53,7 @@ class Traces:
         """The rows of a table for people."""
         saw = {**self.heads, **self.policies}
         rows = [(path, "conversation", "is removed") for path in self.folders]
+        rows += [(f"{path}:{n}", "conversation", "is removed") for path, found in self.lines.items() for n in found]
         rows += [(path, "cache", "is removed; runs make it again") for path in self.caches]
         rows += [(path, "reward head" if path in self.heads else "policy", how) for path, how in saw.items()]
         rows += [(path, "file of a run", "names or quotes them; stays") for path in self.mentions]
@@ -60,20 +65,27 @@ def find_traces(user: str, data_dirs: Sequence[Path], output_dir: Path) -> Trace
     """Everything of a person in folders of conversations and of runs.
 
     Args:
-        user: the person's id. data_dirs: folders in CANDOR's layout, with what `Collection` keeps apart in them.
+        user: the person's id, or a chat's. data_dirs: rated chats, and folders in CANDOR's layout, with what
+            `Collection` keeps apart in them.
         output_dir: `--output_dir` of the three commands.
 
     Raises:
-        UserError: if a folder is missing, the id is a policy's, or there is no conversation of that person.
+        UserError: if a folder or file is missing, the id is a policy's or of a role in a chat, or there is no
+            conversation of that person.
     """
     if user.startswith(PARTNER_PREFIX):
         raise UserError(
             f"{user}: expected the id of a person, found a policy's, which speaks in everybody's conversations"
         )
-    if missing := [path for path in (*data_dirs, output_dir) if not path.is_dir()]:
-        raise UserError(f"{missing[0]}: expected a folder, found none")
+    if missing := [path for path in (*data_dirs, output_dir) if not path.exists()]:
+        raise UserError(f"{missing[0]}: expected a folder or file, found none")
     traces, looked_at, quotes = Traces(), 0, set()
-    for folder in conversation_folders(data_dirs):
+    files = [file for path in data_dirs for file in chat_files(path)]
+    if files and user in ROLES:
+        raise UserError(f"{user}: expected a name or a chat's id, found a role, which is everybody's in {files[0]}")
+    for file in files:
+        looked_at += find_chats(user, file, traces, quotes)
+    for folder in conversation_folders([path for path in data_dirs if path.is_dir()]):
         looked_at += 1
         people = people_in(folder, traces.unclear)
         if user in people and folder.is_symlink():
@@ -87,7 +99,7 @@ def find_traces(user: str, data_dirs: Sequence[Path], output_dir: Path) -> Trace
         unclear = "".join(f"; {path}: {why}" for path, why in traces.unclear.items())
         raise UserError(
             f"{user}: expected an id that speaks in a conversation under {', '.join(map(str, data_dirs))}, found none "
-            f"in {looked_at:,} folders, nor in {output_dir / 'cache'}{unclear}"
+            f"in {looked_at:,} conversations, nor in {output_dir / 'cache'}{unclear}"
         )
     find_heads(output_dir, traces)
     find_policies(data_dirs, output_dir, traces)
@@ -104,6 +116,8 @@ def remove(traces: Traces) -> None:
             shutil.rmtree(gone)
         else:
             path.unlink(missing_ok=True)
+    for path, numbers in traces.lines.items():
+        empty_lines(path, set(numbers))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,6 +179,44 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Rated chats
+
+
+def find_chats(user: str, path: Path, traces: Traces, quotes: set[str]) -> int:
+    """Adds the chats in a file in which the person speaks or rates, or whose id it is, and what was said in them.
+    Returns how many lines were looked at. Lines need not be valid chats."""
+    number = 0
+    with open_chats(path) as file:
+        for number, line in enumerate(file, start=1):
+            place, text = f"{path.name}:{number}", line.decode("utf-8-sig", errors="replace")
+            try:
+                chat = json.loads(text)
+                chat = chat if isinstance(chat, dict) else {"messages": chat}
+                messages = [m for m in chat.get("messages") or () if isinstance(m, dict)]
+                rated = chat.get("ratings") if isinstance(chat.get("ratings"), dict) else {}
+                people = {str(message.get("role")).strip() for message in messages} | rated.keys()
+            except (ValueError, TypeError, RecursionError):
+                if user in text:
+                    traces.unclear[Path(f"{path}:{number}")] = "no chat, but has that id in it: remove it by hand"
+                continue
+            name = str(chat.get("id") or place)
+            if user in people or user == name:
+                traces.lines.setdefault(path, []).append(number)
+                traces.ids.add(name)
+                quotes |= {said for m in messages if len(said := str(m.get("content")).strip()) >= LEAST_QUOTE}
+    return number
+
+
+def empty_lines(path: Path, numbers: set[int]) -> None:
+    """Empties lines of a file, whose other lines keep their numbers, by which chats without an id are named."""
+    path = path.resolve()
+    with atomic_path(path, private=True) as temporary:
+        with open_chats(path) as old, open_chats(temporary, "wb") as new:
+            new.writelines(b"\n" if number in numbers else line for number, line in enumerate(old, start=1))
+        temporary.chmod(path.stat().st_mode & 0o777)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Caches
 
 
@@ -180,7 +232,7 @@ def find_caches(user: str, folder: Path, traces: Traces) -> None:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException):
             traces.caches.append(path)
             continue
-        found = {conversation for conversation, ids in people.items() if user in ids}
+        found = {conversation for conversation, ids in people.items() if user in (conversation, *ids)}
         traces.ids |= found
         traces.caches += [path] if found else []
     if traces.ids:
@@ -190,8 +242,8 @@ def find_caches(user: str, folder: Path, traces: Traces) -> None:
 
 def cached_people(path: Path) -> dict[str, list[str]]:
     """Conversation id -> user ids, of a file of `ConversationCache`."""
-    table = parquet.read_table(pa.BufferReader(path.read_bytes()[CHECKSUM_BYTES:]), columns=["folder", "about"])
-    return {row["folder"].decode("utf-8", "surrogateescape"): json.loads(row["about"])[0] for row in table.to_pylist()}
+    table = parquet.read_table(pa.BufferReader(path.read_bytes()[CHECKSUM_BYTES:]), columns=["about"])
+    return dict(json.loads(about)[:2] for about in table["about"].to_pylist())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -128,10 +128,15 @@ def _is_number(value) -> bool:
 # Lines
 
 
+def open_chats(path: Path, mode: str = "rb"):
+    """A file of chats, which is compressed if its name ends with .gz."""
+    return (gzip.open if path.suffix == ".gz" else open)(path, mode)
+
+
 def _lines(path: Path) -> Iterator[tuple[str, bytes | Dropped]]:
     """(`file:line`, line) of a file's lines with something in them, without a byte order mark."""
     number = 0
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+    with open_chats(path) as file:
         try:
             for number, line in enumerate(file, start=1):
                 if len(line) > MOST_BYTES:

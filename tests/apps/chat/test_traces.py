@@ -12,6 +12,7 @@ from small_models import write_head
 from apps.chat.traces import find_traces, remove
 from data_utils import read_corpus
 from geli.data.cache import ConversationCache
+from geli.data.chats import open_chats
 from geli.run.errors import UserError
 from tools.writer import write_conversation
 
@@ -56,7 +57,7 @@ def test_a_persons_conversations_are_found_and_removed_and_no_others(data, trace
     remove(traces)
     assert names(data.iterdir()) == {"c-2", ".broken_off"} and names((data / ".broken_off").iterdir()) == set()
     assert (data / "c-2" / "survey.csv").read_bytes() == before
-    with pytest.raises(UserError, match=r"ann: expected an id that speaks in a conversation under .*none in 1 folders"):
+    with pytest.raises(UserError, match=r"ann: expected an id that speaks .*none in 1 conversations"):
         traces_of()
 
 
@@ -116,6 +117,36 @@ def test_a_policy_is_not_forgotten(traces_of):
 def test_missing_folders_are_named(data, tmp_path):
     with pytest.raises(UserError, match="nowhere: expected a folder"):
         find_traces("ann", [tmp_path / "nowhere"], tmp_path / "runs")
+
+
+@pytest.mark.parametrize("name", ["chats.jsonl", "chats.jsonl.gz"])
+def test_a_persons_chats_are_emptied_in_their_file_and_the_others_keep_their_lines(name, tmp_path):
+    def chat(first, second, **more):
+        return {"messages": [{"role": first, "content": SAID}, {"role": second, "content": "Oh"}], **more}
+
+    lines = [
+        {"format": "rated-chats", "rating_range": [1, 5]}, chat("ann", "bob", ratings={"bob": 4}),
+        chat("user", "assistant"),
+        chat("bob", "ann ", id="x"), chat("user", "assistant", id="c-9", rating=3),
+        chat("carl", "dan", ratings={"dan": 2}),
+    ]  # fmt: skip
+    file, runs = tmp_path / name, tmp_path / "runs"
+    content = [*map(json.dumps, lines), '{"role": "ann']
+    with open_chats(file, "wb") as opened:
+        opened.write("\n".join(content).encode())
+    file.chmod(0o640)
+    (runs / "cache").mkdir(parents=True)
+    read_corpus(file, "overall_affect", cache=runs / "cache")
+    traces = find_traces("ann", [file], runs)
+    assert traces.lines == {file: [2, 4]} and traces.ids == {f"{name}:2", "x"} and len(traces.caches) == 1
+    assert list(traces.unclear) == [Path(f"{file}:7")]
+    remove(traces)
+    with open_chats(file) as opened:
+        assert opened.read().decode().split("\n") == [content[0], "", *content[2:3], "", *content[4:]]
+    assert file.stat().st_mode & 0o777 == 0o640 and not traces.caches[0].exists()
+    assert find_traces("c-9", [tmp_path / name], runs).lines == {file: [5]}
+    with pytest.raises(UserError, match="user: expected a name or a chat's id, found a role"):
+        find_traces("user", [file], runs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -148,4 +148,4 @@ def test_runs_at_the_same_time_do_not_disturb_each_other(data, tmp_path):
         process.join()
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".cache"]
     kept = ConversationCache(tmp_path / "cache", data, "cliffhanger")
-    assert kept.get(data / "broken") is None and len(kept._rows) == 12
+    assert kept.get("broken", kept.signature(data / "broken")) is None and len(kept._rows) == 12
