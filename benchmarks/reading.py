@@ -1,6 +1,7 @@
 """Reading CANDOR: ours, cold and warm, against reading whole tables and filtering them for every turn.
 
     python benchmarks/reading.py [--conversations 1656] [--picture docs/reading.png]
+    python benchmarks/reading.py --chats 100000    # rated chats, against json.loads of the same lines
 
 Work: conversations of 320 transcript rows, and 1,900 seconds x 2 speakers x 70 columns of features. Peer: the published
 reading and alignment (`as_published.read_conversation`), on a few of the same conversations, since it takes long.
@@ -9,6 +10,7 @@ affects for the same turns.
 """
 
 import argparse
+import json
 import tempfile
 import threading
 import time
@@ -21,8 +23,10 @@ import psutil
 from data_utils import Corpus, read_corpus
 from experiments import plots
 from geli.data.candor import FACES
+from geli.data.chats import ChatFiles
 from geli.run.console import format_table
 from geli.run.distributed import available_cores
+from tools import sample_chats
 
 ROWS, SECONDS, COLUMNS = 320, 1900, 70
 WORDS = "well I think that we could maybe go and see it because you know it was really nice of them to say so".split()
@@ -119,12 +123,36 @@ def read_as_published(folder: Path, corpus: Corpus) -> float:
     return 1e3 * seconds / len(chosen)
 
 
+def read_chats(n: int, folder: Path) -> dict:
+    """Streams `n` rated chats from a file: a row of the table. Seconds are this process' alone."""
+    path = folder / f"{n}.jsonl"
+    with open(path, "w") as file:
+        file.writelines(f"{json.dumps(line)}\n" for line in sample_chats.chats(n, turns=12, thumbs=0.1, seed=0))
+    start = time.process_time()
+    with open(path, "rb") as file:
+        for line in file:
+            json.loads(line)
+    parsed = time.process_time() - start
+    with PeakMemory() as memory:
+        found = sum(not isinstance(chat, str) for _, chat in ChatFiles([path]).chats())
+    seconds = time.process_time() - start - parsed
+    assert found == n
+    row = {"chats": n, "MiB": path.stat().st_size / 2**20, "json.loads s": parsed, "read s": seconds}
+    return {**row, "times json.loads": seconds / parsed, "peak GiB": memory.peak}
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conversations", type=int, default=1656, help="size of the corpus; CANDOR has 1,656")
     parser.add_argument("--picture", type=Path, help="file to draw milliseconds a conversation to")
+    parser.add_argument("--chats", type=int, help="read this many rated chats in place of it, and a tenth of them")
     args = parser.parse_args()
+    if args.chats:
+        with tempfile.TemporaryDirectory() as temporary:
+            rows = [read_chats(n, Path(temporary)) for n in (args.chats // 10, args.chats)]
+        print(format_table(rows, "Rated chats, one process"))
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "candor"
         print(f"Writing {args.conversations} conversations …", flush=True)

@@ -365,7 +365,7 @@ def out_of_range(c: Conversation) -> str:
         sound = (
             0 <= turn.start <= turn.stop < math.inf and turn.utterance.strip() == turn.utterance != ""
             and 0 <= turn.n_words <= MOST_WORDS and 0 <= turn.affect < len(FACES) and 0 <= turn.happy_share <= 1
-            and [type(value) for value in turn] == [str, str, float, float, str, int, int, float]
+            and [type(value) for value in turn[:8]] == [str, str, float, float, str, int, int, float]
         )  # fmt: skip
         if not sound:
             return f"out of range: {turn}"
