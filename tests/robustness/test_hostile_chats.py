@@ -19,7 +19,6 @@ def test_mutated_lines_are_read_right_or_dropped():
         ("_mean", lambda ratings, place, scale: 50.0),
         ("_reaction", lambda found, place: 1 if found else None),
         ("_seconds", lambda time, place: None),
-        ("_is_number", lambda value: isinstance(value, (int, float))),
     ],
 )
 def test_the_fuzzer_sees_a_reader_that_errs(name, errs, monkeypatch):
