@@ -257,7 +257,7 @@ def _seconds(time, place: int) -> float | None:
             time = time.strip() or "an empty text"
     if time is not None and not (_is_number(time) and abs(time) < 1e12):
         raise Dropped(f"message {place}: time {time!r}: expected seconds, or a time such as 2026-01-31T12:00:00"[:200])
-    return time
+    return None if time is None else float(time)
 
 
 def _reaction(found, place: int) -> int | None:
@@ -282,8 +282,8 @@ def _answers(chat: dict, speakers: Sequence[str], place: str, scale: Range | Non
     answers = {}
     for name in (name for name in speakers if by_name.get(name) is not None):
         by_question = by_name[name] if isinstance(by_name[name], dict) else {RATING: by_name[name]}
-        values = {question: _mean(by_question[question], place, scale) for question in QUESTIONS.keys() & by_question}
-        answers[name] = {q: values[q] / QUESTIONS[q].points for q in sorted(values) if values[q] is not None}
+        values = {q: _mean(by_question[q], place, scale) for q in sorted(QUESTIONS.keys() & by_question)}
+        answers[name] = {q: value / QUESTIONS[q].points for q, value in values.items() if value is not None}
         if by_question and not values:
             raise Dropped(f"ratings of {', '.join(by_question)}: expected a speaker's name, or one of "
                           f"{', '.join(QUESTIONS)}"[:300])  # fmt: skip

@@ -271,7 +271,9 @@ def ours(path: Path) -> list:
 
 def shown(c) -> tuple:
     turns = [(t.turn_id, t.speaker, t.utterance, t.reaction, t.rating, t.start) for t in c.turns]
+    kinds = [str, str, float, float, str, int, int, float]  # a cache gives these back, too
     assert all(t.stop >= t.start >= 0 and math.isfinite(t.stop) for t in c.turns)
+    assert all([type(value) for value in t[:8]] == kinds for t in c.turns)
     points = {(user, q): QUESTIONS[q].points * v for user, given in c.answers.items() for q, v in given.items()}
     return c.id, list(c.speakers), turns, points
 
