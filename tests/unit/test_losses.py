@@ -336,3 +336,14 @@ def test_running_moments_are_those_of_everything_seen(batches):
     if seen.std() > 1e-2:
         assert moments.std == pytest.approx(seen.std())
         assert normalized.numpy() == pytest.approx((np.array(batches[-1]) - seen.mean()) / seen.std(), abs=1e-4)
+
+
+def test_li_is_over_the_turns_whose_reaction_is_known():
+    rewards = torch.tensor([0.5, 1.0, -1.0], requires_grad=True)
+    loss = li_loss(rewards, torch.tensor([1.0, torch.nan, 0.0]))
+    assert loss.item() == pytest.approx((0.25 + 1) / 2)
+    (gradient,) = torch.autograd.grad(loss, rewards)
+    assert gradient.tolist() == pytest.approx([-0.5, 0, -1])
+    nothing = li_loss(rewards, torch.full((3,), torch.nan))
+    (gradient,) = torch.autograd.grad(nothing.nan_to_num(), rewards)  # as stage 2 adds it to GE's
+    assert nothing.isnan() and gradient.tolist() == [0, 0, 0]

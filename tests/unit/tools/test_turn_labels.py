@@ -1,9 +1,11 @@
 """Turn rewards against people's labels of single turns."""
 
 import json
+import re
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from scipy.stats import rankdata, spearmanr
 from sklearn.metrics import roc_auc_score
 from turn_sets import trajectory
@@ -81,3 +83,10 @@ def test_labels_are_read_from_a_table_or_chats(tmp_path):
     second = found.conversation.turns[found.agent_turns[1]].turn_id
     assert labels_of([found], {("a", second): 1.0}) == pytest.approx([np.nan, 1.0], nan_ok=True)
     assert np.isnan(labels_of([found], None)).all()
+
+
+def test_no_training_reads_the_labels():
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("geli/**/*.py")]
+    assert len(sources) > 30
+    assert not [path.name for path in sources if re.search(r"\.rating\b", path.read_text())]
+    assert [path.name for path in sources if "turn_rating" in path.read_text()] == ["chats.py"]
