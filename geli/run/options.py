@@ -91,7 +91,8 @@ def option(
     """A field of an option group.
 
     Args:
-        default: the value without the option. False makes a switch, which takes no value.
+        default: the value without the option. False makes a switch, which takes no value; where a
+            preset sets it, `--no-NAME` unsets it.
         help: shown by `--help`, with the default behind it unless it mentions a default.
         flag: the option's name, where it is not that of the field.
         exclusive: title of a set of options of which at most one may be given.
@@ -137,6 +138,8 @@ def build_parser(description: str, options) -> argparse.ArgumentParser:
         declared = {key: value for key, value in declared.items() if value is not None}
         if default is False:
             declared["action"] = "store_true"
+        elif default is True:  # by a preset
+            declared["action"] = argparse.BooleanOptionalAction
         if title and title not in titled:
             under = parser.add_argument_group(title)
             titled[title] = under.add_mutually_exclusive_group() if exclusive else under

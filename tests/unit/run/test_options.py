@@ -175,7 +175,7 @@ def test_no_cache_means_no_folder():
 
 
 def test_a_preset_sets_defaults_and_what_is_given_wins(capsys):
-    presets = {None: Options(), "small": Options(sizes=Sizes(width=2), kinds=Kinds(size="large"))}
+    presets = {None: Options(), "small": Options(sizes=Sizes(width=2), kinds=Kinds(size="large"), old=Old(old=True))}
 
     def parsed(*argv):
         defaults = with_preset(presets, argv)
@@ -186,6 +186,7 @@ def test_a_preset_sets_defaults_and_what_is_given_wins(capsys):
     assert parsed() == Options()
     small = parsed("--preset", "small")
     assert small.sizes.width == 2 and small.kinds.size == "large" == parsed("--preset=small").kinds.size
+    assert small.old.old and not parsed("--preset", "small", "--no-old").old.old
     given = parsed("--width", "5", "--preset", "small")  # 5 is the default without the preset
     assert given.sizes.width == 5 and given.kinds.size == "large"
     for wrong, message in ((["--preset"], "expected one argument"), (["--preset", "huge"], "invalid choice: 'huge'")):
