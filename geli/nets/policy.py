@@ -146,13 +146,9 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        query: torch.Tensor,
-        query_mask: torch.Tensor,
-        uniforms: torch.Tensor,
-        done: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        copies: int = 1,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, query: torch.Tensor, query_mask: torch.Tensor, uniforms: torch.Tensor,
+        done: Callable[[torch.Tensor], torch.Tensor] | None = None, copies: int = 1,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Samples responses at temperature 1 from the full distribution, until all have ended.
 
         Args:
@@ -269,11 +265,9 @@ class Policy(nn.Module):
             encoded = base.get_encoder()(input_ids=query, attention_mask=query_mask).last_hidden_state
             start = torch.full_like(response[:, :1], base.config.decoder_start_token_id)
             return base.get_decoder()(
-                input_ids=torch.cat([start, response[:, :-1]], dim=1),
-                encoder_hidden_states=encoded,
-                encoder_attention_mask=query_mask,
-                use_cache=False,
-            ).last_hidden_state
+                input_ids=torch.cat([start, response[:, :-1]], dim=1), encoder_hidden_states=encoded,
+                encoder_attention_mask=query_mask, use_cache=False,
+            ).last_hidden_state  # fmt: skip
         ids = self._ids(query, query_mask, response, response_mask)
         if trunk is not None:
             hidden = self._trunk.top(trunk[:, : ids.shape[1]])
@@ -350,11 +344,9 @@ class Policy(nn.Module):
             self.tokenizer.save_pretrained(temporary)
             if card:
                 (temporary / "README.md").write_text(card, encoding="utf-8")
-            save_file(
-                {k: v.detach().cpu().contiguous() for k, v in self.value_head.state_dict().items()},
-                temporary / VALUE_HEAD,
-                metadata={"policy": json.dumps(recorded)},  # one entry: the order of several is not fixed
-            )
+            weights = {k: v.detach().cpu().contiguous() for k, v in self.value_head.state_dict().items()}
+            metadata = {"policy": json.dumps(recorded)}  # one entry: the order of several is not fixed
+            save_file(weights, temporary / VALUE_HEAD, metadata=metadata)
 
     def save_merged(self, folder: str | Path) -> None:
         """Writes the whole model with the adapter merged into its weights, and its tokenizer, atomically. This releases
@@ -445,18 +437,12 @@ def trained_as(folder: str | Path) -> TrainedAs:
             recorded = (file.metadata() or {}).get("policy", "{}")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: expected a value head (a safetensors file): {first_line(error)}") from None
-    try:
+    with suppress(ValueError, TypeError, RecursionError):
         found = TrainedAs(**json.loads(recorded))
-        known = found.prompt_format in PROMPT_FORMATS and type(found.max_new_tokens) is int
-        known = known and isinstance(found.instruction, str)
-    except (ValueError, TypeError, RecursionError):
-        known = False
-    if not known:
-        raise UserError(
-            f"{path}: expected a prompt format of {', '.join(PROMPT_FORMATS)} and a number of tokens, found "
-            f"{recorded!r}"[:300]
-        )
-    return found
+        if found.prompt_format in PROMPT_FORMATS and list(map(type, found)) == [str, int, str]:
+            return found
+    known = ", ".join(PROMPT_FORMATS)
+    raise UserError(f"{path}: expected a prompt format of {known} and a number of tokens, found {recorded!r}"[:300])
 
 
 def adapter_of(folder: str | Path, option: str) -> Adapter:
@@ -478,13 +464,9 @@ def adapter_of(folder: str | Path, option: str) -> Adapter:
 
 
 def load_policy(
-    name: str,
-    adapter: Adapter,
-    dtype: torch.dtype,
-    trust_remote_code: bool = False,
-    prompt_format: str = "raw",
+    name: str, adapter: Adapter, dtype: torch.dtype, trust_remote_code: bool = False, prompt_format: str = "raw",
     option: str = "--model_name",
-) -> Policy:
+) -> Policy:  # fmt: skip
     """Loads a language model (hub id or folder) as a policy with a new adapter, which does not change its output yet.
 
     Args:
@@ -535,11 +517,8 @@ def adapt_policy(model, tokenizer, adapter: Adapter, prompt_format: str = "raw")
         found = targets or known or ({"q_proj", "v_proj"} if has_q else "all-linear")
         settings = {"target_modules": "all-linear" if "all-linear" in found else found}
     lora = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=0.05,
+        r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=0.05,
         task_type="SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM",
-        fan_in_fan_out=config.model_type == "gpt2",  # it stores weights transposed
-        **settings,
-    )
+        fan_in_fan_out=config.model_type == "gpt2", **settings,  # gpt2 stores weights transposed
+    )  # fmt: skip
     return Policy(get_peft_model(model, lora), tokenizer, prompt_format, adapter.layers)
