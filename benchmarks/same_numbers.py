@@ -37,7 +37,7 @@ RUNS = {  # name -> command; {bart} and {llama} are the small models
     "--val_prompts 16",
     "ppo-rudder": f"{STAGE_3} --model_name {{llama}} --exp_name R --reward_path rudder --train --steps 2",
     "sft": f"{STAGE_3} --model_name {{llama}} --exp_name S --rf_model LI --train --val --steps 2 --sft_steps 3 "
-    "--val_prompts 16",
+    "--val_prompts 16 --allow_constant_reward",  # that head learns little in an epoch
     "grpo": f"{STAGE_3} --model_name {{llama}} --exp_name G --rf_model GELI --train --steps 2 --algo grpo",
     "rloo": f"{STAGE_3} --model_name {{llama}} --exp_name O --rf_model GE --train --steps 2 --algo rloo",
 }

@@ -66,10 +66,7 @@ def train(
         return score([ours[i] for i in index], trainer.texts).tolist()
 
     ours = list(prompts)
-    rows = {
-        "prompt": [prompt.text for prompt in ours],
-        "index": list(range(len(ours))),
-    }
+    rows = {"prompt": [prompt.text for prompt in ours], "index": list(range(len(ours)))}
     with tempfile.TemporaryDirectory() as folder, _preserve_accelerate_state():
         settings = dict(
             **_common_settings(policy, folder, steps, learning_rate, seed),

@@ -251,7 +251,7 @@ def test_without_an_update_nothing_changes(model):
     ppo = make_ppo(model)
     before = parameters(ppo)
     logged, _ = ppo.step(some_prompts(), update=False)
-    assert torch.equal(parameters(ppo), before) and ppo.kl.beta == 0.15 and "policy_loss" not in logged
+    assert torch.equal(parameters(ppo), before) and ppo.beta == 0.15 and "policy_loss" not in logged
 
 
 def test_a_score_that_is_not_finite_is_refused(model):
@@ -285,7 +285,7 @@ def test_a_restored_state_goes_on_alike(model):
     ppo, other = make_ppo(model), make_ppo(model)
     ppo.step(some_prompts())
     other.load_state_dict(ppo.state_dict())
-    assert other.kl.beta == ppo.beta != 0.15
+    assert other.beta == ppo.beta != 0.15
     assert vars(other.moments) == vars(ppo.moments) and other.moments.count == 8
 
 
