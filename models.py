@@ -36,15 +36,7 @@ from geli.rl.rollout import (
 from geli.run.distributed import gather_parts, local_part
 from geli.run.errors import UserError
 from geli.run.gradients import NotFinite, apply_gradients
-from geli.run.options import (
-    episode_length,
-    fraction,
-    non_negative_float,
-    option,
-    positive_float,
-    positive_int,
-    preset_option,
-)
+from geli.run.options import episode_length, fraction, non_negative_float, option, positive_float, positive_int
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses of reward training
@@ -241,9 +233,11 @@ def loss_scales(loss_scale: str, redist_type: str, ep_len: int | str, training: 
 class RewardTrainingOptions:
     """Training and validation of stages 1 and 2."""
 
-    preset: str | None = preset_option(
-        "learning rate, epochs and context (stage 2: batch size, epochs, context and, with LI, the loss scale) for "
-        "encoders of a few million parameters"
+    preset: str | None = option(
+        None,
+        "defaults of other options: small: learning rate, epochs and context (stage 2: batch size, epochs, context "
+        "and, with LI, the loss scale) for encoders of a few million parameters (default: as published)",
+        choices=("small",),
     )
     val: bool = option(False, "evaluate on the validation conversations")
     val_all: bool = option(

@@ -25,16 +25,13 @@ from geli.rl.rollout import RandomScorer
 from geli.run.errors import UserError, run
 from geli.run.options import (
     RunOptions,
-    build_parser,
     file_name,
     flat,
-    given_options,
     non_negative_int,
     option,
-    parse,
     positive_float,
     positive_int,
-    with_preset,
+    read_options,
 )
 from models import PPO, PPO_PRESETS, PPOConfig
 
@@ -192,11 +189,6 @@ class Options:
         return self.reward.rf_model != BASE and not self.rl.ppo_off
 
     @property
-    def trains_by_ppo(self) -> bool:
-        """Whether it is trained by this project's PPO."""
-        return self.trains and self.rl.algo == "ppo"
-
-    @property
     def trains_here(self) -> bool:
         """Whether it is trained by a loop of this project."""
         return self.trains and "resume" in ALGORITHMS[self.rl.algo].takes.split()
@@ -229,7 +221,7 @@ EFFECTS = (
         lambda o: o.trains_here or o.evaluates or o.rl.sft_steps,
         "without PPO, --val, --generate or --sft_steps",
     ),
-    ("gold_function", lambda o: o.trains_by_ppo or o.evaluates, "without PPO, --val or --generate"),
+    ("gold_function", lambda o: (o.trains and o.rl.algo == "ppo") or o.evaluates, "without PPO, --val or --generate"),
     ("reward reward_path reward_function", lambda o: o.scores, "where nothing is scored: add --val"),
     ("rf_model", lambda o: o.scores or o.reward.rf_model == BASE, "where nothing is scored: add --val"),
     ("spread_penalty", lambda o: o.reward.ensemble == "lower", "without --ensemble lower"),
@@ -290,10 +282,9 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     presets = {
         name: Options(ppo=ppo, policy=SMALL_ADAPTER if name else PolicyOptions()) for name, ppo in PPO_PRESETS.items()
     }
-    defaults = with_preset(presets, argv)
-    parser = build_parser("Stage 3: align a language model with a reward head by PPO.", defaults)
-    options = parse(parser, defaults, argv)
-    for complaint in complaints(options, given_options(parser, argv)):
+    description = "Stage 3: align a language model with a reward head by PPO."
+    options, parser, given = read_options(description, presets, argv)
+    for complaint in complaints(options, given):
         parser.error(complaint)
     return options
 
@@ -657,7 +648,7 @@ class PPOTraining(Stage):
 
     def __init__(self, ppo: PPO, prompts: list[Prompt], recorder: Recorder, options: Options):
         self.ppo, self.prompts, self.recorder, self.options = ppo, prompts, recorder, options
-        gold = options.trains_by_ppo and options.reward.gold_function
+        gold = options.rl.algo == "ppo" and options.reward.gold_function
         self.gold = FunctionScorer(gold, "--gold_function") if gold else None
         self.rng = np.random.default_rng(options.run.seed)
         self.order: dict[str, list[int]] = {"order": []}  # prompts that come next

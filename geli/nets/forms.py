@@ -5,14 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from geli.nets.options import INSTRUCTION
 from geli.nets.prompts import Prompt, context_text, prompt_text
-from geli.nets.templates import (
-    MARKUP,
-    OwnTemplate,
-    ends_in_thought,
-    read_template,
-    refuse_markup,
-    spoken,
-)
+from geli.nets.templates import MARKUP, OwnTemplate, ends_in_thought, read_template, refuse_markup, spoken
 from geli.run.errors import UserError
 
 Turns = list[tuple[bool, str]]  # (is_agent, utterance) of each turn

@@ -34,5 +34,8 @@ def adapter_card(
 
 
 def _table(rows: Mapping[str, object]) -> str:
-    shown = {name: f"{value:.4g}" if isinstance(value, float) else one_line(str(value)) for name, value in rows.items()}
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value.replace('|', '/')} |" for name, value in shown.items())])
+    lines = ["| | |", "|---|---|"]
+    for name, value in rows.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else one_line(str(value)).replace("|", "/")
+        lines.append(f"| {name} | {shown} |")
+    return "\n".join(lines)

@@ -265,7 +265,7 @@ def test_a_score_that_is_not_finite_is_refused(model):
 def test_a_batch_smaller_than_the_number_of_processes_is_refused(model):
     ppo = make_ppo(model)
     accelerator = type("Two", (), {"num_processes": 2})()
-    with pytest.raises(UserError, match="--batch_size 1: .* at least one prompt for each of 2 processes"):
+    with pytest.raises(UserError, match=r"--batch_size 1: .* at least one prompt for each of 2 processes"):
         PPO(ppo.policy, None, PPOConfig(batch_size=1), accelerator, 0)
 
 
