@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 
 STAGE_1 = "train_reward_LI_only.py --val --small_model_shrink --batch_size 32 --K 4 --learning_rate 1e-4"
 STAGE_2 = "train_reward_GELI.py --train --val --batch_size 4 --K 8 --context_turns 3"
-STAGE_3 = "train_rl_GELI.py --batch_size 8 --learning_rate 2e-3 --context_turns 4"
+STAGE_3 = (  # some of the heads have learned little
+    "train_rl_GELI.py --batch_size 8 --learning_rate 2e-3 --context_turns 4 --allow_constant_reward"
+)
 RUNS = {  # name -> command; {bart} and {llama} are the small models
     "li": f"{STAGE_1} --epochs 2 --contrastive --context_turns 3 --lang_model_path {{bart}} --run_name li",
     "li-sent": f"{STAGE_1} --epochs 1 --curriculum_exposure --reaction_type mean --li_signal sentiment "
@@ -37,7 +39,7 @@ RUNS = {  # name -> command; {bart} and {llama} are the small models
     "--val_prompts 16",
     "ppo-rudder": f"{STAGE_3} --model_name {{llama}} --exp_name R --reward_path rudder --train --steps 2",
     "sft": f"{STAGE_3} --model_name {{llama}} --exp_name S --rf_model LI --train --val --steps 2 --sft_steps 3 "
-    "--val_prompts 16 --allow_constant_reward",  # that head learns little in an epoch
+    "--val_prompts 16",
     "grpo": f"{STAGE_3} --model_name {{llama}} --exp_name G --rf_model GELI --train --steps 2 --algo grpo",
     "rloo": f"{STAGE_3} --model_name {{llama}} --exp_name O --rf_model GE --train --steps 2 --algo rloo",
 }

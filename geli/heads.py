@@ -124,7 +124,7 @@ def _load_published_head(path: Path) -> RewardHead:
     folder = path.resolve().parent.name
     ending = folder.split("_baseline_")[-1]
     config = RewardHeadConfig(
-        head="published", hidden=tensors.fc1_weight.shape[1], encoder=None, encoder_is_folder=False, max_length=1024,
+        head="published", hidden=tensors[0].shape[1], encoder=None, encoder_is_folder=False, max_length=1024,
         context_turns=20, stage=1 if "reward_function" in folder else 2,
         reward_class=next((name for name in QUESTIONS if f"_{name}_" in f"{folder}_"), None),
         redist_type=next((name for name in DECOMPOSITIONS if ending.startswith(f"{name}_")), None),

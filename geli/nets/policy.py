@@ -123,7 +123,7 @@ class Policy(nn.Module):
 
     def tokenize(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask (n, Q) of n prompts, padded on the left for a causal model, whose response follows, and on
-        the right for an encoder. A prompt that is too long is cut (see `PromptFormat.encode`)."""
+        the right for an encoder. A prompt that is too long is cut (see `RawFormat.encode`)."""
         encoded = [self.format.encode(prompt, self.max_prompt_tokens) for prompt in prompts]
         longest = max(map(len, encoded))
         ids = torch.full((len(encoded), longest), self.pad)
@@ -220,8 +220,13 @@ class Policy(nn.Module):
     def logprobs_from_hidden(self, hidden: torch.Tensor, response: torch.Tensor, response_mask: torch.Tensor):
         """As `forward`, from the states (n, R, hidden) before each response token."""
         kept = response_mask.bool()
-        states, tokens = hidden[kept], response[kept]
-        logprobs, entropies = _token_logprobs(self._logits, self.model.config.vocab_size, states, tokens)
+        states = hidden[kept]
+
+        def of_chunk(states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            log_p = self._logits(states).float().log_softmax(dim=-1)
+            return log_p.gather(1, tokens[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=1)
+
+        logprobs, entropies = self._in_chunks(of_chunk, states, response[kept])
         values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(1)
         zeros = torch.zeros(response.shape, device=response.device)
         return tuple(zeros.masked_scatter(kept, x.float()) for x in (logprobs, values, entropies))
@@ -237,9 +242,22 @@ class Policy(nn.Module):
         Args:
             hidden, reference: (n, R, hidden) states of the policy and of the reference before each response token.
         """
+
+        def of_chunk(*both: torch.Tensor) -> tuple[torch.Tensor]:
+            log_p, log_q = (self._logits(states).float().log_softmax(dim=-1) for states in both)
+            return ((log_p.exp() * (log_p - log_q)).sum(dim=1),)
+
         kept = response_mask.bool()
-        kl = _state_kl(self._logits, self.model.config.vocab_size, hidden[kept], reference[kept])
+        (kl,) = self._in_chunks(of_chunk, hidden[kept], reference[kept])
         return torch.zeros(kept.shape, device=hidden.device).masked_scatter(kept, kl)
+
+    def _in_chunks(self, of_chunk: Callable, *columns: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What `of_chunk` returns for columns of m rows, the first of them states, in chunks, to bound the memory of
+        their logits."""
+        size = max(1, LOGITS_PER_CHUNK // self.model.config.vocab_size)
+        starts = range(0, max(len(columns[0]), 1), size)  # of a chunk of no rows for m = 0
+        parts = [of_chunk(*(column[start : start + size] for column in columns)) for start in starts]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def trunk(self, query, query_mask, response, response_mask) -> torch.Tensor | None:
         """(n, width, hidden) states below the adapted layers, which adapter and reference share, for `states`. None
@@ -396,33 +414,6 @@ def _end_tokens(model: PeftModel, form: PromptFormat) -> tuple[int, ...]:
     ends = {form.end, form.tokenizer.eos_token_id, *listed} - {None}
     settings.eos_token_id = sorted(ends) if len(ends) > 1 else form.end
     return tuple(sorted(ends))
-
-
-def _token_logprobs(logits_of: Callable, vocabulary: int, states: torch.Tensor, tokens: torch.Tensor):
-    """(m,) log-probabilities of `tokens` (m,) and (m,) entropies of states (m, hidden), in chunks to bound memory."""
-
-    def chunk(part, chosen):
-        log_p = logits_of(part).float().log_softmax(dim=-1)
-        return log_p.gather(1, chosen[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=1)
-
-    parts = [chunk(states[part], tokens[part]) for part in _chunks(len(states), vocabulary)]
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-
-
-def _state_kl(logits_of: Callable, vocabulary: int, states: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """(m,) KL of the distributions of states (m, hidden) from those of `reference` (m, hidden), in chunks."""
-
-    def chunk(part, other):
-        log_p, log_q = (logits_of(x).float().log_softmax(dim=-1) for x in (part, other))
-        return (log_p.exp() * (log_p - log_q)).sum(dim=1)
-
-    return torch.cat([chunk(states[part], reference[part]) for part in _chunks(len(states), vocabulary)])
-
-
-def _chunks(n: int, vocabulary: int) -> list[slice]:
-    """Slices of n states whose logits bound memory; one of no states for n = 0."""
-    size = max(1, LOGITS_PER_CHUNK // vocabulary)
-    return [slice(i, i + size) for i in range(0, max(n, 1), size)]
 
 
 def trained_as(folder: str | Path) -> TrainedAs:
