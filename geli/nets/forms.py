@@ -81,7 +81,8 @@ def read_prompt(
     if isinstance(prompt, str):
         context = published_context(prompt)
         if context is not None:
-            turns = _published_turns(context)
+            parts = _TURN.split(context)[1:]
+            turns = [(name == "AI", text.strip()) for name, text in zip(parts[::2], parts[1::2], strict=True)]
             return prompt_of_turns(turns, context_turns)._replace(text=prompt, context=context)
         prompt = read_template(prompt, template) or [{"role": "user", "content": prompt}]
     turns = read_messages(prompt)
@@ -108,9 +109,3 @@ def published_context(text: str) -> str | None:
         return text.removeprefix(INSTRUCTION)
     first = _TURN.search(text)
     return f" {text[first.start() :]}" if first else None
-
-
-def _published_turns(context: str) -> Turns:
-    """The turns in a state of the published form."""
-    parts = _TURN.split(context)[1:]
-    return [(name == "AI", text.strip()) for name, text in zip(parts[::2], parts[1::2], strict=True)]

@@ -40,11 +40,6 @@ def save_both(figure, path: Path) -> list[Path]:
     return [save(figure, path), save(figure, path.with_suffix(".pdf"))]
 
 
-def moving_mean(values: list[float], window: int) -> np.ndarray:
-    """The means of every `window` values in a row."""
-    return np.convolve(values, np.ones(window) / window, mode="valid")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Reward heads
 
@@ -145,7 +140,8 @@ def learning(rows: list[dict], path: Path) -> list[Path]:
         steps, values = (np.array([row[key] for row in rows if training in row]) for key in ("step", training))
         axis.plot(steps, values, color=GRAY, lw=0.5, alpha=0.35)
         window = max(1, len(steps) // 25)
-        axis.plot(steps[window - 1 :], moving_mean(values, window), color=GRAY, label=f"training, mean of {window}")
+        means = np.convolve(values, np.ones(window) / window, mode="valid")
+        axis.plot(steps[window - 1 :], means, color=GRAY, label=f"training, mean of {window}")
         if any(validation in row for row in rows):
             steps, values = (np.array([row[key] for row in rows if validation in row]) for key in ("step", validation))
             axis.plot(steps, values, color=BLUE, marker="o", ms=3, lw=1.4, label="validation")
