@@ -32,7 +32,7 @@ def save_reward_head(head: RewardHead, path: str | Path) -> None:
         save_file(state, temporary, metadata={"config": config})  # one entry: the order of several is not fixed
 
 
-def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> RewardHead:
+def load_reward_head(path: str | Path) -> RewardHead:
     """Reads a saved head (`reward1_{run}`), ours or a published one (see `geli.nets.published_heads`).
 
     Returns:
@@ -43,7 +43,7 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
     """
     path = Path(path)
     if _is_zip(path):
-        return _load_published_head(path).to(device)
+        return _load_published_head(path)
     try:
         with safe_open(path, "pt") as file:
             config = (file.metadata() or {}).get("config", "")
@@ -61,7 +61,7 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, RecursionError) as error:
         reason = first_line(error)
         raise UserError(f"{path}: a reward head that does not fit its own configuration ({reason})") from None
-    return head.eval().to(device)
+    return head.eval()
 
 
 def score_as(head: RewardHead, path: Path, ensemble: str = "mean", spread_penalty: float = 1.0) -> RewardHead:
