@@ -430,11 +430,8 @@ def check_processes(options: Options, accelerator) -> None:
 def run_to_resume(arguments: dict, names: OutputNames) -> tuple[RunLock | None, dict]:
     """The lock on the unfinished run that `--resume` continues, which the main process has, and how that run was
     described when it was started; None and {} if there is none."""
-    lock, end = None, "_base.json" if arguments["rf_model"] == BASE else ".json"
-    if arguments["resume"]:
-        lock = lock_to_resume(
-            arguments, names.folder, outputs_of, lambda stem: names.folder / f"{stem}{end}", names.stem
-        )
+    end = "_base.json" if arguments["rf_model"] == BASE else ".json"
+    lock = lock_to_resume(arguments, names.folder, outputs_of, lambda stem: names.folder / f"{stem}{end}", names.stem)
     return lock, broadcast_object_list([lock.description if lock else {}])[0]
 
 

@@ -100,8 +100,8 @@ def lock_new_run(folder: Path, name: str | None = None, or_another: bool = False
 def lock_to_resume(
     arguments: dict, folder: Path, outputs: Callable[[str], re.Pattern], record: Callable[[str], Path], name: str | None
 ) -> RunLock | None:
-    """Locks the run that `--resume` resumes: the run `name`, else the newest unfinished one in `folder` that was
-    started with the same options. If there is none, prints a line; ends the program if the run `name` is finished.
+    """With `--resume`, locks the run that it resumes: the run `name`, else the newest unfinished one in `folder` that
+    was started with the same options. If there is none, prints a line; ends the program if the run `name` is finished.
 
     Args:
         arguments: option name -> value. folder: where runs write. outputs: run name -> matches the names of its files.
@@ -111,6 +111,8 @@ def lock_to_resume(
         The lock in the main process, None in the others and without such a run. Raises a `UserError` if the run `name`
         was started with other options, or is being trained.
     """
+    if not arguments["resume"]:
+        return None
     lock, finished = _find_run(arguments, folder, outputs, record, name) if is_main_process() else (None, False)
     if broadcast_object_list([finished])[0]:
         raise SystemExit(0)
@@ -118,9 +120,7 @@ def lock_to_resume(
 
 
 def reward_run_to_resume(arguments: dict, folder: Path) -> RunLock | None:
-    """`lock_to_resume` for a run of stage 1 or 2; None without `--resume`."""
-    if not arguments["resume"]:
-        return None
+    """`lock_to_resume` for a run of stage 1 or 2."""
     lock = lock_to_resume(arguments, folder, reward_outputs, partial(record_path, folder), arguments["run_name"])
     if lock and lock.description:
         lock.description["wandb"]["name"] = lock.name  # the name in its files
