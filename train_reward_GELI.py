@@ -29,17 +29,14 @@ from geli.nets.options import EncoderOptions
 from geli.run.errors import UserError, run
 from geli.run.options import (
     RunOptions,
-    build_parser,
     flat,
     fraction,
-    given_options,
     non_negative_float,
     option,
-    parse,
     positive_float,
     positive_int,
+    read_options,
     refuse,
-    with_preset,
 )
 from models import DECOMPOSITIONS, HEADS, HeadOptions, RewardHead, RewardTrainingOptions, head_config, refuse_unused
 
@@ -124,13 +121,11 @@ _OF_TRAINING = (
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """The options on the command line."""
     description = "Stage 2: learn turn rewards from the score (GE), with stage 1's affect (GELI) or without."
-    defaults = with_preset(PRESETS, argv)
-    parser = build_parser(description, defaults)
-    options = parse(parser, defaults, argv)
+    options, parser, given = read_options(description, PRESETS, argv)
     training, decomposition = options.training, DECOMPOSITIONS[options.training.redist_type]
     if not training.train and not training.val:
         parser.error("nothing to do: give --train, --val or both")
-    unused = partial(refuse, parser, given_options(parser, argv))
+    unused = partial(refuse, parser, given)
     if not training.train:
         unused(_OF_TRAINING, "nothing is trained: give --train")
         unused("model context_turns max_length", "the head of --reward_path brings its own")

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from geli.nets.templates import MARKUP, Messages, check_folded, opens_reply, refuse_markup
+from geli.nets.templates import MARKUP, Messages, check_folded, refuse_markup, spoken
 from geli.run.errors import UserError, first_line
 
 
@@ -96,7 +96,8 @@ class TokenizerTemplate:
 
     def _writes(self, messages: Messages, text: str) -> bool:
         """Whether the template writes these messages as the text, but for spaces and the last message's end."""
-        opened = opens_reply(messages)
+        last = messages[-1]
+        opened = last["role"] == "assistant" and not spoken(last["content"]).strip()  # a reply has only begun
         try:
             rendered = self._render(messages[:-1], add_generation_prompt=True) if opened else self._render(messages)
         except Exception:  # it refuses such messages

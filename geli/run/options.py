@@ -161,24 +161,21 @@ def parse(parser: argparse.ArgumentParser, options, argv: Sequence[str] | None =
     return dataclasses.replace(options, **groups)
 
 
-def preset_option(help: str):
-    """The option `--preset`, a field of an option group."""
-    return option(None, f"defaults of other options: small: {help} (default: as published)", choices=("small",))
-
-
-def with_preset(presets: Mapping[str | None, Any], argv: Sequence[str] | None = None):
-    """The options whose values are the defaults of a command line with this `--preset`.
+def read_options(description: str, presets: Mapping[str | None, Any], argv: Sequence[str] | None = None):
+    """The options of a command with `--preset` as `parse` reads them, the parser, and the names of the given options.
 
     Args:
-        presets: value of `--preset`, None without it -> options. A value that is not there is left to the parser.
+        presets: value of `--preset`, None without it -> the options whose values are then the defaults.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--preset")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset")
     try:
-        chosen = parser.parse_known_args(argv)[0].preset
-    except argparse.ArgumentError:  # without a value
+        chosen = first.parse_known_args(argv)[0].preset
+    except argparse.ArgumentError:  # without a value, which `parse` reports, as one that is not there
         chosen = None
-    return presets.get(chosen, presets[None])
+    defaults = presets.get(chosen, presets[None])
+    parser = build_parser(description, defaults)
+    return parse(parser, defaults, argv), parser, given_options(parser, argv)
 
 
 def given_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> set[str]:
