@@ -163,7 +163,13 @@ from geli.data.shares import read_shares
 from geli.nets.encoder import TurnEncoder, open_encoder, place_encoder
 from geli.nets.features import TurnFeatures, encoder_fingerprint
 from geli.nets.pretrained import check_exists, named_by_file
-from geli.report.checks import check_li_targets, conversations_seen, warn_of_leaks, warn_of_scores_out_of_reach
+from geli.report.checks import (
+    check_li_targets,
+    conversations_seen,
+    warn_of_leaks,
+    warn_of_other_corpus,
+    warn_of_scores_out_of_reach,
+)
 from geli.report.lineage import lineage_config
 from geli.report.rewards import (
     RewardRun,
@@ -263,6 +269,7 @@ def load_saved(options: Options) -> tuple[RewardHead | None, Path | None]:
     else:
         raise UserError("--val without --train evaluates a saved head: name it with --reward_path RUN")
     saved = heads.load_reward_head(path)
+    warn_of_other_corpus(path, options.data.data_dir)
     heads.encoder_of_head(saved.config, path, options.encoder.lang_model_path)  # mistakes in it are answered at once
     if training.affect_path and saved.config.stage != 1:
         raise UserError(f"--affect_path {training.affect_path}: expected a stage-1 head, {path} is of stage 2")

@@ -302,7 +302,7 @@ from geli.heads import find_head, is_finished, load_reward_head, saved_heads, sc
 from geli.nets.policy import Policy, TrainedAs, adapter_of, load_policy, trained_as
 from geli.nets.pretrained import check_exists
 from geli.nets.smollm2 import PACKAGE, make_smollm2
-from geli.report.checks import is_of_corpus
+from geli.report.checks import is_of_corpus, warn_of_other_corpus
 from geli.report.lineage import lineage_config
 from geli.report.model_card import adapter_card
 from geli.report.policies import PolicyRun, finish_policy_run
@@ -459,8 +459,7 @@ def find_reward(options: Options, resumed_head: str | None) -> Path | None:
         f"Reward head: {path} (stage {config.stage}, {config.redist_type or 'no decomposition'}, {learned}, "
         f"{config.reward_class or 'class not recorded'}{f', {config.members} heads' if config.members > 1 else ''})"
     )
-    if not is_of_corpus(path, options.data.data_dir):
-        print(f"Warning: it was trained on another corpus than --data_dir {options.data.data_dir}")
+    warn_of_other_corpus(path, options.data.data_dir)
     return path
 
 

@@ -108,3 +108,9 @@ def is_of_corpus(head_path: Path, data_dir: str) -> bool:
     if not (isinstance(trained_on, list) and trained_on and folder.is_dir() and any(folder.glob("*/"))):
         return True  # without conversations, reading them says what is wrong
     return any((folder / str(name)).is_dir() for name in trained_on)
+
+
+def warn_of_other_corpus(head_path: Path, data_dir: str) -> None:
+    """Says if a head was trained on another corpus."""
+    if not is_of_corpus(head_path, data_dir):
+        print(f"Warning: {head_path} was trained on another corpus than --data_dir {data_dir}")

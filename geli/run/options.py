@@ -75,7 +75,8 @@ def text_or_file(text: str) -> str:
         found = Path(text).read_text(encoding="utf-8").strip() if len(text) < 4096 and Path(text).is_file() else text
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text}: not a readable text file ({error})") from None
-    if not found.strip() or (text.endswith(".txt") and found is text):
+    names_a_file = found is text and " " not in text and ("/" in text or Path(text).suffix)
+    if not found.strip() or names_a_file:
         raise argparse.ArgumentTypeError(f"a text, or an existing file with one, is expected, not {text!r}")
     return found.strip()
 

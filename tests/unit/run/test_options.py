@@ -214,7 +214,14 @@ def test_a_text_or_the_file_of_that_name(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     assert text_or_file(str(tmp_path / "told.txt")) == "Help them." and text_or_file(" Be kind. ") == "Be kind."
     assert text_or_file("x" * 5000) == "x" * 5000
-    for wrong in (str(tmp_path / "empty.txt"), str(tmp_path / "missing.txt"), " ", str(tmp_path / "binary")):
+    for wrong in (
+        str(tmp_path / "empty.txt"),
+        str(tmp_path / "missing.txt"),
+        "prompts/support",
+        "support.md",
+        " ",
+        str(tmp_path / "binary"),
+    ):
         with pytest.raises(argparse.ArgumentTypeError):
             text_or_file(wrong)
 
