@@ -36,6 +36,6 @@ python "${stage2[@]}" --affect_path demo-li --run_name demo-geli
 
 step "Stage 3: PPO on the GELI reward"
 python train_rl_GELI.py --model_name "$out/models/llama" --exp_name GELI --reward redistributed_reward --rf_model GELI \
-    --train --val --batch_size 24 --steps 150 --learning_rate 2e-3 --context_turns 4 "${data[@]}"
+    --preset small --train --val --steps 50 --context_turns 4 "${data[@]}"
 
 python tools/demo_report.py "$out"

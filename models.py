@@ -36,15 +36,7 @@ from geli.rl.rollout import (
 from geli.run.distributed import gather_parts, local_part
 from geli.run.errors import UserError
 from geli.run.gradients import NotFinite, apply_gradients
-from geli.run.options import (
-    episode_length,
-    fraction,
-    non_negative_float,
-    option,
-    positive_float,
-    positive_int,
-    preset_option,
-)
+from geli.run.options import episode_length, fraction, non_negative_float, option, positive_float, positive_int
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses of reward training
@@ -244,9 +236,11 @@ def loss_scales(loss_scale: str, redist_type: str, ep_len: int | str, training: 
 class RewardTrainingOptions:
     """Training and validation of stages 1 and 2."""
 
-    preset: str | None = preset_option(
-        "learning rate, epochs and context (stage 2: batch size, epochs, context and, with LI, the loss scale) for "
-        "encoders of a few million parameters"
+    preset: str | None = option(
+        None,
+        "defaults of other options: small: learning rate, epochs and context (stage 2: batch size, epochs, context "
+        "and, with LI, the loss scale) for encoders of a few million parameters (default: as published)",
+        choices=("small",),
     )
     val: bool = option(False, "evaluate on the validation conversations")
     val_all: bool = option(
@@ -665,21 +659,15 @@ def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, ma
     return policy, value, sums
 
 
-class AdaptiveKL:
-    """Adapts the weight beta of the KL penalty so that the KL approaches a target (Ziegler et al., 2019, section 2.2).
+def adapted_beta(beta: float, kl: float, n: int, target: float, horizon: float) -> float:
+    """The weight beta of the KL penalty after a batch of `n` responses with mean KL `kl`, adapted so that the KL
+    approaches `target` (Ziegler et al., 2019, section 2.2), both in nats a response.
 
     Args:
-        beta: initial value. target: nats a response. horizon: responses over which the largest error (0.2) multiplies
-            beta by e^0.2.
+        horizon: responses over which the largest error (0.2) multiplies beta by e^0.2.
     """
-
-    def __init__(self, beta: float, target: float, horizon: float):
-        self.beta, self.target, self.horizon = beta, target, horizon
-
-    def update(self, kl: float, n: int) -> None:
-        """Adapts beta after a batch of `n` responses with mean KL `kl`, in nats a response."""
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.beta *= 1 + error * n / self.horizon
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * n / horizon)
 
 
 class RunningMoments:
@@ -809,7 +797,7 @@ class PPO:
         accelerator: `accelerate.Accelerator`. seed: of response lengths, minibatches and sampling.
 
     Attributes:
-        optimizer: of the policy's adapter and value head. kl: the `AdaptiveKL` controller.
+        optimizer: of the policy's adapter and value head. beta: the weight of the KL penalty.
         moments: running moments of the scores. critic: the `RidgeCritic`, if that is the critic.
         human_scores: of the human answers so far, by the names of their prompts.
         rng, sampling: generators of lengths and minibatches, and of tokens.
@@ -820,17 +808,15 @@ class PPO:
 
     def __init__(self, policy, score: Callable, config: PPOConfig, accelerator, seed: int):
         self.group = config.num_generations or 1
-        if config.batch_size % self.group:
-            raise UserError(f"--batch_size {config.batch_size}: expected a multiple of --num_generations {self.group}")
-        if config.batch_size // self.group < accelerator.num_processes:
+        prompts, rest = divmod(config.batch_size, self.group)
+        if rest or prompts < accelerator.num_processes:
             raise UserError(
-                f"--batch_size {config.batch_size}: expected at least one prompt for each of "
-                f"{accelerator.num_processes} processes"
+                f"--batch_size {config.batch_size}: expected a multiple of --num_generations {self.group}, with at "
+                f"least one prompt for each of {accelerator.num_processes} processes"
             )
         self.policy, self.score, self.config, self.accelerator = policy, score, config, accelerator
         self.optimizer = OPTIMIZERS[config.optimizer](policy.trainable(), config.learning_rate)
-        self.kl = AdaptiveKL(config.init_kl_coef, config.target, config.horizon)
-        self.moments = RunningMoments()
+        self.beta, self.moments = config.init_kl_coef, RunningMoments()
         self.critic = RidgeCritic(policy.model.config.hidden_size) if config.critic == "ridge" else None
         self.human_scores: dict[str, float] = {}
         self.rng, self.sampling = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
@@ -840,11 +826,11 @@ class PPO:
         """The state beside that of policy, optimizer and generators."""
         critic = {"critic": vars(self.critic).copy()} if self.critic else {}
         moments = vars(self.moments).copy()
-        return {"beta": self.kl.beta, "moments": moments, "human_scores": self.human_scores.copy(), **critic}
+        return {"beta": self.beta, "moments": moments, "human_scores": self.human_scores.copy(), **critic}
 
     def load_state_dict(self, state: dict) -> None:
         """Restores a state."""
-        self.kl.beta, self.human_scores = state["beta"], state["human_scores"]
+        self.beta, self.human_scores = state["beta"], state["human_scores"]
         vars(self.moments).update(state["moments"])
         if self.critic:
             vars(self.critic).update(state["critic"])
@@ -874,7 +860,7 @@ class PPO:
             scores, normalized = self._score(mine, batch.texts)
             human = self._score_human_answers(prompts)
         # 5. A reward for every token: the KL penalty, unless it is exact, and the score on the last one.
-        normalized, beta = normalized.to(batch.mask.device), self.kl.beta
+        normalized, beta = normalized.to(batch.mask.device), self.beta
         rewards = token_rewards(
             normalized, old["logprobs"], old["ref_logprobs"], batch.mask, 0.0 if config.exact_kl else beta
         )
@@ -901,7 +887,7 @@ class PPO:
                 logged |= self._update(batch, partial(self._losses, batch, old, advantages, returns), len(texts))
             # 9. Adapt the weight of the KL penalty.
             if not config.fixed_kl_coef:
-                self.kl.update(logged["kl"], len(texts))
+                self.beta = adapted_beta(beta, logged["kl"], len(texts), config.target, config.horizon)
         return {**logged, **{f"seconds_{name}": value for name, value in self._seconds.items()}}, texts
 
     def _respond(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], Rollout, int]:
@@ -995,7 +981,7 @@ class PPO:
         )  # fmt: skip
         if config.exact_kl:
             kl = self.policy.kl_from_hidden(states, old["ref_states"][part], inputs[3])
-            policy_loss = policy_loss + self.kl.beta * kl.sum() / tokens
+            policy_loss = policy_loss + self.beta * kl.sum() / tokens
         loss = policy_loss if self.critic else policy_loss + config.vf_coef * value_loss
         return loss, {**found, "policy_loss": policy_loss, "value_loss": value_loss}
 

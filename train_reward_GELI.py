@@ -29,17 +29,14 @@ from geli.nets.options import EncoderOptions
 from geli.run.errors import UserError, run
 from geli.run.options import (
     RunOptions,
-    build_parser,
     flat,
     fraction,
-    given_options,
     non_negative_float,
     option,
-    parse,
     positive_float,
     positive_int,
+    read_options,
     refuse,
-    with_preset,
 )
 from models import DECOMPOSITIONS, HEADS, HeadOptions, RewardHead, RewardTrainingOptions, head_config, refuse_unused
 
@@ -124,13 +121,11 @@ _OF_TRAINING = (
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """The options on the command line."""
     description = "Stage 2: learn turn rewards from the score (GE), with stage 1's affect (GELI) or without."
-    defaults = with_preset(PRESETS, argv)
-    parser = build_parser(description, defaults)
-    options = parse(parser, defaults, argv)
+    options, parser, given = read_options(description, PRESETS, argv)
     training, decomposition = options.training, DECOMPOSITIONS[options.training.redist_type]
     if not training.train and not training.val:
         parser.error("nothing to do: give --train, --val or both")
-    unused = partial(refuse, parser, given_options(parser, argv))
+    unused = partial(refuse, parser, given)
     if not training.train:
         unused(_OF_TRAINING, "nothing is trained: give --train")
         unused("model context_turns max_length", "the head of --reward_path brings its own")
@@ -170,7 +165,13 @@ from geli.data.shares import read_shares
 from geli.nets.encoder import TurnEncoder, open_encoder, place_encoder
 from geli.nets.features import TurnFeatures, encoder_fingerprint
 from geli.nets.pretrained import check_exists, named_by_file
-from geli.report.checks import check_li_targets, conversations_seen, warn_of_leaks, warn_of_scores_out_of_reach
+from geli.report.checks import (
+    check_li_targets,
+    conversations_seen,
+    warn_of_leaks,
+    warn_of_other_corpus,
+    warn_of_scores_out_of_reach,
+)
 from geli.report.lineage import lineage_config
 from geli.report.rewards import (
     RewardRun,
@@ -270,6 +271,7 @@ def load_saved(options: Options) -> tuple[RewardHead | None, Path | None]:
     else:
         raise UserError("--val without --train evaluates a saved head: name it with --reward_path RUN")
     saved = heads.load_reward_head(path)
+    warn_of_other_corpus(path, options.data.data_dir)
     heads.encoder_of_head(saved.config, path, options.encoder.lang_model_path)  # mistakes in it are answered at once
     if training.affect_path and saved.config.stage != 1:
         raise UserError(f"--affect_path {training.affect_path}: expected a stage-1 head, {path} is of stage 2")

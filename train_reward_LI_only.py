@@ -17,17 +17,7 @@ from pathlib import Path
 from data_utils import DataOptions, SignalOptions, TurnSet, fingerprint, load_turns, rating_probability
 from geli.nets.options import EncoderOptions
 from geli.run.errors import run
-from geli.run.options import (
-    RunOptions,
-    build_parser,
-    flat,
-    given_options,
-    option,
-    parse,
-    positive_int,
-    refuse,
-    with_preset,
-)
+from geli.run.options import RunOptions, flat, option, positive_int, read_options, refuse
 from models import HeadOptions, RewardHead, RewardTrainingOptions, refuse_unused
 
 VALIDATE_EVERY = 500  # steps
@@ -73,10 +63,9 @@ PRESETS = {  # choices of --preset
 
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """The options on the command line."""
-    defaults = with_preset(PRESETS, argv)
-    parser = build_parser("Stage 1: learn turn rewards from the listener's face (LI), encoder and head.", defaults)
-    options = parse(parser, defaults, argv)
-    unused = partial(refuse, parser, given_options(parser, argv))
+    description = "Stage 1: learn turn rewards from the listener's face (LI), encoder and head."
+    options, parser, given = read_options(description, PRESETS, argv)
+    unused = partial(refuse, parser, given)
     refuse_unused(unused, options.training, options.signal)
     if not options.training.val:
         unused("K", "nothing is validated: give --val")

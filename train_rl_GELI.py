@@ -18,6 +18,7 @@ from typing import NamedTuple
 from data_utils import DataOptions, load_prompts
 from geli.data.messages import INSTRUCTION
 from geli.data.questions import QUESTIONS
+from geli.distill import Distillation
 from geli.nets.options import SMOLLM2, Adapter, PolicyOptions
 from geli.nets.prompts import Prompt, with_instruction
 from geli.rl.reward_options import BASE, RF_MODELS, HeadKind, RewardOptions
@@ -25,16 +26,13 @@ from geli.rl.rollout import RandomScorer
 from geli.run.errors import UserError, run
 from geli.run.options import (
     RunOptions,
-    build_parser,
     file_name,
     flat,
-    given_options,
     non_negative_int,
     option,
-    parse,
     positive_float,
     positive_int,
-    with_preset,
+    read_options,
 )
 from models import PPO, PPO_PRESETS, PPOConfig
 
@@ -60,16 +58,6 @@ def train_here(
     train_steps(stage, options.rl.steps, "", checkpointer)  # the recorder has a progress bar and logs
 
 
-def train_by_ppo(*run) -> None:
-    """Trains by this project's PPO."""
-    train_here(*run, loop=PPO)
-
-
-def distill(*run) -> None:
-    """Teaches the policy best-of-n of the reference."""
-    train_here(*run, loop=Distillation)
-
-
 def train_by_trl(
     policy, score, prompts: list[Prompt], recorder, accelerator, options, inputs: dict[str, str], algo: str
 ) -> None:
@@ -87,14 +75,14 @@ class Algorithm(NamedTuple):
     Attributes:
         train: (policy, score, prompts, recorder, accelerator, options, inputs), trains the policy in place.
         help: one line for `--help`.
-        takes: names of the options that it takes and not every other algorithm does. Among them are `resume`: it writes
-            checkpoints; and `ppo_off`: it can generate and score without updating.
+        takes: names of the options that it takes and not every other algorithm does, separated by spaces. Among them
+            are `resume`: it writes checkpoints; and `ppo_off`: it can generate and score without updating.
         shards: can train a sharded policy.
     """
 
     train: Callable
     help: str
-    takes: Sequence[str] = ()
+    takes: str = ""
     shards: bool = False
 
 
@@ -102,15 +90,19 @@ class Algorithm(NamedTuple):
 _UPDATE = (
     "init_kl_coef target horizon gamma lam cliprange cliprange_value vf_coef target_kl no_early_stopping exact_kl "
     "fixed_kl_coef critic"
-).split()
-_LOOP = "stop_kl ppo_epochs gradient_accumulation_steps optimizer".split()  # of the loops of this project
+)
+_LOOP = "stop_kl ppo_epochs gradient_accumulation_steps optimizer"  # of the loops of this project
 ALGORITHMS = {
-    "ppo": Algorithm(train_by_ppo, "this project's own loop", (*_UPDATE, *_LOOP, "resume", "ppo_off"), shards=True),
-    "distill": Algorithm(
-        distill, "teaches the best of --num_generations responses of the reference", (*_LOOP, "resume")
+    "ppo": Algorithm(
+        partial(train_here, loop=PPO), "this project's own loop", f"{_UPDATE} {_LOOP} resume ppo_off", shards=True
     ),
-    "rloo": Algorithm(partial(train_by_trl, algo="rloo"), "TRL's RLOO trainer", ("trl",)),
-    "grpo": Algorithm(partial(train_by_trl, algo="grpo"), "TRL's GRPO trainer", ("trl",)),
+    "distill": Algorithm(
+        partial(train_here, loop=Distillation),
+        "teaches the best of --num_generations responses of the reference",
+        f"{_LOOP} resume",
+    ),
+    "rloo": Algorithm(partial(train_by_trl, algo="rloo"), "TRL's RLOO trainer", "trl"),
+    "grpo": Algorithm(partial(train_by_trl, algo="grpo"), "TRL's GRPO trainer", "trl"),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,63 +190,44 @@ class Options:
         return self.reward.rf_model != BASE and not self.rl.ppo_off
 
     @property
-    def trains_by_ppo(self) -> bool:
-        """Whether it is trained by this project's PPO."""
-        return self.trains and self.rl.algo == "ppo"
-
-    @property
     def trains_here(self) -> bool:
         """Whether it is trained by a loop of this project."""
-        return self.trains and "resume" in ALGORITHMS[self.rl.algo].takes
+        return self.trains and "resume" in ALGORITHMS[self.rl.algo].takes.split()
 
 
-class Effect(NamedTuple):
-    """When some options have an effect. Given without it, they are refused.
-
-    Attributes:
-        options: their names. present: whether they have it. otherwise: when they have none, for the error.
-    """
-
-    options: Sequence[str]
-    present: Callable[[Options], object]
-    otherwise: str
-
-
+# (names of options, whether they have an effect, where they have none). Given without an effect, they are refused.
 EFFECTS = (
-    Effect(["sft_steps"], lambda o: o.rl.train, "without --train"),
-    Effect(["sft_learning_rate"], lambda o: o.rl.sft_steps, "without --sft_steps"),
-    Effect(["resume"], lambda o: o.trains or o.rl.sft_steps, "without --train"),
-    Effect(
-        "steps save_steps learning_rate ppo_off trl num_generations num_layers_unfrozen allow_constant_reward".split()
-        + _UPDATE
-        + _LOOP,
+    ("sft_steps", lambda o: o.rl.train, "without --train"),
+    ("sft_learning_rate", lambda o: o.rl.sft_steps, "without --sft_steps"),
+    ("resume", lambda o: o.trains or o.rl.sft_steps, "without --train"),
+    (
+        "steps save_steps learning_rate ppo_off trl num_generations num_layers_unfrozen allow_constant_reward "
+        f"{_UPDATE} {_LOOP}",
         lambda o: o.trains,
         "without RL, which takes --train and another --rf_model than base",
     ),
-    Effect(
-        ["learning_rate", "allow_constant_reward", *_UPDATE, *_LOOP],
+    (
+        f"learning_rate allow_constant_reward {_UPDATE} {_LOOP}",
         lambda o: not o.rl.ppo_off,
         "with --ppo_off, which updates nothing",
     ),
-    Effect(["target_kl"], lambda o: not o.ppo.no_early_stopping, "with --no_early_stopping"),
-    Effect(["target", "horizon"], lambda o: not o.ppo.fixed_kl_coef, "with --fixed_kl_coef"),
-    Effect(["vf_coef", "cliprange_value"], lambda o: o.ppo.critic == "head", "with --critic ridge"),
-    Effect(
-        ["lora_r", "lora_alpha"], lambda o: o.trains or o.rl.sft_steps, "without training: a checkpoint has its own"
-    ),
-    Effect(["val_prompts"], lambda o: o.evaluates, "without --val or --generate"),
-    Effect(["min_new_tokens"], lambda o: o.trains_here or o.evaluates, "without PPO, --val or --generate"),
-    Effect(
-        ["mini_batch_size"],
+    ("target_kl", lambda o: not o.ppo.no_early_stopping, "with --no_early_stopping"),
+    ("target horizon", lambda o: not o.ppo.fixed_kl_coef, "with --fixed_kl_coef"),
+    ("vf_coef cliprange_value", lambda o: o.ppo.critic == "head", "with --critic ridge"),
+    ("lora_r lora_alpha", lambda o: o.trains or o.rl.sft_steps, "without training: a checkpoint has its own"),
+    ("val_prompts", lambda o: o.evaluates, "without --val or --generate"),
+    ("min_new_tokens", lambda o: o.trains_here or o.evaluates, "without PPO, --val or --generate"),
+    (
+        "mini_batch_size",
         lambda o: o.trains_here or o.evaluates or o.rl.sft_steps,
         "without PPO, --val, --generate or --sft_steps",
     ),
-    Effect(["gold_function"], lambda o: o.trains_by_ppo or o.evaluates, "without PPO, --val or --generate"),
-    Effect(["reward", "reward_path", "reward_function"], lambda o: o.scores, "where nothing is scored: add --val"),
-    Effect(["rf_model"], lambda o: o.scores or o.reward.rf_model == BASE, "where nothing is scored: add --val"),
-    Effect(["spread_penalty"], lambda o: o.reward.ensemble == "lower", "without --ensemble lower"),
-    Effect(
-        ["lang_model_path", "max_length", "ensemble", "spread_penalty"],
+    ("gold_function", lambda o: (o.trains and o.rl.algo == "ppo") or o.evaluates, "without PPO, --val or --generate"),
+    ("reward reward_path reward_function", lambda o: o.scores, "where nothing is scored: add --val"),
+    ("rf_model", lambda o: o.scores or o.reward.rf_model == BASE, "where nothing is scored: add --val"),
+    ("spread_penalty", lambda o: o.reward.ensemble == "lower", "without --ensemble lower"),
+    (
+        "lang_model_path max_length ensemble spread_penalty",
         lambda o: o.scores and o.reward.chosen.is_head,
         "where no reward head is used",
     ),
@@ -279,12 +252,12 @@ def complaints(options: Options, given: set[str]) -> Iterator[str]:
     if rl.sft_steps and rl.ppo_off:
         yield "--ppo_off updates nothing, and --sft_steps does: give one of them"
     for name in sorted(given):
-        algorithms = [algo for algo, row in ALGORITHMS.items() if name in row.takes]
+        algorithms = [algo for algo, row in ALGORITHMS.items() if name in row.takes.split()]
         if algorithms and rl.algo not in algorithms:
             yield f"--{name} is for --algo {' or '.join(algorithms)}"
-        for effect in EFFECTS:
-            if name in effect.options and not effect.present(options):
-                yield f"--{name} has no effect {effect.otherwise}"
+        for names, has_effect, otherwise in EFFECTS:
+            if name in names.split() and not has_effect(options):
+                yield f"--{name} has no effect {otherwise}"
     if conflict := options.reward.conflict(given):
         yield conflict
     if ppo.min_new_tokens > ppo.max_new_tokens:
@@ -310,10 +283,9 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     presets = {
         name: Options(ppo=ppo, policy=SMALL_ADAPTER if name else PolicyOptions()) for name, ppo in PPO_PRESETS.items()
     }
-    defaults = with_preset(presets, argv)
-    parser = build_parser("Stage 3: align a language model with a reward head by PPO.", defaults)
-    options = parse(parser, defaults, argv)
-    for complaint in complaints(options, given_options(parser, argv)):
+    description = "Stage 3: align a language model with a reward head by PPO."
+    options, parser, given = read_options(description, presets, argv)
+    for complaint in complaints(options, given):
         parser.error(complaint)
     return options
 
@@ -327,12 +299,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from geli.distill import Distillation
 from geli.heads import find_head, is_finished, load_reward_head, saved_heads, score_as
 from geli.nets.policy import Policy, TrainedAs, adapter_of, load_policy, trained_as
 from geli.nets.pretrained import check_exists
 from geli.nets.smollm2 import PACKAGE, make_smollm2
-from geli.report.checks import is_of_corpus
+from geli.report.checks import is_of_corpus, warn_of_other_corpus
 from geli.report.lineage import lineage_config
 from geli.report.model_card import adapter_card
 from geli.report.policies import PolicyRun, finish_policy_run
@@ -460,11 +431,8 @@ def check_processes(options: Options, accelerator) -> None:
 def run_to_resume(arguments: dict, names: OutputNames) -> tuple[RunLock | None, dict]:
     """The lock on the unfinished run that `--resume` continues, which the main process has, and how that run was
     described when it was started; None and {} if there is none."""
-    lock, end = None, "_base.json" if arguments["rf_model"] == BASE else ".json"
-    if arguments["resume"]:
-        lock = lock_to_resume(
-            arguments, names.folder, outputs_of, lambda stem: names.folder / f"{stem}{end}", names.stem
-        )
+    end = "_base.json" if arguments["rf_model"] == BASE else ".json"
+    lock = lock_to_resume(arguments, names.folder, outputs_of, lambda stem: names.folder / f"{stem}{end}", names.stem)
     return lock, broadcast_object_list([lock.description if lock else {}])[0]
 
 
@@ -492,8 +460,7 @@ def find_reward(options: Options, resumed_head: str | None) -> Path | None:
         f"Reward head: {path} (stage {config.stage}, {config.redist_type or 'no decomposition'}, {learned}, "
         f"{config.reward_class or 'class not recorded'}{f', {config.members} heads' if config.members > 1 else ''})"
     )
-    if not is_of_corpus(path, options.data.data_dir):
-        print(f"Warning: it was trained on another corpus than --data_dir {options.data.data_dir}")
+    warn_of_other_corpus(path, options.data.data_dir)
     return path
 
 
@@ -678,7 +645,7 @@ class PPOTraining(Stage):
 
     def __init__(self, ppo: PPO, prompts: list[Prompt], recorder: Recorder, options: Options):
         self.ppo, self.prompts, self.recorder, self.options = ppo, prompts, recorder, options
-        gold = options.trains_by_ppo and options.reward.gold_function
+        gold = options.rl.algo == "ppo" and options.reward.gold_function
         self.gold = FunctionScorer(gold, "--gold_function") if gold else None
         self.rng = np.random.default_rng(options.run.seed)
         self.order: dict[str, list[int]] = {"order": []}  # prompts that come next

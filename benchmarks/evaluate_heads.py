@@ -22,7 +22,7 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from geli.report.metrics import HeldOut, estimates, metrics
+from geli.report.metrics import HeldOut, estimates, metrics, spearman
 from geli.run.console import format_table
 from geli.statistics import resample
 from models import (
@@ -35,8 +35,9 @@ from models import (
 TURNS, WIDTH, PEER_RESAMPLES = 320, 1024, 5
 
 
-def made_up(conversations: int) -> tuple[torch.Tensor, HeldOut]:
-    """Features (N, WIDTH) of turns whose first feature makes listeners smile, and what they are measured against."""
+def made_up(conversations: int) -> tuple[torch.Tensor, HeldOut, np.ndarray]:
+    """Features (N, WIDTH) of turns whose first feature makes listeners smile, what they are measured against, and
+    hidden rewards (N,)."""
     generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
     features = torch.randn(conversations * TURNS, WIDTH, generator=generator)
     truth = features[:, 0].numpy().astype(np.float64)
@@ -44,7 +45,7 @@ def made_up(conversations: int) -> tuple[torch.Tensor, HeldOut]:
     happy = rng.normal(size=len(truth)) + truth > 1
     scores = 50 + 200 * truth.reshape(2 * conversations, -1).mean(axis=1) + rng.normal(0, 10, 2 * conversations)
     of_turn = np.repeat(of_trajectory, TURNS // 2)
-    return features, HeldOut(conversations, of_turn, of_trajectory, happy, ~happy, scores, truth)
+    return features, HeldOut(conversations, of_turn, of_trajectory, happy, ~happy, scores), truth
 
 
 def main() -> None:
@@ -55,13 +56,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     head = RewardHead(RewardHeadConfig("small_model_shrink", WIDTH, "facebook/bart-large", False, 1024, 20, 2, None))
-    features, data = made_up(args.conversations)
+    features, data, truth = made_up(args.conversations)
     process, started = psutil.Process(), time.perf_counter()
     before = process.memory_info().rss
     rewards = head_rewards(head, features).astype(np.float64)
     returns = np.array([predicted_return(part, 160.0) for part in rewards.reshape(2 * args.conversations, -1)])
     scored = time.perf_counter()
-    found = estimates(data, metrics(data, rewards, returns, float(data.scores.mean())), args.repetitions)
+    of_head = metrics(data, rewards, returns, float(data.scores.mean()))
+    of_head["truth_correlation"] = spearman(rewards, truth, data.of_turn)
+    found = estimates(data, of_head, args.repetitions)
     measured = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
@@ -72,7 +75,7 @@ def main() -> None:
         rows = np.repeat(turns, drawn, axis=0).ravel()
         roc_auc_score(data.happy[rows], rewards[rows])
         average_precision_score(data.happy[rows], rewards[rows])
-        spearmanr(rewards[rows], data.truth[rows])
+        spearmanr(rewards[rows], truth[rows])
     peer = (time.perf_counter() - begun) / PEER_RESAMPLES * args.repetitions
     rows = [
         {"work": f"rewards of {len(rewards):,} turns", "seconds": scored - started},

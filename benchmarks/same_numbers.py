@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 
 STAGE_1 = "train_reward_LI_only.py --val --small_model_shrink --batch_size 32 --K 4 --learning_rate 1e-4"
 STAGE_2 = "train_reward_GELI.py --train --val --batch_size 4 --K 8 --context_turns 3"
-STAGE_3 = "train_rl_GELI.py --batch_size 8 --learning_rate 2e-3 --context_turns 4"
+STAGE_3 = (  # some of the heads have learned little
+    "train_rl_GELI.py --batch_size 8 --learning_rate 2e-3 --context_turns 4 --allow_constant_reward"
+)
 RUNS = {  # name -> command; {bart} and {llama} are the small models
     "li": f"{STAGE_1} --epochs 2 --contrastive --context_turns 3 --lang_model_path {{bart}} --run_name li",
     "li-sent": f"{STAGE_1} --epochs 1 --curriculum_exposure --reaction_type mean --li_signal sentiment "

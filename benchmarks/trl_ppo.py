@@ -3,6 +3,7 @@
 Runs in a virtual environment of its own, so it imports nothing of this repository.
 """
 
+import argparse
 import json
 import random
 import sys
@@ -155,4 +156,6 @@ def work(shape: Shape) -> None:
 
 
 if __name__ == "__main__":
-    work(SHAPES[sys.argv[1]])
+    parser = argparse.ArgumentParser(description="TRL's side of benchmarks/ppo_vs_trl.py, which starts it.")
+    parser.add_argument("shape", choices=SHAPES)
+    work(SHAPES[parser.parse_args().shape])

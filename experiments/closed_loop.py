@@ -30,7 +30,7 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("--prompt_format", help="of another policy than small, as in train_rl_GELI.py")
     parser.add_argument("--rewards", nargs="+", help="GELI, GE, LI, truth, random")
     parser.add_argument("--seeds", type=seed, nargs="+", help="seeds of training")
-    parser.add_argument("--algorithms", nargs="+", help="as --algo of train_rl_GELI.py, or best-of-N")
+    parser.add_argument("--algorithms", nargs="+", help="of stage 3 ('ppo --lam 1': with options), or best-of-N")
     parser.add_argument("--steps", type=positive_int, help="steps of each policy")
     parser.add_argument("--save_steps", type=positive_int, help="steps between two checkpoints that are measured")
     parser.add_argument("--prompts", type=positive_int, help="held-out prompts of a seed")

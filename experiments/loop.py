@@ -34,6 +34,7 @@ from tools.hidden_reward import hidden_reward
 HIDDEN = "tools.hidden_reward:score"
 CONTEXT_TURNS = 2  # of heads and policies: on CaSiNo more turns cost time and help no head
 TRAIN_CONVERSATIONS = 980  # of the heads; CaSiNo has 1,030
+PUBLISHED = "-published"  # behind an algorithm: with the published settings in place of `--preset small`
 LENGTHS = {name: getattr(PPO_PRESETS["small"], name) for name in ("min_new_tokens", "max_new_tokens")}
 BATCH = 64  # prompts that are answered together when a policy is measured
 
@@ -48,7 +49,7 @@ class PolicyRun(NamedTuple):
     @property
     def name(self) -> str:
         """Part of the names of its files."""
-        return f"{self.reward}-{self.algo}-{self.seed}"
+        return f"{self.reward}-{self.algo.replace(' ', '_')}-{self.seed}"
 
 
 def policy_runs(options: LoopOptions) -> Iterator[PolicyRun]:
@@ -81,13 +82,16 @@ def policy_command(options: LoopOptions, run: PolicyRun) -> list:
     reward = {"truth": ["--reward_function", HIDDEN], "random": ["--reward", "random"]}.get(
         run.reward, ["--reward_path", finished_head(options.out / "rewards", f"{run.reward}-{run.seed}")]
     )
+    name, *changed = run.algo.split()
+    algo = name.removesuffix(PUBLISHED)
+    preset = [] if name.endswith(PUBLISHED) else ["--preset", "small"]
     here = {"ppo": ["--resume", "--gold_function", HIDDEN], "distill": ["--resume", "--num_generations", 16]}
     return [
-        "train_rl_GELI.py", "--train", "--preset", "small", "--prompt_format", prompt_format(options),
-        "--model_name", policy_source(options), "--exp_name", run.name, "--steps", options.steps, "--algo", run.algo,
+        "train_rl_GELI.py", "--train", *preset, "--prompt_format", prompt_format(options),
+        "--model_name", policy_source(options), "--exp_name", run.name, "--steps", options.steps, "--algo", algo,
         "--seed", run.seed, *reward, "--data_dir", options.out / "candor", "--output_dir", options.out / "policies",
         "--context_turns", CONTEXT_TURNS, "--save_steps", options.save_steps, "--device", options.device,
-        "--dtype", options.dtype, *here.get(run.algo, []),
+        "--dtype", options.dtype, *here.get(algo, []), *changed,
     ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from experiments.best_of import BEST_OF
 from geli.run.console import format_table
 from geli.run.files import atomic_path
 from geli.statistics import resample
+from tools.limits import CORRELATION, within
 from tools.seeds import interval_over_seeds, t_interval
 
 REPETITIONS = 10_000  # of the bootstrap
@@ -110,7 +111,8 @@ def rows(results: Sequence[dict], references: dict[int, dict], target_kl: float)
         row["efficiency"] = float(np.mean([efficiency_of(run, references) for run in runs]))
         for name in ("response_words", "ended_share", "distinct_2"):
             row[name] = float(np.mean([run["points"][-1].get(name, np.nan) for run in runs]))
-        row["order"] = str(t_interval([run["order"] for run in runs])) if algo.startswith(BEST_OF) else None
+        orders = [run["order"] for run in runs] if algo.startswith(BEST_OF) else None
+        row["order"] = str(within(CORRELATION, t_interval, orders)) if orders else None
         found.append(row)
     return found
 

@@ -32,7 +32,7 @@ def save_reward_head(head: RewardHead, path: str | Path) -> None:
         save_file(state, temporary, metadata={"config": config})  # one entry: the order of several is not fixed
 
 
-def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> RewardHead:
+def load_reward_head(path: str | Path) -> RewardHead:
     """Reads a saved head (`reward1_{run}`), ours or a published one (see `geli.nets.published_heads`).
 
     Returns:
@@ -43,7 +43,7 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
     """
     path = Path(path)
     if _is_zip(path):
-        return _load_published_head(path).to(device)
+        return _load_published_head(path)
     try:
         with safe_open(path, "pt") as file:
             config = (file.metadata() or {}).get("config", "")
@@ -61,7 +61,7 @@ def load_reward_head(path: str | Path, device: str | torch.device = "cpu") -> Re
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, RecursionError) as error:
         reason = first_line(error)
         raise UserError(f"{path}: a reward head that does not fit its own configuration ({reason})") from None
-    return head.eval().to(device)
+    return head.eval()
 
 
 def score_as(head: RewardHead, path: Path, ensemble: str = "mean", spread_penalty: float = 1.0) -> RewardHead:
@@ -124,7 +124,7 @@ def _load_published_head(path: Path) -> RewardHead:
     folder = path.resolve().parent.name
     ending = folder.split("_baseline_")[-1]
     config = RewardHeadConfig(
-        head="published", hidden=tensors.fc1_weight.shape[1], encoder=None, encoder_is_folder=False, max_length=1024,
+        head="published", hidden=tensors[0].shape[1], encoder=None, encoder_is_folder=False, max_length=1024,
         context_turns=20, stage=1 if "reward_function" in folder else 2,
         reward_class=next((name for name in QUESTIONS if f"_{name}_" in f"{folder}_"), None),
         redist_type=next((name for name in DECOMPOSITIONS if ending.startswith(f"{name}_")), None),

@@ -13,14 +13,14 @@ from data_utils import Corpus, DataOptions, Trajectory, TurnSet, read_corpus, sp
 from geli.heads import find_head, load_reward_head
 from geli.nets.features import TurnFeatures
 from geli.report.checks import conversations_seen, warn_of_leaks
-from geli.report.metrics import HeldOut, Metric, metrics
+from geli.report.metrics import HeldOut, Metric, metrics, spearman
 from geli.reward import GELIReward
 from geli.run.errors import UserError
 from geli.statistics import resample
 from models import RewardHead, head_rewards, predicted_returns
 from tools.limits import LIMITS, within
 from tools.seeds import interval_over_seeds
-from tools.tables import Row
+from tools.tables import TRUTH, Row
 from tools.turn_labels import label_metrics, labels_of, read_labels
 
 
@@ -199,7 +199,9 @@ def compare(evaluation: Evaluation, predictions: dict[str, list[Predictions]]) -
         predictions: label of a setting -> predictions of its heads.
     """
     turns = TurnSet.from_trajectories(evaluation.validation, 1)
-    data = HeldOut.from_turns(turns, evaluation.truth and truth_of(turns, evaluation.truth))
+    data, truth = HeldOut.from_turns(turns), None
+    if evaluation.truth is not None:
+        truth = truth_of(turns, evaluation.truth)
     scores = evaluation.training_scores
     constants = {"mean": float(scores.mean()), "mode": float(pd.Series(scores).mode()[0])}
     for name, value in constants.items():
@@ -209,11 +211,11 @@ def compare(evaluation: Evaluation, predictions: dict[str, list[Predictions]]) -
     rows, first = [], {}
     for label, heads in predictions.items():
         of_heads = [metrics(data, *head, constants["mean"]) for head in heads]
-        if not np.isnan(evaluation.labels).all():
-            of_heads = [
-                found | label_metrics(evaluation.labels, head.rewards, turns.trajectories, data.of_turn)
-                for found, head in zip(of_heads, heads, strict=True)
-            ]
+        for of_head, head in zip(of_heads, heads, strict=True):
+            if truth is not None:
+                of_head[TRUTH] = spearman(head.rewards, truth, data.of_turn)
+            if not np.isnan(evaluation.labels).all():
+                of_head |= label_metrics(evaluation.labels, head.rewards, turns.trajectories, data.of_turn)
         for name in of_heads[0]:
             measured = _measure([of_head[name] for of_head in of_heads], weights)
             first.setdefault(name, measured)

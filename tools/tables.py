@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from geli.report.metrics import COLUMNS, cell
+from geli.report.metrics import COLUMNS, Column, cell
 from geli.run.console import format_table
 from geli.run.files import atomic_path, write_json
 from geli.statistics import Estimate
@@ -30,12 +30,20 @@ class Row(NamedTuple):
     difference: Estimate | None
 
 
+TRUTH = "truth_correlation"
+SHOWN = COLUMNS | {TRUTH: Column("ρ truth", "rank correlation of turn reward and hidden reward"), **LABEL_COLUMNS}
+LATEX = {  # metric -> its name in LaTeX, with the better direction
+    "ge_loss": r"$\mathcal{L}_{GE}\downarrow$", "ge_share": r"of mean's $\downarrow$",
+    "delta_li": r"$\Delta\hat{r}_{LI}\uparrow$", "roc_auc": r"ROC AUC $\uparrow$",
+    "average_precision": r"AP $\uparrow$", "return_correlation": r"$\rho_R\uparrow$",
+    TRUTH: r"$\rho_{r^*}\uparrow$", "label_correlation": r"$\rho_h\uparrow$", "label_within": r"within $\uparrow$",
+    "label_given_place": r"given place $\uparrow$", "label_auc": r"AUC$_h\uparrow$",
+}  # fmt: skip
 LEGEND = (
     "L_GE in points², also as a share of the mean baseline's; Δr_LI: reward of turns with a happy listener less that "
     "of the others; ROC AUC, AP: of happy listeners by reward; ρ: rank correlation with the score, and of turns with "
     "the hidden reward and with people's labels; within: conversations"
 )
-ALL_COLUMNS = COLUMNS | LABEL_COLUMNS
 
 
 def wide(rows: list[Row], field: str = "value") -> list[dict[str, str]]:
@@ -43,7 +51,7 @@ def wide(rows: list[Row], field: str = "value") -> list[dict[str, str]]:
     out."""
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
-        column, estimate = ALL_COLUMNS[row.metric], getattr(row, field)
+        column, estimate = SHOWN[row.metric], getattr(row, field)
         if estimate is not None:
             lines.setdefault(row.setting, {"reward": row.setting})[column.name] = cell(estimate, column.decimals)
     return list(lines.values())
@@ -65,7 +73,7 @@ def markdown(lines: list[dict[str, str]]) -> str:
 def latex(rows: list[Row], caption: str) -> str:
     """A booktabs table in the form of the paper's Table 1: rewards by metric, the better direction at each metric."""
     frame = pd.DataFrame(wide(rows)).set_index("reward")
-    names = {column.name: column.latex for column in ALL_COLUMNS.values()}
+    names = {SHOWN[metric].name: name for metric, name in LATEX.items()}
     frame = frame.rename(columns=names).rename(index=_escape).rename_axis(index=None)
     styled = frame.style.to_latex(hrules=True, column_format="l" + "r" * frame.shape[1])
     return f"% {caption}\n{styled}"

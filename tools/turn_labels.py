@@ -14,12 +14,10 @@ from geli.run.errors import UserError
 Labels = dict[tuple[str, str], float]  # (conversation id, turn id) -> label
 
 LABEL_COLUMNS = {
-    "label_correlation": Column("ρ labels", r"$\rho_h\uparrow$", "rank correlation of turn reward and label"),
-    "label_within": Column("within", r"within $\uparrow$", "the same within conversations"),
-    "label_given_place": Column(
-        "given place", r"given place $\uparrow$", "the same within conversations, given the turn's place"
-    ),
-    "label_auc": Column("AUC labels", r"AUC$_h\uparrow$", "area under the ROC curve: highest label against lowest"),
+    "label_correlation": Column("ρ labels", "rank correlation of turn reward and label"),
+    "label_within": Column("within", "the same within conversations"),
+    "label_given_place": Column("given place", "the same within conversations, given the turn's place"),
+    "label_auc": Column("AUC labels", "area under the ROC curve: highest label against lowest"),
 }
 
 

@@ -30,9 +30,9 @@ from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from apps.serve.batcher import Batcher, QueueFull
+from apps.serve.queries import split_query
 from apps.sockets import is_loopback, listen
 from geli.data.messages import read_messages
-from geli.nets.forms import split_query
 from geli.reward import GELIReward
 from geli.run.errors import Stopped, UserError, one_line
 

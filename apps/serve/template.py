@@ -3,8 +3,8 @@
 import re
 from collections.abc import Callable
 
-from geli.data.messages import MARKUP, refuse_markup
-from geli.nets.templates import Messages, check_folded, opens_reply
+from geli.data.messages import MARKUP, refuse_markup, spoken
+from geli.nets.templates import Messages, check_folded
 from geli.run.errors import UserError, first_line
 
 
@@ -97,7 +97,8 @@ class TokenizerTemplate:
 
     def _writes(self, messages: Messages, text: str) -> bool:
         """Whether the template writes these messages as the text, but for spaces and the last message's end."""
-        opened = opens_reply(messages)
+        last = messages[-1]
+        opened = last["role"] == "assistant" and not spoken(last["content"]).strip()  # a reply has only begun
         try:
             rendered = self._render(messages[:-1], add_generation_prompt=True) if opened else self._render(messages)
         except Exception:  # it refuses such messages

@@ -125,17 +125,15 @@ class TurnEncoder(nn.Module):
 
     def collate(self, pairs: Sequence[TokenPair]) -> dict[str, torch.Tensor]:
         """Right-padded model inputs (n, longest) on the encoder's device."""
-        longest = max(len(pair.ids) for pair in pairs)
-        ids = np.full((len(pairs), longest), self._pad, dtype=np.int64)
-        mask = np.zeros((len(pairs), longest), dtype=np.int64)
-        segments = np.zeros((len(pairs), longest), dtype=np.int64)
-        for row, pair in enumerate(pairs):
-            n = len(pair.ids)
-            ids[row, :n], mask[row, :n], segments[row, pair.first_segment : n] = pair.ids, 1, 1
+        lengths, starts = np.array([(len(pair.ids), pair.first_segment) for pair in pairs]).T
+        columns = np.arange(lengths.max())
+        mask = columns < lengths[:, None]
+        ids = np.full(mask.shape, self._pad)
+        ids[mask] = np.concatenate([pair.ids for pair in pairs])
         arrays = {"input_ids": ids, "attention_mask": mask}
         if self._uses_segments:
-            arrays["token_type_ids"] = segments
-        return {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
+            arrays["token_type_ids"] = mask & (columns >= starts[:, None])
+        return {name: torch.from_numpy(array.astype(np.int64)).to(self.device) for name, array in arrays.items()}
 
     def forward(self, input_ids, attention_mask, **segments) -> torch.Tensor:
         """(n, hidden) representations of right-padded rows (n, longest), each ending with an end token."""

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from geli.data.messages import INSTRUCTION, MARKUP, Message, Turns, ends_in_thought, read_messages, spoken
 from geli.nets.prompts import Prompt, context_text, prompt_text
 from geli.nets.templates import OwnTemplate, read_template
-from geli.run.errors import UserError
 
 _TURN = re.compile(r"(?:^|(?<=\s))(User|AI): ?")  # begins a turn in the published form
 _BEGIN = re.compile(r"^(?:<s>|<bos>|<\|begin_of_text\|>)")
-_FIRST_TOKEN = re.compile(r"<[^<>\s]+>")  # as <s>, which tokenizers put before a text
 
 
 def trajectory_of(turns: Turns, context_turns: int) -> tuple[tuple[str, str], ...]:
@@ -47,9 +45,10 @@ def read_prompt(
     if isinstance(prompt, Prompt):
         return prompt
     if isinstance(prompt, str):
-        context = _published_context(prompt)
+        context = published_context(prompt)
         if context is not None:
-            turns = _published_turns(context)
+            parts = _TURN.split(context)[1:]
+            turns = [(name == "AI", text.strip()) for name, text in zip(parts[::2], parts[1::2], strict=True)]
             return prompt_of_turns(turns, context_turns)._replace(text=prompt, context=context)
         prompt = read_template(prompt, template) or [{"role": "user", "content": prompt}]
     turns = read_messages(prompt)
@@ -66,34 +65,7 @@ def read_completion(completion: str | Sequence[Message], prompt: object = None) 
     return MARKUP.split(spoken(completion), maxsplit=1)[0]
 
 
-def split_query(
-    query: str, prompt: str | None = None, template: OwnTemplate | None = None
-) -> tuple[str | list[Message], str]:
-    """The prompt and the response (see `read_completion`) that a query of OpenRLHF consists of.
-
-    Args:
-        query: the prompt and the response as one text, with special tokens.
-        prompt: the prompt alone; without it (or if the query does not begin with it, because it was cut), the query
-            must be in the published form or written by a chat template that `read_prompt` knows.
-
-    Raises:
-        UserError: if it cannot be told where the response begins.
-    """
-    first = _FIRST_TOKEN.match(query)
-    bare = query[first.end() :] if first else query
-    for text in (query, bare):
-        if prompt is not None and text.startswith(prompt):
-            return prompt, text[len(prompt) :]
-    before, marker, response = bare.rpartition(" AI:")
-    if marker and _published_context(before + marker) is not None:
-        return before + marker, response
-    messages = read_template(query, template)
-    if messages and messages[-1]["role"] == "assistant":
-        return messages[:-1], messages[-1]["content"]
-    raise UserError("it is not seen where the response begins: send the prompts, too, with which the queries begin")
-
-
-def _published_context(text: str) -> str | None:
+def published_context(text: str) -> str | None:
     """The state in a prompt of the published form; None for another form."""
     text = _BEGIN.sub("", text).rstrip()
     if not text.endswith(" AI:") or MARKUP.search(text):
@@ -103,9 +75,3 @@ def _published_context(text: str) -> str | None:
         return text.removeprefix(INSTRUCTION)
     first = _TURN.search(text)
     return f" {text[first.start() :]}" if first else None
-
-
-def _published_turns(context: str) -> Turns:
-    """The turns in a state of the published form."""
-    parts = _TURN.split(context)[1:]
-    return [(name == "AI", text.strip()) for name, text in zip(parts[::2], parts[1::2], strict=True)]

@@ -124,7 +124,7 @@ class Policy(nn.Module):
 
     def tokenize(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask (n, Q) of n prompts, padded on the left for a causal model, whose response follows, and on
-        the right for an encoder. A prompt that is too long is cut (see `PromptFormat.encode`)."""
+        the right for an encoder. A prompt that is too long is cut (see `RawFormat.encode`)."""
         encoded = [self.format.encode(prompt, self.max_prompt_tokens) for prompt in prompts]
         longest = max(map(len, encoded))
         ids = torch.full((len(encoded), longest), self.pad)
@@ -147,13 +147,9 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        query: torch.Tensor,
-        query_mask: torch.Tensor,
-        uniforms: torch.Tensor,
-        done: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        copies: int = 1,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, query: torch.Tensor, query_mask: torch.Tensor, uniforms: torch.Tensor,
+        done: Callable[[torch.Tensor], torch.Tensor] | None = None, copies: int = 1,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Samples responses at temperature 1 from the full distribution, until all have ended.
 
         Args:
@@ -225,8 +221,13 @@ class Policy(nn.Module):
     def logprobs_from_hidden(self, hidden: torch.Tensor, response: torch.Tensor, response_mask: torch.Tensor):
         """As `forward`, from the states (n, R, hidden) before each response token."""
         kept = response_mask.bool()
-        states, tokens = hidden[kept], response[kept]
-        logprobs, entropies = _token_logprobs(self._logits, self.model.config.vocab_size, states, tokens)
+        states = hidden[kept]
+
+        def of_chunk(states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            log_p = self._logits(states).float().log_softmax(dim=-1)
+            return log_p.gather(1, tokens[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=1)
+
+        logprobs, entropies = self._in_chunks(of_chunk, states, response[kept])
         values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(1)
         zeros = torch.zeros(response.shape, device=response.device)
         return tuple(zeros.masked_scatter(kept, x.float()) for x in (logprobs, values, entropies))
@@ -242,9 +243,22 @@ class Policy(nn.Module):
         Args:
             hidden, reference: (n, R, hidden) states of the policy and of the reference before each response token.
         """
+
+        def of_chunk(*both: torch.Tensor) -> tuple[torch.Tensor]:
+            log_p, log_q = (self._logits(states).float().log_softmax(dim=-1) for states in both)
+            return ((log_p.exp() * (log_p - log_q)).sum(dim=1),)
+
         kept = response_mask.bool()
-        kl = _state_kl(self._logits, self.model.config.vocab_size, hidden[kept], reference[kept])
+        (kl,) = self._in_chunks(of_chunk, hidden[kept], reference[kept])
         return torch.zeros(kept.shape, device=hidden.device).masked_scatter(kept, kl)
+
+    def _in_chunks(self, of_chunk: Callable, *columns: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What `of_chunk` returns for columns of m rows, the first of them states, in chunks, to bound the memory of
+        their logits."""
+        size = max(1, LOGITS_PER_CHUNK // self.model.config.vocab_size)
+        starts = range(0, max(len(columns[0]), 1), size)  # of a chunk of no rows for m = 0
+        parts = [of_chunk(*(column[start : start + size] for column in columns)) for start in starts]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def trunk(self, query, query_mask, response, response_mask) -> torch.Tensor | None:
         """(n, width, hidden) states below the adapted layers, which adapter and reference share, for `states`. None
@@ -270,11 +284,9 @@ class Policy(nn.Module):
             encoded = base.get_encoder()(input_ids=query, attention_mask=query_mask).last_hidden_state
             start = torch.full_like(response[:, :1], base.config.decoder_start_token_id)
             return base.get_decoder()(
-                input_ids=torch.cat([start, response[:, :-1]], dim=1),
-                encoder_hidden_states=encoded,
-                encoder_attention_mask=query_mask,
-                use_cache=False,
-            ).last_hidden_state
+                input_ids=torch.cat([start, response[:, :-1]], dim=1), encoder_hidden_states=encoded,
+                encoder_attention_mask=query_mask, use_cache=False,
+            ).last_hidden_state  # fmt: skip
         ids = self._ids(query, query_mask, response, response_mask)
         if trunk is not None:
             hidden = self._trunk.top(trunk[:, : ids.shape[1]])
@@ -351,11 +363,9 @@ class Policy(nn.Module):
             self.tokenizer.save_pretrained(temporary)
             if card:
                 (temporary / "README.md").write_text(card, encoding="utf-8")
-            save_file(
-                {k: v.detach().cpu().contiguous() for k, v in self.value_head.state_dict().items()},
-                temporary / VALUE_HEAD,
-                metadata={"policy": json.dumps(recorded)},  # one entry: the order of several is not fixed
-            )
+            weights = {k: v.detach().cpu().contiguous() for k, v in self.value_head.state_dict().items()}
+            metadata = {"policy": json.dumps(recorded)}  # one entry: the order of several is not fixed
+            save_file(weights, temporary / VALUE_HEAD, metadata=metadata)
 
     def save_merged(self, folder: str | Path) -> None:
         """Writes the whole model with the adapter merged into its weights, and its tokenizer, atomically. This releases
@@ -407,33 +417,6 @@ def _end_tokens(model: PeftModel, form: PromptFormat) -> tuple[int, ...]:
     return tuple(sorted(ends))
 
 
-def _token_logprobs(logits_of: Callable, vocabulary: int, states: torch.Tensor, tokens: torch.Tensor):
-    """(m,) log-probabilities of `tokens` (m,) and (m,) entropies of states (m, hidden), in chunks to bound memory."""
-
-    def chunk(part, chosen):
-        log_p = logits_of(part).float().log_softmax(dim=-1)
-        return log_p.gather(1, chosen[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=1)
-
-    parts = [chunk(states[part], tokens[part]) for part in _chunks(len(states), vocabulary)]
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-
-
-def _state_kl(logits_of: Callable, vocabulary: int, states: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """(m,) KL of the distributions of states (m, hidden) from those of `reference` (m, hidden), in chunks."""
-
-    def chunk(part, other):
-        log_p, log_q = (logits_of(x).float().log_softmax(dim=-1) for x in (part, other))
-        return (log_p.exp() * (log_p - log_q)).sum(dim=1)
-
-    return torch.cat([chunk(states[part], reference[part]) for part in _chunks(len(states), vocabulary)])
-
-
-def _chunks(n: int, vocabulary: int) -> list[slice]:
-    """Slices of n states whose logits bound memory; one of no states for n = 0."""
-    size = max(1, LOGITS_PER_CHUNK // vocabulary)
-    return [slice(i, i + size) for i in range(0, max(n, 1), size)]
-
-
 def trained_as(folder: str | Path) -> TrainedAs:
     """What a saved policy records of its training.
 
@@ -446,18 +429,12 @@ def trained_as(folder: str | Path) -> TrainedAs:
             recorded = (file.metadata() or {}).get("policy", "{}")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: expected a value head (a safetensors file): {first_line(error)}") from None
-    try:
+    with suppress(ValueError, TypeError, RecursionError):
         found = TrainedAs(**json.loads(recorded))
-        known = found.prompt_format in PROMPT_FORMATS and type(found.max_new_tokens) is int
-        known = known and isinstance(found.instruction, str)
-    except (ValueError, TypeError, RecursionError):
-        known = False
-    if not known:
-        raise UserError(
-            f"{path}: expected a prompt format of {', '.join(PROMPT_FORMATS)} and a number of tokens, found "
-            f"{recorded!r}"[:300]
-        )
-    return found
+        if found.prompt_format in PROMPT_FORMATS and list(map(type, found)) == [str, int, str]:
+            return found
+    known = ", ".join(PROMPT_FORMATS)
+    raise UserError(f"{path}: expected a prompt format of {known} and a number of tokens, found {recorded!r}"[:300])
 
 
 def adapter_of(folder: str | Path, option: str) -> Adapter:
@@ -479,13 +456,9 @@ def adapter_of(folder: str | Path, option: str) -> Adapter:
 
 
 def load_policy(
-    name: str,
-    adapter: Adapter,
-    dtype: torch.dtype,
-    trust_remote_code: bool = False,
-    prompt_format: str = "raw",
+    name: str, adapter: Adapter, dtype: torch.dtype, trust_remote_code: bool = False, prompt_format: str = "raw",
     option: str = "--model_name",
-) -> Policy:
+) -> Policy:  # fmt: skip
     """Loads a language model (hub id or folder) as a policy with a new adapter, which does not change its output yet.
 
     Args:
@@ -536,11 +509,8 @@ def adapt_policy(model, tokenizer, adapter: Adapter, prompt_format: str = "raw")
         found = targets or known or ({"q_proj", "v_proj"} if has_q else "all-linear")
         settings = {"target_modules": "all-linear" if "all-linear" in found else found}
     lora = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=0.05,
+        r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=0.05,
         task_type="SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM",
-        fan_in_fan_out=config.model_type == "gpt2",  # it stores weights transposed
-        **settings,
-    )
+        fan_in_fan_out=config.model_type == "gpt2", **settings,  # gpt2 stores weights transposed
+    )  # fmt: skip
     return Policy(get_peft_model(model, lora), tokenizer, prompt_format, adapter.layers)

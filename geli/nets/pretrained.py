@@ -53,7 +53,7 @@ def load_pretrained(auto_class, name: str, option: str, trust_remote_code: bool 
         UserError: if it is refused, cannot be loaded, or lacks some of its weights.
     """
     quiet_transformers()
-    local = _is_folder(name)
+    local = Path(name).is_dir()
     check_exists(name, option)
     check_model(name, option, trust_remote_code)
     missing = []
@@ -103,10 +103,10 @@ def check_exists(name: str, option: str) -> None:
         UserError: with these names.
     """
     path = Path(name)
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or (path.name != name and _is_folder(path.parent))
-    if not is_path or _is_folder(name) or (not name.startswith("/") and _find(name, "config.json", local=True)):
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or (path.name != name and path.parent.is_dir())
+    if not is_path or path.is_dir() or (not name.startswith("/") and _find(name, "config.json", local=True)):
         return
-    folder = next((parent for parent in path.parents if _is_folder(parent)), Path("."))
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path("."))
     beside = sorted(found.name for found in folder.iterdir() if found.is_dir() and not found.name.startswith("."))
     shown = ", ".join([*beside[:9], *(["…"] if len(beside) > 9 else [])])
     raise UserError(
@@ -213,7 +213,7 @@ def check_vocabulary(tokenizer, model, name: str, option: str) -> None:
 def named_by_file(name: str, file: str | Path) -> str:
     """`name`, the id or folder of a model that `file` names. Raises a `UserError` unless it is on this machine, or one
     of `ENCODERS`: the content of a file never starts a download."""
-    if _is_folder(name) or name in {alias.hub_id for alias in ENCODERS.values()}:
+    if Path(name).is_dir() or name in {alias.hub_id for alias in ENCODERS.values()}:
         return name
     if not HUB_ID.fullmatch(name) or ".." in name:
         raise UserError(f"{file}: names the model {name[:120]!r}: expected a hub id or an existing folder")
@@ -304,16 +304,9 @@ def check_adapter_weights(model: PeftModel, folder: str | Path) -> dict[str, tor
 # Files
 
 
-def _is_folder(name: str | Path) -> bool:
-    try:
-        return Path(name).is_dir()
-    except ValueError:  # a null character
-        return False
-
-
 def _find(name: str, file: str, local: bool = False) -> str | None:
     """The path of a file in a model's folder or hub repository (fetched unless `local`); None if there is none."""
-    if _is_folder(name):
+    if Path(name).is_dir():
         path = Path(name) / file
         return str(path) if path.is_file() else None
     try:

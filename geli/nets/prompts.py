@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from geli.data.messages import INSTRUCTION, ends_in_thought, is_empty_thought
 from geli.run.errors import UserError, first_line
@@ -45,29 +45,15 @@ def with_instruction(prompt: Prompt, instruction: str) -> Prompt:
     return prompt._replace(text=instruction + prompt.text.removeprefix(INSTRUCTION)) if told else prompt
 
 
-class PromptFormat(Protocol):
-    """A form in which a language model reads prompts.
-
-    Attributes:
-        end: id of the token that is written behind a response; None if the tokenizer has none.
-        instruction: what the model is told before a conversation; the texts of prompts begin with the same.
-    """
-
-    end: int
-    instruction: str
-
-    def encode(self, prompt: Prompt, limit: int) -> list[int]:
-        """Token ids of a prompt, at most `limit`."""
-
-    def answer(self, prompt: Prompt, text: str) -> list[int]:
-        """Token ids of a response to the prompt, with the end token."""
-
-
 class RawFormat:
     """The published form: the instruction, ` User: …` and ` AI: …` for the turns, and ` AI:`, as plain text.
 
     Args:
         tokenizer: of the language model. continues: whether responses continue prompts, as a causal model's do.
+
+    Attributes:
+        end: id of the token that is written behind a response; None if the tokenizer has none.
+        instruction: what the model is told before a conversation; the texts of prompts begin with the same.
     """
 
     instruction = INSTRUCTION
@@ -86,7 +72,7 @@ class RawFormat:
         return tokens[:-1] if self.continues and tokens[-1:] == [self.end] and len(tokens) > 1 else tokens
 
     def encode(self, prompt: Prompt, limit: int) -> list[int]:
-        """Token ids. A prompt that is too long keeps the instruction and its end."""
+        """Token ids of a prompt, at most `limit`. One that is too long keeps the instruction and its end."""
         tokens = self._tokens(prompt.text)
         if len(tokens) > limit:
             instruction = self._tokens(self.instruction)
@@ -217,4 +203,5 @@ class ChatFormat:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-PROMPT_FORMATS = {"raw": RawFormat, "chat": ChatFormat}  # a choice of `--prompt_format`: tokenizer -> `PromptFormat`
+PromptFormat = RawFormat | ChatFormat
+PROMPT_FORMATS = {"raw": RawFormat, "chat": ChatFormat}  # a choice of `--prompt_format`: tokenizer -> its form

@@ -9,7 +9,6 @@ import io
 import pickletools
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -34,22 +33,14 @@ class NotPublished(ValueError):
     """The file is not a published head; the message says what was found instead."""
 
 
-class PublishedHead(NamedTuple):
-    """Tensors of a published head, r = tanh(fc2 relu(fc1 x)), of shapes (128, hidden), (128,), (1, 128), (1,)."""
-
-    fc1_weight: torch.Tensor
-    fc1_bias: torch.Tensor
-    fc2_weight: torch.Tensor
-    fc2_bias: torch.Tensor
-
-
 class _Module:
     """Stands for a module of the file: holds its state and has no behaviour."""
 
 
-def read_published_head(path: str | Path) -> PublishedHead:
-    """Reads a head in the published format: `torch.save` of a module `__main__.reward_function` with the layers fc1:
-    Linear(hidden, 128) and fc2: Linear(128, 1). Nothing in the file is executed.
+def read_published_head(path: str | Path) -> list[torch.Tensor]:
+    """Weight and bias of fc1 and fc2 of a head r = tanh(fc2 relu(fc1 x)) in the published format: `torch.save` of a
+    module `__main__.reward_function` with the layers fc1: Linear(hidden, 128) and fc2: Linear(128, 1). Nothing in the
+    file is executed.
 
     For any other file raises `NotPublished`; if it names anything that a published head does not, with that name.
     """
@@ -99,7 +90,7 @@ def _check_names(content: bytes) -> None:
             raise NotPublished(f"it names {shown}, which no published head does; nothing of it was run")
 
 
-def _tensors(module) -> PublishedHead:
+def _tensors(module) -> list[torch.Tensor]:
     try:
         layers = [module._modules[name]._parameters for name in ("fc1", "fc2")]
         tensors = [layer[name].detach() for layer in layers for name in ("weight", "bias")]
@@ -111,4 +102,4 @@ def _tensors(module) -> PublishedHead:
         raise NotPublished(f"expected contiguous tensors of shapes {expected}, found {shapes}")
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise NotPublished("weights that are not finite")
-    return PublishedHead(*(tensor.float().clone() for tensor in tensors))
+    return [tensor.float().clone() for tensor in tensors]

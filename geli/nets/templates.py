@@ -81,11 +81,6 @@ def read_template(text: str, own: OwnTemplate | None = None) -> Messages | None:
     return messages
 
 
-def opens_reply(messages: Messages) -> bool:
-    """Whether the last message is the empty beginning of a reply."""
-    return messages[-1]["role"] == "assistant" and not spoken(messages[-1]["content"]).strip()
-
-
 def _read_family(text: str, family: Family) -> Messages | None:
     message, messages = re.compile(_BEGIN + family.message, re.DOTALL), []
     place = re.compile(_PADS + _BEGIN + family.start).match(text).end()

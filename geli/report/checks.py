@@ -111,3 +111,9 @@ def is_of_corpus(head_path: Path, data_dir: str) -> bool:
     if isinstance(arguments, dict) and not (folder.is_dir() and any(folder.glob("*/"))):  # of chats, by the file's name
         return Path(str(arguments.get("data_dir"))).name == folder.name
     return any((folder / str(name)).is_dir() for name in trained_on)
+
+
+def warn_of_other_corpus(head_path: Path, data_dir: str) -> None:
+    """Says if a head was trained on another corpus."""
+    if not is_of_corpus(head_path, data_dir):
+        print(f"Warning: {head_path} was trained on another corpus than --data_dir {data_dir}")

@@ -28,7 +28,6 @@ class HeldOut:
         conversations: C. of_turn: (N,) the conversation of each turn. of_trajectory: (n,) that of each trajectory.
         happy, others: (N,) bool, whether the listener was happy, and whether not; both are False without faces.
         scores: (n,) R in points.
-        truth: (N,) hidden rewards; None where they are not known.
         targets: (N,) of the LI loss, NaN where they are not known; None: not measured against.
     """
 
@@ -38,18 +37,17 @@ class HeldOut:
     happy: np.ndarray
     others: np.ndarray
     scores: np.ndarray
-    truth: np.ndarray | None = None
     targets: np.ndarray | None = None
 
     @classmethod
-    def from_turns(cls, turns: TurnSet, truth: np.ndarray | None = None):
+    def from_turns(cls, turns: TurnSet):
         """What the turns of some trajectories are measured against."""
         places: dict[str, int] = {}
         of_trajectory = np.array([places.setdefault(t.conversation.id, len(places)) for t in turns.trajectories])
         of_turn = np.repeat(of_trajectory, np.diff(turns.offsets))
         happy = turns.affects == HAPPINESS
         others = ~happy & (turns.affects != NO_FACE)
-        return cls(len(places), of_turn, of_trajectory, happy, others, turns.scores, truth, turns.targets)
+        return cls(len(places), of_turn, of_trajectory, happy, others, turns.scores, turns.targets)
 
 
 def metrics(
@@ -65,9 +63,8 @@ def metrics(
     Returns:
         `ge_loss`: mean of (R - return)², points². `ge_share`: as a share of the baseline's. `delta_li`: mean reward of
         turns with a happy listener less that of the others (the paper's Δr_LI). `roc_auc`, `average_precision`: of
-        happy listeners. `return_correlation`: Spearman's, of returns and R. `truth_correlation`: Spearman's, of turn
-        rewards and hidden rewards; absent without truth. With a `target`, `li_share`: mean of (r - f)² as a share of
-        the constant's, and `target_correlation`: Spearman's, of turn rewards and targets.
+        happy listeners. `return_correlation`: Spearman's, of returns and R. With a `target`, `li_share`: mean of
+        (r - f)² as a share of the constant's, and `target_correlation`: Spearman's, of turn rewards and targets.
     """
     rewards, returns = np.asarray(rewards, dtype=np.float64), np.asarray(returns, dtype=np.float64)
     errors, constant = (_Sums(data, (data.scores - value) ** 2, data.of_trajectory) for value in (returns, baseline))
@@ -90,8 +87,6 @@ def metrics(
         )
         found["li_share"] = lambda weights: _divide(follows.mean(weights), fixed.mean(weights))
         found["target_correlation"] = spearman(rewards[known], data.targets[known], data.of_turn[known])
-    if data.truth is not None:
-        found["truth_correlation"] = spearman(rewards, data.truth, data.of_turn)
     return found
 
 
@@ -213,30 +208,22 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 class Column(NamedTuple):
-    """How a metric is shown: name, name in LaTeX with the better direction, what it is, decimals."""
+    """How a metric is shown: name, what it is, decimals."""
 
     name: str
-    latex: str
     meaning: str
     decimals: int = 3
 
 
 COLUMNS = {
-    "ge_loss": Column(
-        "L_GE", r"$\mathcal{L}_{GE}\downarrow$", "L_GE: squared error of the predicted return, points²", 1
-    ),
-    "ge_share": Column("of mean's", r"of mean's $\downarrow$", "L_GE as a share of the mean baseline's"),
-    "li_share": Column("LI of mean's", r"LI of mean's $\downarrow$", "L_LI as a share of the mean target's"),
-    "delta_li": Column(
-        "Δr_LI", r"$\Delta\hat{r}_{LI}\uparrow$", "Δr_LI: reward of turns with a happy listener less that of the others"
-    ),
-    "roc_auc": Column("ROC AUC", r"ROC AUC $\uparrow$", "area under the ROC curve: happy listeners by reward"),
-    "average_precision": Column("AP", r"AP $\uparrow$", "average precision: happy listeners by reward"),
-    "return_correlation": Column("ρ return", r"$\rho_R\uparrow$", "rank correlation of predicted return and score"),
-    "target_correlation": Column("ρ target", r"$\rho_f\uparrow$", "rank correlation of turn reward and LI target"),
-    "truth_correlation": Column(
-        "ρ truth", r"$\rho_{r^*}\uparrow$", "rank correlation of turn reward and hidden reward"
-    ),
+    "ge_loss": Column("L_GE", "L_GE: squared error of the predicted return, points²", 1),
+    "ge_share": Column("of mean's", "L_GE as a share of the mean baseline's"),
+    "li_share": Column("LI of mean's", "L_LI as a share of the mean target's"),
+    "delta_li": Column("Δr_LI", "Δr_LI: reward of turns with a happy listener less that of the others"),
+    "roc_auc": Column("ROC AUC", "area under the ROC curve: happy listeners by reward"),
+    "average_precision": Column("AP", "average precision: happy listeners by reward"),
+    "return_correlation": Column("ρ return", "rank correlation of predicted return and score"),
+    "target_correlation": Column("ρ target", "rank correlation of turn reward and LI target"),
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from geli.run.console import is_main_process
+from geli.run.console import is_main_process, shown
 from geli.run.files import atomic_path
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -51,20 +51,13 @@ def write_page(page: Page, path: Path) -> Path:
     from jinja2 import Environment  # slow to import
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["show"] = _show
+    environment.filters["show"] = shown
     environment.filters["embedded"] = lambda picture: base64.b64encode(picture.read_bytes()).decode()
     links = [(label, file and Path(os.path.relpath(file, path.parent)).as_posix()) for label, file in page.lineage]
     html = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page=page, links=links)
     with atomic_path(path, private=page.private) as temporary:
         temporary.write_text(html, encoding="utf-8", errors="replace")
     return path
-
-
-def _show(value) -> str:
-    """A cell: numbers with four significant digits, None as a dash."""
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def changed_options(arguments: dict, defaults: dict) -> list[dict]:

@@ -1,4 +1,5 @@
-"""Figures. matplotlib is imported inside the functions, because it loads slowly."""
+"""Figures, each as a PNG and a PDF, whose paths are returned. matplotlib is imported inside the functions, because it
+loads slowly."""
 
 from pathlib import Path
 
@@ -40,11 +41,6 @@ def save_both(figure, path: Path) -> list[Path]:
     return [save(figure, path), save(figure, path.with_suffix(".pdf"))]
 
 
-def moving_mean(values: list[float], window: int) -> np.ndarray:
-    """The means of every `window` values in a row."""
-    return np.convolve(values, np.ones(window) / window, mode="valid")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Reward heads
 
@@ -64,8 +60,7 @@ def reactions(table):
 
 
 def turn_rewards(table, path: Path, conversations: int = 2) -> list[Path]:
-    """Predicted reward over time in the first `conversations` of `table`, with the reactions to the turns, where they
-    are known, above it; returns the paths of a PNG and a PDF.
+    """Predicted reward over time in the first `conversations` of `table`, with the reactions to the turns above it.
 
     Args:
         table: as in `val_turn_rewards_{run}.csv`, with conversation_id, start and stop (seconds), reward, target, and
@@ -101,8 +96,7 @@ def turn_rewards(table, path: Path, conversations: int = 2) -> list[Path]:
 
 
 def returns(true: np.ndarray, predicted: np.ndarray, path: Path) -> list[Path]:
-    """Predicted return (n,) against true score (n,) of the validation trajectories, in points; returns the paths of a
-    PNG and a PDF."""
+    """Predicted return (n,) against true score (n,) of the validation trajectories, in points."""
     figure, [[axis]] = new_figure(1, 1, 4.2, 4)
     low, high = min(true.min(), predicted.min()), max(true.max(), predicted.max())
     axis.plot([low, high], [low, high], color=GRAY, lw=0.8)
@@ -112,8 +106,7 @@ def returns(true: np.ndarray, predicted: np.ndarray, path: Path) -> list[Path]:
 
 
 def affects(table, path: Path) -> list[Path]:
-    """The distribution of predicted rewards by the user's reaction, as boxes, of the `table` of `turn_rewards`; returns
-    the paths of a PNG and a PDF."""
+    """The distribution of predicted rewards by the user's reaction, as boxes, of the `table` of `turn_rewards`."""
     names, palette, _ = reactions(table)
     groups = {name: table["reward"][names == name].to_numpy() for name in palette}
     groups = {name: rewards for name, rewards in groups.items() if len(rewards)}
@@ -138,14 +131,15 @@ LEARNING = {  # title of a panel -> training and validation metric, as logged
 
 
 def learning(rows: list[dict], path: Path) -> list[Path]:
-    """Losses of stage 1 or 2 by `step`, from the `rows` that were logged; returns the paths of a PNG and a PDF."""
+    """Losses of stage 1 or 2 by `step`, from the `rows` that were logged."""
     shown = {title: names for title, names in LEARNING.items() if any(names[0] in row for row in rows)}
     figure, axes = new_figure(1, len(shown), 3.1 * len(shown), 3)
     for axis, (title, (training, validation)) in zip(axes[0], shown.items(), strict=True):
         steps, values = (np.array([row[key] for row in rows if training in row]) for key in ("step", training))
         axis.plot(steps, values, color=GRAY, lw=0.5, alpha=0.35)
         window = max(1, len(steps) // 25)
-        axis.plot(steps[window - 1 :], moving_mean(values, window), color=GRAY, label=f"training, mean of {window}")
+        means = np.convolve(values, np.ones(window) / window, mode="valid")
+        axis.plot(steps[window - 1 :], means, color=GRAY, label=f"training, mean of {window}")
         if any(validation in row for row in rows):
             steps, values = (np.array([row[key] for row in rows if validation in row]) for key in ("step", validation))
             axis.plot(steps, values, color=BLUE, marker="o", ms=3, lw=1.4, label="validation")
@@ -160,9 +154,8 @@ def learning(rows: list[dict], path: Path) -> list[Path]:
 
 
 def ppo(steps, path: Path) -> list[Path]:
-    """How a policy changed in training: reward, KL, one against the other, length and diversity; returns the paths of a
-    PNG and a PDF. `steps`: a table with the columns step and score_mean, and optionally human_score_mean, kl,
-    response_length_mean and distinct_2."""
+    """How a policy changed in training: reward, KL, one against the other, length and diversity. `steps`: a table with
+    the columns step and score_mean, and optionally human_score_mean, kl, response_length_mean and distinct_2."""
     rows = 2 if "kl" in steps else 1
     figure, axes = new_figure(rows, 2, 9, 3 * rows)
     score, *free = axes.flat
@@ -194,7 +187,7 @@ def ppo(steps, path: Path) -> list[Path]:
 
 
 def before_after(metrics: dict[str, dict], path: Path) -> list[Path]:
-    """Mean reward on held-out prompts with 95% intervals; returns the paths of a PNG and a PDF.
+    """Mean reward on held-out prompts with 95% intervals.
 
     Args:
         metrics: `before` and optionally `after` and `human`, each with reward, reward_low and reward_high.

@@ -124,18 +124,18 @@ def choose_turns(turns: TurnSet, k: int, seed: int) -> np.ndarray:
     return chosen
 
 
+# metric of `evaluate` -> key in wandb: the published one, in which `loss` is GE and `shaped_loss` LI, or our own
+WANDB_KEYS = {
+    "ge_loss": "val/epoch_loss",
+    "li_loss": "val/epoch_shaped_loss",
+    **{f"reward_{name}_mean": f"val_shape_epoch/epoch_running_{name}_mean" for name in AFFECT_GROUPS},
+    **{name: f"val/{name}" for name in ("roc_auc_happy", "delta_li", "return_correlation")},
+}
+
+
 def wandb_validation(metrics: dict) -> dict:
-    """Validation metrics under the published wandb keys, in which `loss` is GE and `shaped_loss` is LI."""
-    logged = {"val/epoch_loss": metrics["ge_loss"]}
-    if metrics["li_loss"] is not None:
-        logged["val/epoch_shaped_loss"] = metrics["li_loss"]
-    for name in AFFECT_GROUPS:
-        if f"reward_{name}_mean" in metrics:
-            logged[f"val_shape_epoch/epoch_running_{name}_mean"] = metrics[f"reward_{name}_mean"]
-    for name in ("roc_auc_happy", "delta_li", "return_correlation"):
-        if metrics[name] is not None:
-            logged[f"val/{name}"] = metrics[name]
-    return logged
+    """Validation metrics, those that are defined, under `WANDB_KEYS`."""
+    return {key: metrics[name] for name, key in WANDB_KEYS.items() if metrics.get(name) is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

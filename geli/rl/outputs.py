@@ -50,25 +50,17 @@ def outputs_of(stem: str) -> re.Pattern:
 
 
 def lock_outputs(folder: Path, stem: str, lock: RunLock | None = None) -> RunLock:
-    """Locks the output names of a new run, and moves an earlier run's outputs of these names aside.
+    """Locks the output names of a new run, and moves an earlier run's outputs of these names, and its checkpoints if it
+    is unfinished, to `{stem}.earlier-{k}/`. Adapters that were trained on its SFT model then name its new place.
 
     Args:
         lock: the lock, if the process holds it already, because it was to resume a run that has no checkpoint.
     """
     lock = lock or RunLock(folder, stem, outputs_of(stem), resume=True)  # an unfinished run's folder may exist
-    set_aside(folder, stem, lock)
-    return lock
-
-
-def set_aside(folder: Path, stem: str, lock: RunLock) -> None:
-    """Moves an earlier run's outputs, and its checkpoints if it is unfinished, to `{stem}.earlier-{k}/` in `folder`.
-
-    Adapters that were trained on its SFT model are changed to name that model at its new place.
-    """
     outputs = sorted(path for path in folder.glob("*") if outputs_of(stem).fullmatch(path.name))
     unfinished = lock.unfinished()
     if not outputs and not unfinished:
-        return
+        return lock
     k = 1
     while (aside := folder / f"{stem}.earlier-{k}").exists():
         k += 1
@@ -84,6 +76,7 @@ def set_aside(folder: Path, stem: str, lock: RunLock) -> None:
     lock.description = {}
     what = f"{len(outputs)} outputs of these names" + (" and its checkpoints (it is unfinished)" if unfinished else "")
     print(f"An earlier run's {what} are now in {aside}")
+    return lock
 
 
 def base_of(checkpoint: Path, sft_model: Path) -> str | None:

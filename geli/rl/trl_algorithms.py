@@ -56,7 +56,13 @@ def train(
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-    _check_batches(algo, policy, batch_size, generations, processes)
+    if policy.has_encoder:
+        raise UserError(f"--algo {algo}: TRL trains decoder-only models; use --algo ppo for this one")
+    if batch_size % (generations * processes) or generations < 2:
+        raise UserError(
+            f"--batch_size {batch_size}: expected a multiple of --num_generations {generations}, which is 2 or more"
+            + (f", times the {processes} processes" if processes > 1 else "")
+        )
     make_config, make_trainer = {"rloo": (RLOOConfig, RLOOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}[algo]
 
     def reward(completion_ids: list[list[int]], index: list[int], log_metric: Callable, **_) -> list[float]:
@@ -66,10 +72,7 @@ def train(
         return score([ours[i] for i in index], trainer.texts).tolist()
 
     ours = list(prompts)
-    rows = {
-        "prompt": [prompt.text for prompt in ours],
-        "index": list(range(len(ours))),
-    }
+    rows = {"prompt": [prompt.text for prompt in ours], "index": list(range(len(ours)))}
     with tempfile.TemporaryDirectory() as folder, _preserve_accelerate_state():
         settings = dict(
             **_common_settings(policy, folder, steps, learning_rate, seed),
@@ -113,16 +116,6 @@ def _as_ppo(trainer: type, policy: Policy, prompts: Sequence[Prompt]) -> type:
 
     decode, by_text = policy.tokenizer.batch_decode, {prompt.text: prompt for prompt in prompts}
     return AsPPO
-
-
-def _check_batches(algo: str, policy: Policy, batch_size: int, generations: int, processes: int) -> None:
-    if policy.has_encoder:
-        raise UserError(f"--algo {algo}: TRL trains decoder-only models; use --algo ppo for this one")
-    if batch_size % (generations * processes) or generations < 2:
-        raise UserError(
-            f"--batch_size {batch_size}: expected a multiple of --num_generations {generations}, which is 2 or more"
-            + (f", times the {processes} processes" if processes > 1 else "")
-        )
 
 
 def _ppo_metrics(logs: dict) -> dict[str, float]:

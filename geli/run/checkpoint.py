@@ -173,7 +173,7 @@ class Checkpointer:
 
     def _kept(self) -> str:
         if self.saved is None:
-            return "no checkpoint was saved yet"
+            return "no checkpoint was saved yet: the same command with --resume begins at the first step"
         kept = f"the checkpoint after step {self.saved:,} of {self.total:,} is kept in {self.folder}"
         if self._failed:
             return f"{kept}, but would fail again: start anew with a lower --learning_rate"

@@ -13,15 +13,16 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def shown(value) -> str:
+    """A cell of a table: numbers with four significant digits, None as `-`."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def format_table(rows: list[dict], title: str = "") -> str:
-    """Rows with the same keys as a right-aligned text table. Numbers have four significant digits, None is `-`."""
-
-    def show(value) -> str:
-        if value is None:
-            return "-"
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    cells = [list(map(str, rows[0])), *([show(value) for value in row.values()] for row in rows)]
+    """Rows with the same keys as a right-aligned text table."""
+    cells = [list(map(str, rows[0])), *(list(map(shown, row.values())) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [" ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
     return "\n".join([title, *lines] if title else lines)

@@ -37,30 +37,26 @@ def program_name() -> str:
     return f"python -m {path.parent.parent.name}.{path.parent.name}" if path.name == "__main__.py" else path.name
 
 
-def _fail(error: Exception) -> None:
-    rank, shown = os.environ.get("RANK", "0"), os.environ.get("GELI_TRACEBACK") == "1"
-    if shown:
-        traceback.print_exception(error)
-    command = program_name() + (f" (rank {rank})" if rank != "0" else "")
-    hint = " (GELI_TRACEBACK=1 shows where)" if isinstance(error, OSError) and not shown else ""
-    print(f"{command}: error: {one_line(str(error))}{hint}", file=sys.stderr)
-    sys.exit(2)
-
-
 def run(main: Callable[[], None]) -> None:
     """Runs a command's `main`. A `UserError` or `OSError` (no permission, a full disk) becomes one line on stderr and
     exit code 2; with the environment variable GELI_TRACEBACK=1 the traceback is before it, because an `OSError` may be
     a programmer's mistake. SIGTERM and Ctrl-C exit with 143 and 130."""
     # libraries warn each other here; users cannot act on it
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
+    rank, traced = os.environ.get("RANK", "0"), os.environ.get("GELI_TRACEBACK") == "1"
     try:
         main()
     except Stopped as stop:
-        if os.environ.get("RANK", "0") == "0":
+        if rank == "0":
             print(f"{program_name()}: {stop.message}", file=sys.stderr)
         sys.exit(stop.code)
     except (UserError, OSError) as error:
-        _fail(error)
+        if traced:
+            traceback.print_exception(error)
+        command = program_name() + (f" (rank {rank})" if rank != "0" else "")
+        hint = " (GELI_TRACEBACK=1 shows where)" if isinstance(error, OSError) and not traced else ""
+        print(f"{command}: error: {one_line(str(error))}{hint}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

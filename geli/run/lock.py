@@ -39,7 +39,7 @@ class RunLock:
     """
 
     def __init__(self, folder: Path, name: str, outputs: re.Pattern, resume: bool = False):
-        self.name, self.folder = name, _state_folder(folder, name)
+        self.name, self.folder = name, folder / f"state_{name}"
         self.folder.mkdir(parents=True, exist_ok=resume)
         self._lock = filelock.FileLock(self.folder / "lock", timeout=0)
         try:
@@ -55,10 +55,6 @@ class RunLock:
         """Writes `run.json`: the run's options, its wandb id and name, and versions of packages."""
         self.description = description
         write_json(self.folder / "run.json", description)
-
-    def checkpoints(self) -> list[Path]:
-        """The run's checkpoints, the newest last."""
-        return list_checkpoints(self.folder)
 
     def unfinished(self) -> list[Path]:
         """The files of an earlier process of the run that did not finish: `run.json` and checkpoints."""
@@ -88,7 +84,7 @@ def lock_new_run(folder: Path, name: str | None = None, or_another: bool = False
             if name and not or_another:
                 lock = RunLock(folder, run_name, reward_outputs(run_name), resume=True)
         written = record_path(folder, run_name).exists() or (folder / f"reward1_{run_name}").exists()
-        if lock and not written and not lock.checkpoints():  # new, or ended before its first checkpoint
+        if lock and not written and not list_checkpoints(lock.folder):  # new, or ended before its first checkpoint
             lock.description = {}
             return lock
         if lock:
@@ -104,8 +100,8 @@ def lock_new_run(folder: Path, name: str | None = None, or_another: bool = False
 def lock_to_resume(
     arguments: dict, folder: Path, outputs: Callable[[str], re.Pattern], record: Callable[[str], Path], name: str | None
 ) -> RunLock | None:
-    """Locks the run that `--resume` resumes: the run `name`, else the newest unfinished one in `folder` that was
-    started with the same options. If there is none, prints a line; ends the program if the run `name` is finished.
+    """With `--resume`, locks the run that it resumes: the run `name`, else the newest unfinished one in `folder` that
+    was started with the same options. If there is none, prints a line; ends the program if the run `name` is finished.
 
     Args:
         arguments: option name -> value. folder: where runs write. outputs: run name -> matches the names of its files.
@@ -115,6 +111,8 @@ def lock_to_resume(
         The lock in the main process, None in the others and without such a run. Raises a `UserError` if the run `name`
         was started with other options, or is being trained.
     """
+    if not arguments["resume"]:
+        return None
     lock, finished = _find_run(arguments, folder, outputs, record, name) if is_main_process() else (None, False)
     if broadcast_object_list([finished])[0]:
         raise SystemExit(0)
@@ -122,9 +120,7 @@ def lock_to_resume(
 
 
 def reward_run_to_resume(arguments: dict, folder: Path) -> RunLock | None:
-    """`lock_to_resume` for a run of stage 1 or 2; None without `--resume`."""
-    if not arguments["resume"]:
-        return None
+    """`lock_to_resume` for a run of stage 1 or 2."""
     lock = lock_to_resume(arguments, folder, reward_outputs, partial(record_path, folder), arguments["run_name"])
     if lock and lock.description:
         lock.description["wandb"]["name"] = lock.name  # the name in its files
@@ -133,7 +129,7 @@ def reward_run_to_resume(arguments: dict, folder: Path) -> RunLock | None:
 
 def _find_run(arguments: dict, folder: Path, outputs, record, name: str | None) -> tuple[RunLock | None, bool]:
     """The lock of the run to resume, and whether the run `name` is finished."""
-    folders = [_state_folder(folder, name)] if name else list(folder.glob("state_*"))
+    folders = [folder / f"state_{name}"] if name else list(folder.glob("state_*"))
     folders = [path for path in folders if path.is_dir()]
     refused = []
     for path in sorted(folders, key=lambda path: path.stat().st_mtime_ns, reverse=True):
@@ -174,10 +170,6 @@ def _difference(recorded: dict, arguments: dict) -> str | None:
         if name not in _MAY_DIFFER and recorded.get(name) != value:
             return f"--{name} {recorded.get(name)}, not {value}"
     return None
-
-
-def _state_folder(folder: Path, name: str) -> Path:
-    return folder / f"state_{name}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -75,7 +75,8 @@ def text_or_file(text: str) -> str:
         found = Path(text).read_text(encoding="utf-8").strip() if len(text) < 4096 and Path(text).is_file() else text
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text}: not a readable text file ({error})") from None
-    if not found.strip() or (text.endswith(".txt") and found is text):
+    names_a_file = found is text and " " not in text and ("/" in text or Path(text).suffix)
+    if not found.strip() or names_a_file:
         raise argparse.ArgumentTypeError(f"a text, or an existing file with one, is expected, not {text!r}")
     return found.strip()
 
@@ -91,7 +92,8 @@ def option(
     """A field of an option group.
 
     Args:
-        default: the value without the option. False makes a switch, which takes no value.
+        default: the value without the option. False makes a switch, which takes no value; where a
+            preset sets it, `--no-NAME` unsets it.
         help: shown by `--help`, with the default behind it unless it mentions a default.
         flag: the option's name, where it is not that of the field.
         exclusive: title of a set of options of which at most one may be given.
@@ -137,6 +139,8 @@ def build_parser(description: str, options) -> argparse.ArgumentParser:
         declared = {key: value for key, value in declared.items() if value is not None}
         if default is False:
             declared["action"] = "store_true"
+        elif default is True:  # by a preset
+            declared["action"] = argparse.BooleanOptionalAction
         if title and title not in titled:
             under = parser.add_argument_group(title)
             titled[title] = under.add_mutually_exclusive_group() if exclusive else under
@@ -158,24 +162,21 @@ def parse(parser: argparse.ArgumentParser, options, argv: Sequence[str] | None =
     return dataclasses.replace(options, **groups)
 
 
-def preset_option(help: str):
-    """The option `--preset`, a field of an option group."""
-    return option(None, f"defaults of other options: small: {help} (default: as published)", choices=("small",))
-
-
-def with_preset(presets: Mapping[str | None, Any], argv: Sequence[str] | None = None):
-    """The options whose values are the defaults of a command line with this `--preset`.
+def read_options(description: str, presets: Mapping[str | None, Any], argv: Sequence[str] | None = None):
+    """The options of a command with `--preset` as `parse` reads them, the parser, and the names of the given options.
 
     Args:
-        presets: value of `--preset`, None without it -> options. A value that is not there is left to the parser.
+        presets: value of `--preset`, None without it -> the options whose values are then the defaults.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--preset")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset")
     try:
-        chosen = parser.parse_known_args(argv)[0].preset
-    except argparse.ArgumentError:  # without a value
+        chosen = first.parse_known_args(argv)[0].preset
+    except argparse.ArgumentError:  # without a value, which `parse` reports, as one that is not there
         chosen = None
-    return presets.get(chosen, presets[None])
+    defaults = presets.get(chosen, presets[None])
+    parser = build_parser(description, defaults)
+    return parse(parser, defaults, argv), parser, given_options(parser, argv)
 
 
 def given_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> set[str]:

@@ -67,7 +67,8 @@ class Tracker:
         if run.log_text or not logs.exists():  # with --log_text it may hold conversations
             private_folder(logs)
         resumed = self.lock.description.get("wandb") if self.lock else None
-        mode = _mode()
+        mode = os.environ.get("WANDB_MODE") or "online"
+        mode = "offline" if mode == "online" and not _logged_in() else mode  # online, wandb would ask for a key
         name = resumed["name"] if resumed else self._choose_name(folder, run.run_name, mode)
         self._run = _init(project, folder, arguments, name, mode, resumed and resumed["id"])
         try:
@@ -136,11 +137,6 @@ class Tracker:
                 print(f"wandb: logged offline in {folder}; `wandb sync {folder}` sends it to the server")
         if self.lock:
             self.lock.remove()
-
-
-def _mode() -> str:
-    mode = os.environ.get("WANDB_MODE") or "online"
-    return "offline" if mode == "online" and not _logged_in() else mode  # online, wandb would ask for a key
 
 
 def _init(project: str, folder: Path, arguments: dict, name: str | None, mode: str, resumed_id: str | None):

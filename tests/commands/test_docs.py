@@ -51,7 +51,7 @@ def test_git_ignores_what_documented_commands_write():
     """Conversations, and what quotes them, in the folders that the pages name."""
     names = "talks casino planted sample sample_models candor_of_ours shares study cache wandb".split()
     paths = [f"{name}/x" for name in names] + ["candor/x", "rlmf_weights/GELI_llama_responses.csv", "talk-1.json"]
-    paths += ["turn_rewards.parquet", "scored.csv", "chats.jsonl"]
+    paths += ["turn_rewards.parquet", "scored.csv", "scored.csv.parts/0.csv", "rater_1_filled.csv", "chats.jsonl"]
     asked = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True)
     if asked.returncode == 128:
         pytest.skip("this is no checkout")

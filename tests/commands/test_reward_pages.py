@@ -27,11 +27,16 @@ def test_trl(head, sample, tmp_path):
     assert max(block.count("\n") for block in (TRL, FUNCTION, VERL)) <= 25
 
 
-def test_openrlhfs_function_and_verls(head):
+@pytest.mark.skipif(not (ROOT / "apps/serve").is_dir(), reason="there is no apps/serve")
+def test_openrlhfs_function(head):
     expected = pytest.approx(GELIReward.load(head, device="cpu")(STATES, SAID), abs=1e-6)
     prompts = ["<|im_start|>user\nI lost my job today.<|im_end|>\n<|im_start|>assistant\n", "Hello!"]
     queries = [f"{prompts[0]}{SAID[0]}<|im_end|>", f"{prompts[1]} {SAID[1]}</s>"]
     function = execute(FUNCTION, RUN=str(head))["reward_func"]
     assert function(queries, prompts, [None, None])["rewards"].tolist() == expected
+
+
+def test_verls_function(head):
+    expected = pytest.approx(GELIReward.load(head, device="cpu")(STATES, SAID), abs=1e-6)
     compute_score = execute(VERL, RUN=str(head))["compute_score"]
     assert compute_score(["chat"] * 2, SAID, [None] * 2, [{"prompt": state} for state in STATES]) == expected

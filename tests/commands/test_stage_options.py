@@ -19,6 +19,7 @@ from textblob import TextBlob
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from turn_sets import trajectory, turn_set
 
+import train_reward_GELI
 import train_rl_GELI
 from data_utils import DataOptions, make_trajectory, read_corpus, split, turn_text
 from geli.data.candor import read_conversation
@@ -33,9 +34,10 @@ from geli.nets.prompts import Prompt
 from geli.reward import GELIReward
 from geli.rl.reward_options import RF_MODELS
 from geli.run.errors import UserError
+from geli.run.options import RunOptions
 from models import HEADS, RewardHead, RewardHeadConfig
 from tools.writer import write_conversation
-from train_reward_GELI import Drawn, GELITraining, GELITrainingOptions
+from train_reward_GELI import Drawn, GELITraining, GELITrainingOptions, load_saved
 
 QUICK = ("--context_turns", 2, "--learning_rate", 1e-3, "--train_size", 6, "--small_model_shrink", "--model", "convo")
 WITHOUT_HEAD = tuple(word for word in QUICK if word != "--small_model_shrink")  # RUDDER has its own
@@ -611,7 +613,13 @@ def test_the_head_of_another_corpus_or_question_is_not_taken(tmp_path, capsys):
         find(DataOptions(data_dir=str(tmp_path / "third")))
     capsys.readouterr()
     assert find(DataOptions(data_dir=str(mine)), reward_path="corpus") == "reward1_corpus"
-    assert "Warning: it was trained on another corpus than --data_dir" in capsys.readouterr().out
+    warning = "reward1_corpus was trained on another corpus than --data_dir"
+    assert warning in capsys.readouterr().out
+
+    run, training = RunOptions(output_dir=str(tmp_path)), GELITrainingOptions(reward_path="corpus")
+    with pytest.raises(UserError, match="names the model x"):  # which is not on this machine
+        load_saved(train_reward_GELI.Options(data=DataOptions(data_dir=str(mine)), run=run, training=training))
+    assert warning in capsys.readouterr().out
 
 
 def test_rudder_scores_a_response_given_the_agent_turns_before_it(stages, sample):

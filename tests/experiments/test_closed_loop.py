@@ -165,6 +165,21 @@ def test_stage_3_takes_the_options_of_every_algorithm(algo, tmp_path):
     assert train_rl_GELI.parse_options(list(map(str, words))).rl.algo == algo
 
 
+@pytest.mark.parametrize(
+    ("algo", "learning_rate", "lam", "optimizer"),
+    [("ppo --lam 1", 5e-3, 1.0, "adamw"), ("ppo-published --learning_rate 2e-3", 2e-3, 0.95, "adafactor")],
+)
+def test_an_algorithm_is_run_with_other_options(algo, learning_rate, lam, optimizer, tmp_path):
+    _, *words = closed_loop.policy_command(
+        LoopOptions(out=tmp_path, data_dir="", encoder=""), PolicyRun("random", algo, 0)
+    )
+    found = train_rl_GELI.parse_options(list(map(str, words)))
+    assert (found.rl.algo, found.ppo.learning_rate, found.ppo.lam, found.ppo.optimizer) == (
+        "ppo", learning_rate, lam, optimizer,
+    )  # fmt: skip
+    assert " " not in found.rl.exp_name
+
+
 def test_every_reward_is_tried_before_the_other_algorithms():
     options = LoopOptions(out=None, data_dir="", encoder="", seeds=(3, 4))
     runs = list(closed_loop.policy_runs(options))

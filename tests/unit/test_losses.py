@@ -13,8 +13,8 @@ from geli.data.shares import TrajectoryShares
 from models import (
     DECOMPOSITIONS,
     HEADS,
-    AdaptiveKL,
     RunningMoments,
+    adapted_beta,
     contrastive_term,
     gae,
     geli_loss,
@@ -310,12 +310,10 @@ def test_what_is_not_kept_does_not_matter(seed):
 
 
 def test_the_kl_controllers_arithmetic():
-    kl = AdaptiveKL(beta=0.15, target=6, horizon=10_000)
-    kl.update(60, n=24)  # far above: the error is cut to 0.2
-    assert kl.beta == pytest.approx(0.15 * (1 + 0.2 * 24 / 10_000))
-    kl = AdaptiveKL(beta=0.15, target=6, horizon=10_000)
-    kl.update(5.4, n=100)  # 10% below
-    assert kl.beta == pytest.approx(0.15 * (1 - 0.1 * 100 / 10_000))
+    found = adapted_beta(0.15, kl=60, n=24, target=6, horizon=10_000)  # far above: the error is cut to 0.2
+    assert found == pytest.approx(0.15 * (1 + 0.2 * 24 / 10_000))
+    found = adapted_beta(0.15, kl=5.4, n=100, target=6, horizon=10_000)  # 10% below
+    assert found == pytest.approx(0.15 * (1 - 0.1 * 100 / 10_000))
 
 
 def test_running_moments_by_hand():

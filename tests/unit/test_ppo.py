@@ -238,7 +238,7 @@ def test_what_a_step_logs(model):
     assert len(texts) == 8 and first["score_mean"] == pytest.approx(scores.mean().item())
     assert first["score_std"] == pytest.approx(scores.std(unbiased=False).item())
     assert first["human_score_mean"] == 0  # these prompts have empty human answers
-    assert first["beta"] == 0.15 and ppo.kl.beta != 0.15  # what was used, and what comes next
+    assert first["beta"] == 0.15 and ppo.beta != 0.15  # what was used, and what comes next
     assert (first["optimizer_steps"], ppo.moments.count) == (2, 8)
     assert {name for name in first if name.startswith("seconds")} == {
         "seconds_generate", "seconds_forward", "seconds_score", "seconds_update"
@@ -251,7 +251,7 @@ def test_without_an_update_nothing_changes(model):
     ppo = make_ppo(model)
     before = parameters(ppo)
     logged, _ = ppo.step(some_prompts(), update=False)
-    assert torch.equal(parameters(ppo), before) and ppo.kl.beta == 0.15 and "policy_loss" not in logged
+    assert torch.equal(parameters(ppo), before) and ppo.beta == 0.15 and "policy_loss" not in logged
 
 
 def test_a_score_that_is_not_finite_is_refused(model):
@@ -265,7 +265,7 @@ def test_a_score_that_is_not_finite_is_refused(model):
 def test_a_batch_smaller_than_the_number_of_processes_is_refused(model):
     ppo = make_ppo(model)
     accelerator = type("Two", (), {"num_processes": 2})()
-    with pytest.raises(UserError, match="--batch_size 1: expected at least one prompt for each of 2 processes"):
+    with pytest.raises(UserError, match=r"--batch_size 1: .* at least one prompt for each of 2 processes"):
         PPO(ppo.policy, None, PPOConfig(batch_size=1), accelerator, 0)
 
 
@@ -285,7 +285,7 @@ def test_a_restored_state_goes_on_alike(model):
     ppo, other = make_ppo(model), make_ppo(model)
     ppo.step(some_prompts())
     other.load_state_dict(ppo.state_dict())
-    assert other.kl.beta == ppo.kl.beta != 0.15
+    assert other.beta == ppo.beta != 0.15
     assert vars(other.moments) == vars(ppo.moments) and other.moments.count == 8
 
 

@@ -5,8 +5,9 @@ from chat_templates import SYSTEM, TALK, TEMPLATES, UNKNOWN, contents, reading, 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from apps.serve.queries import split_query
 from apps.serve.template import TokenizerTemplate
-from geli.nets.forms import read_completion, read_prompt, split_query
+from geli.nets.forms import read_completion, read_prompt
 from geli.run.errors import UserError
 
 OWN = {name: TokenizerTemplate(tokenizer_of(text)) for name, text in {**TEMPLATES, "unknown": UNKNOWN}.items()}

@@ -3,7 +3,7 @@
 import pytest
 
 from geli.data.messages import INSTRUCTION
-from geli.nets.forms import prompt_of_turns, read_completion, read_messages, read_prompt, split_query
+from geli.nets.forms import prompt_of_turns, read_completion, read_messages, read_prompt
 from geli.nets.prompts import prompt_text
 from geli.run.errors import UserError
 
@@ -50,30 +50,6 @@ def test_any_other_text_is_a_message_of_the_user(text):
 def test_an_agents_turn_that_is_to_be_continued_is_in_the_state():
     assert read_prompt([*MESSAGES[:3]], 10).context == " User: I lost my job.  AI: Oh no."
     assert read_prompt(CHATML.split("<|im_end|>\n<|im_start|>user\nYes")[0], 10).context.endswith("  AI: Oh no.")
-
-
-@pytest.mark.parametrize(
-    ("query", "prompt"),
-    [
-        (f"{CHATML}Why?<|im_end|>\n", CHATML),
-        (f"<s>{CHATML}Why?<|im_end|>\n", CHATML),
-        (f"{LLAMA_3}Why?<|eot_id|>", LLAMA_3),
-        (f"<s>{PUBLISHED} Why?</s></s>", PUBLISHED),
-        (f"{PUBLISHED} Why?", None),
-        (f"{CHATML}Why?<|im_end|>", None),
-        (f"{LLAMA_3}Why?", None),
-        (f"{CHATML}Why?<|im_end|>", f"a part that was cut off{CHATML}"),
-    ],
-)
-def test_a_query_is_its_prompt_and_response(query, prompt):
-    before, response = split_query(query, prompt)
-    assert read_prompt(before, 10).context == CONTEXT and read_completion(response).strip() == "Why?"
-
-
-@pytest.mark.parametrize(("query", "prompt"), [("Hello there", None), ("Hello there", "Good day"), ("", None)])
-def test_a_query_whose_response_is_not_seen_is_refused(query, prompt):
-    with pytest.raises(UserError, match="send the prompts, too"):
-        split_query(query, prompt)
 
 
 def test_completions_are_texts_or_messages():

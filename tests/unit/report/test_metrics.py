@@ -19,7 +19,8 @@ TRUTH = np.array([3.0, 1, 2, 5, 4, 0])
 
 
 def measured(weights, **more):
-    found = metrics(HeldOut.from_turns(TURNS, TRUTH), REWARDS, RETURNS, 50.0)
+    data = HeldOut.from_turns(TURNS)
+    found = metrics(data, REWARDS, RETURNS, 50.0) | {"truth_correlation": spearman(REWARDS, TRUTH, data.of_turn)}
     return {name: float(metric(np.array([weights]))[0]) for name, metric in found.items()}
 
 

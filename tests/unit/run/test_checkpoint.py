@@ -21,7 +21,7 @@ from transformers.optimization import Adafactor
 
 from geli.run.checkpoint import Checkpointer, _plain, _read
 from geli.run.errors import Stopped, UserError
-from geli.run.lock import RunLock, lock_new_run, reward_run_to_resume
+from geli.run.lock import RunLock, list_checkpoints, lock_new_run, reward_run_to_resume
 
 STEPS = 8
 
@@ -143,7 +143,7 @@ def test_a_restored_run_ends_as_an_uninterrupted_one(make_optimizer, keep_copy, 
 
 def test_the_two_newest_checkpoints_are_kept_without_frozen_weights(tmp_path):
     run = Run(tmp_path, adamw).train()
-    paths = run.lock.checkpoints()
+    paths = list_checkpoints(run.lock.folder)
     assert [path.name for path in paths] == ["step_00000006.pt", "step_00000008.pt"]
     names = {f"encoder.{layer}.{kind}" for layer in ("trained", "late") for kind in ("weight", "bias")}
     names |= {f"head.{name}" for name in run.head.state_dict()}
@@ -192,7 +192,7 @@ def test_a_signal_ends_the_run_after_the_step(number, tmp_path):
         stopped.value.message,
     )
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
-    assert len(run.lock.checkpoints()) == 1
+    assert len(list_checkpoints(run.lock.folder)) == 1
 
 
 @pytest.mark.parametrize(("keep_copy", "every"), [(True, 100), (False, 1)])
@@ -270,7 +270,7 @@ def test_damage_anywhere_is_noticed(tmp_path):
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, capsys):
     whole = Run(tmp_path / "whole", adamw).train().result()
     np.random.seed(0)
-    older, newer = Run(tmp_path / "damaged", adamw).train(6).lock.checkpoints()
+    older, newer = list_checkpoints(Run(tmp_path / "damaged", adamw).train(6).lock.folder)
     content = bytearray(newer.read_bytes())
     content[len(content) // 2] ^= 1
     newer.write_bytes(content)
@@ -334,7 +334,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_kept(tmp_path, monkey
     with pytest.raises(UserError, match=r"step_00000003.pt: could not be written .*; the checkpoint after step 2 "), \
             run.checkpointer.watch():  # fmt: skip
         run.checkpointer.done(3, save=True)
-    assert [path.name for path in run.lock.checkpoints()] == ["step_00000002.pt"]
+    assert [path.name for path in list_checkpoints(run.lock.folder)] == ["step_00000002.pt"]
 
 
 def test_values_that_could_not_be_loaded_are_refused():

@@ -20,11 +20,11 @@ from geli.run.options import (
     parse,
     positive_float,
     positive_int,
+    read_options,
     refuse,
     runs_folder,
     seed,
     text_or_file,
-    with_preset,
 )
 
 
@@ -174,18 +174,32 @@ def test_no_cache_means_no_folder():
     assert RunOptions(output_dir="out", no_cache=True).cache_dir is None
 
 
+@dataclass(frozen=True)
+class Preset:
+    """A group with the preset."""
+
+    preset: str | None = option(None, "defaults of others", choices=("small",))
+
+
+@dataclass(frozen=True)
+class WithPreset(Options):
+    """The same options, and a preset."""
+
+    preset: Preset = Preset()
+
+
 def test_a_preset_sets_defaults_and_what_is_given_wins(capsys):
-    presets = {None: Options(), "small": Options(sizes=Sizes(width=2), kinds=Kinds(size="large"))}
+    small = WithPreset(sizes=Sizes(width=2), kinds=Kinds(size="large"), old=Old(old=True))
+    presets = {None: WithPreset(), "small": small}
 
     def parsed(*argv):
-        defaults = with_preset(presets, argv)
-        parser = build_parser("A command.", defaults)
-        parser.add_argument("--preset", choices=("small",))
-        return parse(parser, defaults, argv)
+        return read_options("A command.", presets, argv)[0]
 
-    assert parsed() == Options()
+    assert parsed() == WithPreset()
+    assert read_options("A command.", presets, ["--width", "5"])[2] == {"width"}
     small = parsed("--preset", "small")
     assert small.sizes.width == 2 and small.kinds.size == "large" == parsed("--preset=small").kinds.size
+    assert small.old.old and not parsed("--preset", "small", "--no-old").old.old
     given = parsed("--width", "5", "--preset", "small")  # 5 is the default without the preset
     assert given.sizes.width == 5 and given.kinds.size == "large"
     for wrong, message in ((["--preset"], "expected one argument"), (["--preset", "huge"], "invalid choice: 'huge'")):
@@ -200,7 +214,14 @@ def test_a_text_or_the_file_of_that_name(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     assert text_or_file(str(tmp_path / "told.txt")) == "Help them." and text_or_file(" Be kind. ") == "Be kind."
     assert text_or_file("x" * 5000) == "x" * 5000
-    for wrong in (str(tmp_path / "empty.txt"), str(tmp_path / "missing.txt"), " ", str(tmp_path / "binary")):
+    for wrong in (
+        str(tmp_path / "empty.txt"),
+        str(tmp_path / "missing.txt"),
+        "prompts/support",
+        "support.md",
+        " ",
+        str(tmp_path / "binary"),
+    ):
         with pytest.raises(argparse.ArgumentTypeError):
             text_or_file(wrong)
 
