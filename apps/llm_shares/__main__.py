@@ -27,7 +27,9 @@ from geli.run.options import (
 def parse_options(argv: Sequence[str] | None = None):
     """The options on the command line."""
     parser = new_parser("Let a language model share each score out over the turns of its conversation.")
-    parser.add_argument("data_dir", help="folder with one folder a conversation, in CANDOR's layout")
+    parser.add_argument(
+        "data_dir", help="folder with one folder a conversation, in CANDOR's layout; or rated chats (JSONL)"
+    )
     parser.add_argument("out", type=Path, help="folder of the shares and of the model's replies")
     parser.add_argument("--url", type=server_url, help="an OpenAI-compatible server, as http://localhost:8000/v1")
     parser.add_argument("--model", help="the model's name on the server")
@@ -36,6 +38,9 @@ def parse_options(argv: Sequence[str] | None = None):
         "--reward_class", default="overall_affect", choices=QUESTIONS, metavar="CLASS", help="the score"
     )
     parser.add_argument("--transcript", default="cliffhanger", choices=TRANSCRIPTS, help="which transcript is read")
+    parser.add_argument(
+        "--rating_range", nargs=2, type=float, metavar=("LO", "HI"), help="of rated chats, as in training"
+    )
     parser.add_argument("--train_size", type=positive_int, default=500, help="training conversations, as in stage 2")
     parser.add_argument("--li_text", action="store_true", help="tell the model in words how the listener looks")
     parser.add_argument("--window", type=positive_int, default=40, help="agent turns in a request")
@@ -90,7 +95,10 @@ from geli.run.console import format_table
 
 def main(options) -> None:
     """Asks about the training conversations, and prints what came of it."""
-    corpus = read_corpus(options.data_dir, options.reward_class, options.transcript, needs_faces=options.li_text)
+    corpus = read_corpus(
+        options.data_dir, options.reward_class, options.transcript, needs_faces=options.li_text,
+        rating_range=options.rating_range,
+    )  # fmt: skip
     print(corpus.describe())
     training, _ = split(corpus, options.train_size)
     backend = BACKENDS["url" if options.url else "folder"].make(

@@ -276,7 +276,7 @@ def test_broken_conversations_are_named_and_stop_nothing(sample, tiny, tmp_path,
         shutil.copytree(intact, data / name)
         break_it(data / name)
     printed = stage_1(tmp_path, data, tiny, "--run_name", "r", *FEW).stdout
-    assert "Read 42 conversations" in printed and "Dropped 6 of 48 folders:" in printed
+    assert "Read 42 conversations" in printed and "Dropped 6 of 48 conversations:" in printed
     record, faceless = record_of(tmp_path, "r"), {"no-faces", "lost-faces"}
     assert set(record["dropped_conversations"]) == set(damage) - faceless
     assert printed.count("Dropped 2 trajectories: no faces to learn from") == len(faceless)

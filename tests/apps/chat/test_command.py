@@ -302,7 +302,7 @@ def trained(made, tmp_path_factory):
 def test_the_three_commands_train_on_ten_collected_conversations(trained, made):
     for printed in trained.printed.values():
         assert "Read 10 conversations, 10 trajectories" in printed  # nothing of those that were broken off
-        assert "Dropped 10 trajectories: the user has no survey row." in printed and "folders:" not in printed
+        assert "Dropped 10 trajectories: the user has no survey row." in printed and "conversations:" not in printed
     assert "training: 9 conversations" in trained.printed["geli"]
     record = json.loads(next(trained.runs.glob("SINGLE*/reward1_li.json")).read_text())
     assert len(record["training_conversations"]) == 9
