@@ -267,7 +267,7 @@ def test_a_conversation_is_read_once_however_many_links_lead_to_it(tmp_path):
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path.name), lambda path: path.write_text("")])
 def test_a_data_folder_that_is_none_is_one_clear_error(tmp_path, make):
     make(tmp_path / "data")
-    with pytest.raises(UserError, match="expected (a folder with one folder a conversation|rated chats)"):
+    with pytest.raises(UserError, match=r"expected (a folder with one folder a conversation|rated chats)"):
         read_corpus(tmp_path / "data", "overall_affect")
 
 
