@@ -29,7 +29,7 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("--contexts", type=int, nargs="+", default=[0, 1], help="turns before a response that are read")
     parser.add_argument("--seeds", type=seed, nargs="+", default=[0, 1, 2], help="seeds of training")
     parser.add_argument("--epochs", type=positive_int, default=4, help="passes over the training conversations")
-    parser.add_argument("--repetitions", type=positive_int, default=1000, help="bootstrap resamples")
+    parser.add_argument("--repetitions", type=positive_int, default=400, help="bootstrap resamples")
     options = parser.parse_args(argv)
     if not options.dstc9 and not options.casino:
         parser.error("give --dstc9, --casino or both")
@@ -49,11 +49,11 @@ from sklearn.model_selection import GroupKFold
 from data_utils import li_targets, reactions_of_sentiments
 from experiments import plots
 from experiments.credit_data import Chat, MeanEncoder, embed, inputs, read_casino, read_dstc9
+from experiments.credit_measures import label_metrics, partial_within
 from geli.nets.batching import shuffled_batches
 from geli.nets.encoder import load_encoder
 from geli.nets.sentiment import lexicon_sentiment
 from geli.report.metrics import Metric, spearman
-from geli.report.turn_labels import label_metrics, partial_within
 from geli.run.console import progress_bar
 from geli.run.files import atomic_path
 from geli.run.gradients import decaying_adamw
@@ -88,8 +88,8 @@ class Turns(NamedTuple):
     chats: list[Chat]
     of: np.ndarray
     features: torch.Tensor
-    signals: dict[str, np.ndarray]
-    shares: np.ndarray
+    signals: dict[str, torch.Tensor]
+    shares: torch.Tensor
     witness: np.ndarray
 
 
@@ -160,7 +160,9 @@ def prepare(options, corpus: str, chats: list[Chat], context: int, parts: np.nda
     pleased = li_targets(reactions_of_sentiments(lexicon_sentiment(said)))
     signals = {"sentiment": np.where(known, pleased, np.nan), "hindsight": ranks}
     scaled = torch.from_numpy(features * np.float32(np.sqrt(features.shape[1])))  # entries of about 1
-    return Turns(chats, of, scaled, signals, shared_out(witness, of, scores), witness)
+    shares = torch.from_numpy(shared_out(witness, of, scores).astype(np.float32))
+    signals = {name: torch.from_numpy(found.astype(np.float32)) for name, found in signals.items()}
+    return Turns(chats, of, scaled, signals, shares, witness)
 
 
 def save_arrays(path: Path, *arrays: np.ndarray) -> None:
@@ -184,24 +186,27 @@ def split(chats: list[Chat]) -> np.ndarray:
 
 def chat_losses(head: RewardHead, turns: Turns, chosen: Sequence[np.ndarray], kind, signal, scales) -> torch.Tensor:
     """() The mean loss of a head on some turns (k,) of each of a few chats: GE's, LI's, or half of each."""
-    features, losses = [turns.features[part] for part in chosen], []
-    if head.sequential:  # padded behind; a prediction sees the turns before it alone
-        outputs = head(torch.nn.utils.rnn.pad_sequence(features, batch_first=True)).squeeze(-1)
-        outputs = [row[: len(part) + 1] for row, part in zip(outputs, chosen, strict=True)]
-    else:
-        outputs = head(torch.cat(features)).squeeze(-1).split([len(part) for part in chosen])
-    for part, found in zip(chosen, outputs, strict=True):
-        ge = li = torch.zeros(())
+    losses = []
+    for part, found in zip(chosen, outputs_of(head, turns, chosen), strict=True):
+        ge = li = 0.0
         if kind:
-            shares = [torch.from_numpy(turns.shares[part]).float()] if DECOMPOSITIONS[kind].uses_shares else []
+            shares = [turns.shares[part]] if DECOMPOSITIONS[kind].uses_shares else []
             ge = DECOMPOSITIONS[kind].loss(found, turns.chats[turns.of[part[0]]].score, LENGTH, *shares)
         if signal:
-            targets = torch.from_numpy(turns.signals[signal][part]).float()
+            targets = turns.signals[signal][part]
             known = ~targets.isnan()
-            if known.any():
-                li = li_loss(head.rewards(found, len(part))[known], targets[known])
+            li = li_loss(head.rewards(found, len(part))[known], targets[known]) if known.any() else 0.0
         losses.append(geli_loss(ge, li, 0.5 if kind and signal else float(bool(kind)), *scales))
-    return torch.stack(losses).mean()
+    return sum(losses) / len(losses)
+
+
+def outputs_of(head: RewardHead, turns: Turns, chosen: Sequence[np.ndarray]) -> Sequence[torch.Tensor]:
+    """The head's outputs for some turns (k,) of each of a few chats; of a sequential head one more than turns."""
+    features = [turns.features[part] for part in chosen]
+    if not head.sequential:
+        return head(torch.cat(features)).squeeze(-1).split([len(part) for part in chosen])
+    padded = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)  # behind, where no prediction looks
+    return [row[: len(part) + 1] for row, part in zip(head(padded).squeeze(-1), chosen, strict=True)]
 
 
 def train(turns: Turns, parts: np.ndarray, kind: str | None, signal: str | None, number: int, epochs: int):
@@ -215,19 +220,14 @@ def train(turns: Turns, parts: np.ndarray, kind: str | None, signal: str | None,
     )
     places = np.split(np.arange(len(turns.of)), np.flatnonzero(np.diff(turns.of)) + 1)
     scores = np.array([chat.score for chat in turns.chats])
-    training, validation = np.flatnonzero(parts == 0), np.flatnonzero(parts == 1)
-    learned, lengths = np.isin(turns.of, training), np.array([len(places[i]) for i in training])
+    training, validation = np.flatnonzero(parts == 0), [places[i] for i in np.flatnonzero(parts == 1)]
     if row and row.head:
         head.init_constant(float(scores[training].mean()))
-    scales = [1.0, 1.0]
-    if row:
-        values = (turns.shares[learned] if row.uses_shares else scores[training]), LENGTH
-        scales[0] = float(np.var(row.target(*values))) or 1.0
-    if signal:
-        scales[1] = float(np.nanvar(turns.signals[signal][learned])) or 1.0
+    scales = loss_scales(turns, training, row, signal)
+    lengths = np.array([len(places[i]) for i in training])
     steps = epochs * len(shuffled_batches(lengths, BATCH, np.random.default_rng(0)))
     optimizer, schedule = decaying_adamw([{"params": list(head.parameters()), "lr": LEARNING_RATE}], steps)
-    best, kept = np.inf, None
+    best, kept = np.inf, {}
     for _ in range(epochs):
         head.train()
         for batch in shuffled_batches(lengths, BATCH, rng):
@@ -239,25 +239,40 @@ def train(turns: Turns, parts: np.ndarray, kind: str | None, signal: str | None,
             loss.backward()
             optimizer.step()
             schedule.step()
-        rewards = rewards_of(head, turns, places)
+        rewards = rewards_of(head, turns, validation)
         if kind:
-            returns = [float(predicted_return(torch.from_numpy(rewards[places[i]]), LENGTH)) for i in validation]
-            error = float(np.mean((np.array(returns) - scores[validation]) ** 2))
+            returns = np.array([float(predicted_return(found, LENGTH)) for found in rewards])
+            error = float(np.mean((returns - scores[parts == 1]) ** 2))
         else:
-            error = float(np.nanmean((rewards - turns.signals[signal])[np.isin(turns.of, validation)] ** 2))
+            error = float((torch.cat(rewards) - turns.signals[signal][np.concatenate(validation)]).square().nanmean())
         if error < best:
-            best, kept = error, rewards
-    return kept
+            best, kept = error, {name: value.clone() for name, value in head.state_dict().items()}
+    head.load_state_dict(kept)
+    return torch.cat(rewards_of(head, turns, places)).numpy()
 
 
-def rewards_of(head: RewardHead, turns: Turns, places: Sequence[np.ndarray]) -> np.ndarray:
-    """(N,) rewards of all turns, in eval mode."""
+def loss_scales(turns: Turns, training: np.ndarray, row, signal: str | None) -> tuple[float, float]:
+    """The variances of GE's and of LI's targets over the training chats, by which the losses are divided."""
+    learned, ge, li = np.isin(turns.of, training), 1.0, 1.0
+    if row:
+        scores = np.array([chat.score for chat in turns.chats])[training]
+        ge = float(np.var(row.target(turns.shares[learned].numpy() if row.uses_shares else scores, LENGTH)))
+    if signal:
+        li = float(np.nanvar(turns.signals[signal][learned].numpy()))
+    return ge or 1.0, li or 1.0
+
+
+def rewards_of(head: RewardHead, turns: Turns, places: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    """The rewards of the turns (k,) of each of some chats, in eval mode."""
     head.eval()
     with torch.inference_mode():
-        if not head.sequential:
-            return head(turns.features).squeeze(-1).numpy()
-        found = [head.rewards(head(turns.features[part]).squeeze(-1), len(part)) for part in places]
-        return torch.cat(found).numpy()
+        order, found = np.argsort([len(part) for part in places]), [torch.zeros(0)] * len(places)
+        for first in range(0, len(order), 64):
+            batch = order[first : first + 64]
+            outputs = outputs_of(head, turns, [places[i] for i in batch])
+            for i, output in zip(batch, outputs, strict=True):
+                found[i] = head.rewards(output, len(places[i]))
+        return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from geli.report.turn_labels import centred, label_metrics, partial_within, within
+from experiments.credit_measures import centred, label_metrics, partial_within, within
 
 ONES = np.ones((1, 2))
 OF = np.array([0, 0, 0, 1, 1, 1])  # two conversations of three turns
