@@ -144,11 +144,11 @@ def prepare(options, corpus: str, chats: list[Chat], context: int, parts: np.nda
     if not path.is_file():
         encoder = load_encoder(options.encoder)
         encoder = MeanEncoder(encoder.model, encoder.tokenizer, name=options.encoder)
-        answers = options.out / "features" / f"{corpus}-answers.npz"
+        answers, cache = path.with_name(f"{corpus}-answers.npz"), options.out / "cache"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not answers.is_file():
-            save_arrays(answers, embed(encoder, [("", text) for text in said]))
-        save_arrays(path, embed(encoder, [pair for chat in chats for pair in inputs(chat, context)]))
+            save_arrays(answers, embed(encoder, [("", text) for text in said], cache))
+        save_arrays(path, embed(encoder, [pair for chat in chats for pair in inputs(chat, context)], cache))
     features = np.load(path)["arr_0"].astype(np.float32)
     answers = np.load(path.with_name(f"{corpus}-answers.npz"))["arr_0"].astype(np.float32)
     answers[[not text for text in said]] = np.nan

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from geli.nets.encoder import TokenPair, TurnEncoder
+from geli.nets.features import FeatureCache, encoder_fingerprint
 from geli.nets.prompts import context_text
 
 LONGEST, ROOM = 192, 509  # tokens of a turn, and of a turn with its context, without special tokens
@@ -88,25 +90,24 @@ class MeanEncoder(TurnEncoder):
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
 
 
-def embed(encoder: TurnEncoder, texts: Sequence[tuple[str, str]]) -> np.ndarray:
-    """(n, hidden) float32 embeddings of unit length of (context, text); a text without context is encoded alone."""
+def embed(encoder: TurnEncoder, texts: Sequence[tuple[str, str]], cache: Path) -> np.ndarray:
+    """(n, hidden) float32 embeddings of unit length of (context, text); a text without context is encoded alone.
+    `cache`: folder that keeps them, also those of a call that was stopped."""
     tokenizer = encoder.tokenizer
     start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
-    distinct = list(dict.fromkeys(texts))
 
     def ids(part: str) -> list[int]:
         return tokenizer(part, add_special_tokens=False)["input_ids"]
 
     pairs = []
-    for context, text in distinct:
+    for context, text in texts:
         own = ids(text)[-LONGEST:]
         before = [start, *ids(context)[len(own) - ROOM :], end] if context else [start]
         whole = np.array([*before, *own, end], dtype=np.int32)
         pairs.append(TokenPair(whole, len(before) if context else len(whole)))
-    found = encoder.encode(pairs, progress="encoding").numpy()
-    found /= np.linalg.norm(found, axis=1, keepdims=True)
-    places = {text: i for i, text in enumerate(distinct)}
-    return found[[places[text] for text in texts]]
+    kept = FeatureCache(cache, encoder_fingerprint(encoder, "mean"), encoder.hidden_size)
+    found = kept.encode(pairs, partial(encoder.encode, progress="encoding")).numpy()
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
 def inputs(chat: Chat, context_turns: int) -> list[tuple[str, str]]:
