@@ -97,3 +97,28 @@ def sweeps(rows: list[dict], labels: dict[str, str], path: Path) -> list[Path]:
     axes[0, 0].set_ylabel("rank correlation with the hidden reward")
     axes[0, 0].legend(frameon=False)
     return save_both(figure, path)
+
+
+def credit(rows: list[dict], path: Path) -> list[Path]:
+    """The rank correlation with people's labels within conversations given the turn's place, a panel a corpus, with
+    intervals; returns the paths of a PNG and a PDF.
+
+    Args:
+        rows: `corpus`, `reward`, `reads`, and the estimate `given_place`.
+    """
+    corpora = list(dict.fromkeys(row["corpus"] for row in rows))
+    shown = {corpus: [row for row in rows if row["corpus"] == corpus][::-1] for corpus in corpora}
+    longest = max(map(len, shown.values()))
+    figure, axes = new_figure(1, len(corpora), 6.2 * len(corpora), 1 + 0.2 * longest)
+    for axis, corpus in zip(axes[0], corpora, strict=True):
+        found = [row["given_place"] for row in shown[corpus]]
+        reads = list(dict.fromkeys(row["reads"] for row in shown[corpus][::-1]))
+        names = [f"{row['reward']}{', ' + row['reads'] if row['reads'] else ''}" for row in shown[corpus]]
+        colors = dict(zip(reads, (BLUE, GREEN, GRAY, RED), strict=False))
+        for place, (row, (value, low, high)) in enumerate(zip(shown[corpus], found, strict=True)):
+            axis.plot([low, high], [place, place], color=colors.get(row["reads"], GRAY), lw=1.4)
+            axis.plot(value, place, "o", ms=3.5, color=colors.get(row["reads"], GRAY))
+        axis.axvline(0, color=GRAY, ls="--", lw=0.8)
+        axis.set_yticks(range(len(names)), names, fontsize=7)
+        axis.set(title=corpus, xlabel="rank correlation with people's labels\nwithin conversations, given place")
+    return save_both(figure, path)
