@@ -383,6 +383,12 @@ def run_stages(size: Size, data: Path, folder: Path, out: Path) -> dict[str, flo
     return seconds
 
 
+def weights_in(out: Path) -> list[Path]:
+    """The heads, encoders and adapters that runs wrote."""
+    heads = [path for path in out.glob("*/reward1_*") if not path.suffix]
+    return heads + list(out.glob("*/*/*.safetensors"))
+
+
 def loop(size: Size, folder: Path, accelerator, report: Report) -> None:
     """The three commands with `--preset small`, then again: seconds, and whether all weights have the same bytes."""
     conversations, turns, _ = size.loop
@@ -402,10 +408,7 @@ def loop(size: Size, folder: Path, accelerator, report: Report) -> None:
                 f"stages 1, 2 and 3 as commands on {conversations} short conversations, MiniLM's shape",
                 ", ".join(f"{value:.0f} s" for value in seconds.values()), commands=seconds,
             )  # fmt: skip
-    written = [{path.relative_to(out) for path in out.rglob("*.safetensors")} for out in outs]
-    written = [files | {path.relative_to(out) for path in out.glob("*/reward1_*") if not path.suffix}
-               for out, files in zip(outs, written, strict=True)]  # fmt: skip
-    files = sorted(written[0] | written[1])
+    files = sorted({path.relative_to(out) for out in outs for path in weights_in(out)})
     same = [name for name in files if all((out / name).is_file() for out in outs)
             and (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()]  # fmt: skip
     different = [str(name) for name in files if name not in same]

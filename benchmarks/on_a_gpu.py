@@ -19,7 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-LEAST = {"ppo_7b": 60, "encoding": 30, "stages": 80, "loop": 110, "fsdp": 40}  # seconds that a part takes on an H200
+LEAST = {"ppo_7b": 60, "encoding": 30, "stages": 80, "loop": 110, "fsdp": 40}  # seconds, guessed: none was run yet
+SCRIPT = Path(__file__).with_name("gpu_parts.py")
 
 
 def run_part(name: str, options: argparse.Namespace, limit: float) -> dict:
@@ -30,7 +31,7 @@ def run_part(name: str, options: argparse.Namespace, limit: float) -> dict:
     with tempfile.TemporaryDirectory() as temporary, open(options.out / "on_a_gpu.log", "ab") as log:
         log.write(f"\n===== {name}\n".encode())
         log.flush()
-        command = [sys.executable, str(Path(__file__).with_name("gpu_parts.py")), name, temporary]
+        command = [sys.executable, str(SCRIPT), name, temporary]
         process = subprocess.Popen(
             command + ["--toy"] * options.toy, stdout=log, stderr=log, env=environment, start_new_session=True
         )
