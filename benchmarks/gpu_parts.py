@@ -305,7 +305,8 @@ def stages(size: Size, folder: Path, accelerator, report: Report) -> None:
     training = TurnSet.from_trajectories(split(corpus, size.conversations)[0], size.context_turns)
     tokenizer = train_tokenizer([response for _, response in training.texts], PIECES, FORMS["bart"])
     tokenizer.model_max_length = 1024
-    encoder = TurnEncoder(BartModel(BartConfig(**size.bart)), tokenizer)
+    with torch.device(device):
+        encoder = TurnEncoder(BartModel(BartConfig(**size.bart)), tokenizer)
     lengths = np.array([len(pair.ids) for pair in encoder.tokenize(training.texts[::16])])
     work = f"{len(training):,} turns of {lengths.mean():.0f} tokens, bart-large's shape"
     report.add(
@@ -313,11 +314,8 @@ def stages(size: Size, folder: Path, accelerator, report: Report) -> None:
         f"{1000 * seconds / (size.conversations + 3):.1f} ms a conversation", read=seconds,
     )  # fmt: skip
 
-    encoder.to(device)
     head = new_head(stage=1, hidden=encoder.hidden_size).to(device)
-    stage = LITraining(
-        encoder, head, training, None, LITrainingOptions(epochs=1), accelerator, 0, save=lambda: None
-    )  # fmt: skip
+    stage = LITraining(encoder, head, training, None, LITrainingOptions(epochs=1), accelerator, 0, save=lambda: None)
     seconds, _ = timed(partial(train_steps, stage, stage.steps, ""), device)
     share = 3 * mean_flops(size.bart, lengths) * len(training) / seconds / rate
     whole = CONVERSATIONS * 320 / len(training) / 3600
