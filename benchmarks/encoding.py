@@ -72,11 +72,11 @@ def token_lengths(encoder: TurnEncoder, turns: TurnSet) -> np.ndarray:
     return np.array([len(pair.ids) for pair in encoder.tokenize(turns.texts)])
 
 
-def new_head(redist_type: str = "RRD", stage: int = 2) -> RewardHead:
-    """A new head, as stage 1 or 2 makes it."""
+def new_head(redist_type: str = "RRD", stage: int = 2, hidden: int = SMALL["d_model"]) -> RewardHead:
+    """A new head for features (n, hidden), as stage 1 or 2 makes it."""
     return RewardHead(
         RewardHeadConfig(
-            head=DECOMPOSITIONS[redist_type].head or "small_model_shrink", hidden=SMALL["d_model"], encoder=None,
+            head=DECOMPOSITIONS[redist_type].head or "small_model_shrink", hidden=hidden, encoder=None,
             encoder_is_folder=False, max_length=1024, context_turns=20, stage=stage, reward_class="overall_affect",
             redist_type=redist_type,
         )

@@ -9,7 +9,9 @@ stopped.
 """
 
 import argparse
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from geli.data.candor import TRANSCRIPTS
 from geli.data.corpus import printable
 from geli.run.errors import one_line, run
 from geli.run.options import new_parser, positive_int
+
+INSTALL_RAY = "pip install -r apps/label/ray_requirements.txt"
 
 
 def table_name(text: str) -> Path:
@@ -42,6 +46,11 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument(
         "--context_turns", type=positive_int, help="turns that are read before a turn (default: as in training)"
     )
+    parser.add_argument(
+        "--ray", nargs="?", const="", metavar="ADDRESS", help="score on a Ray cluster: its head's HOST:PORT, or auto, "
+        "the one that this machine belongs to; without ADDRESS $RAY_ADDRESS, else the cores of this machine (default: "
+        "in this process)",
+    )  # fmt: skip
     add_head_options(parser)
     return parser.parse_args(argv)
 
@@ -51,20 +60,29 @@ OPTIONS = parse_options() if __name__ == "__main__" else None
 
 from apps.label.dialogues import open_source
 from apps.label.labelling import Counts, score_conversations
+from apps.packages import require
 from geli.reward import GELIReward
 from geli.run.console import format_table
 
 
 def main(options) -> None:
     """Scores the conversations, and prints what was scored."""
+    cluster, score_parts = nullcontext(), None
+    if options.ray is not None:
+        cluster = require("apps.label.cluster", "--ray", INSTALL_RAY).Cluster(options.ray)
     source = open_source(options.data, options.transcript)
-    reward = GELIReward.load(
-        options.reward_path, output_dir=options.output_dir, device=options.device, dtype=options.dtype,
+    load = dict(
+        output_dir=options.output_dir, device=options.device, dtype=options.dtype,
         context_turns=options.context_turns, lang_model_path=options.lang_model_path,
         trust_remote_code=options.trust_remote_code, cache_size=0,
     )  # fmt: skip
+    reward = GELIReward.load(options.reward_path, **load)
     settings = {"context_turns": reward.context_turns, "device": options.device, "dtype": options.dtype}
-    counts = score_conversations(source, reward, options.out, settings)
+    if options.ray is not None:
+        load |= {"run_or_path": str(reward.path.resolve()), "lang_model_path": absolute(options.lang_model_path)}
+        score_parts = partial(cluster.score, load=load)
+    with cluster:
+        counts = score_conversations(source, reward, options.out, settings, score_parts)
     report_dropped(counts)
     row = {
         "conversations": counts.conversations, "turns": counts.turns, "scored": counts.scored,
@@ -73,6 +91,11 @@ def main(options) -> None:
     }  # fmt: skip
     print(format_table([row], f"Turn rewards by {reward.name}"))
     print(f"Written:\n  {options.out}")
+
+
+def absolute(model: str | None) -> str | None:
+    """The absolute path of a model's folder; a hub id as it is."""
+    return os.path.abspath(model) if model and os.path.isdir(model) else model
 
 
 def report_dropped(counts: Counts) -> None:

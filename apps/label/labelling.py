@@ -4,8 +4,9 @@ import hashlib
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -45,7 +46,13 @@ class Counts:
     scored_now: int = 0
 
 
-def score_conversations(source: Source, reward: GELIReward, out: Path, settings: dict) -> Counts:
+Part = tuple[int, list[Dialogue]]  # its number, from 0, and its conversations
+
+
+def score_conversations(
+    source: Source, reward: GELIReward, out: Path, settings: dict,
+    score_parts: Callable[[Iterable[Part]], Iterable[tuple[int, pa.Table]]] | None = None,
+) -> Counts:  # fmt: skip
     """Writes a table with a row for each turn: conversation, turn, speaker, text and reward (empty for turns of users).
 
     Conversations are scored in parts, which are kept in `{out}.parts/` until the table is whole. After a run that died,
@@ -54,26 +61,29 @@ def score_conversations(source: Source, reward: GELIReward, out: Path, settings:
     Args:
         reward: without a cache, so that a part's last digits do not depend on the parts before it.
         out: of a name that ends with .parquet or .csv. settings: all else that rewards depend on.
+        score_parts: gives the number and the rows of parts, in any order; None: `reward` scores them one by one.
 
     Raises:
         UserError: if `out` exists, its parts are of other data or settings, or there is no usable conversation.
     """
     if out.exists():
         raise UserError(f"{out}: exists already; name another file, or remove it")
-    folder, counts = out.with_name(f"{out.name}.parts"), Counts()
+    folder, counts, paths = out.with_name(f"{out.name}.parts"), Counts(), []
     _claim(folder, {**settings, "data": _hash(repr(source.state()).encode()), "head": _hash(reward.path.read_bytes())})
-    paths = []
+
+    def missing_parts() -> Iterator[Part]:
+        for number, dialogues in enumerate(_parts(source, counts)):
+            paths.append(folder / f"part-{number:06}.parquet")
+            if not paths[number].is_file():
+                yield number, dialogues
+
+    started = time.monotonic()
     with progress_bar(total=source.total, desc="scoring", unit="conversation") as bar:
-        for dialogues in _parts(source, counts):
-            path = folder / f"part-{len(paths):06}.parquet"
-            if not path.is_file():
-                started = time.monotonic()
-                table = _score(dialogues, reward)
-                _write(table, path)
-                counts.seconds += time.monotonic() - started
-                counts.scored_now += len(table) - table["reward"].null_count
-                bar.set_postfix_str(f"{counts.scored_now / counts.seconds:,.0f} turns/s", refresh=False)
-            paths.append(path)
+        for number, table in (score_parts or partial(_score_here, reward=reward))(missing_parts()):
+            _write(table, paths[number])
+            counts.scored_now += len(table) - table["reward"].null_count
+            counts.seconds = time.monotonic() - started
+            bar.set_postfix_str(f"{counts.scored_now / counts.seconds:,.0f} turns/s", refresh=False)
             bar.update(counts.conversations + counts.dropped.total() - bar.n)
     if not paths:
         shutil.rmtree(folder)
@@ -116,7 +126,11 @@ def _parts(source: Source, counts: Counts) -> Iterator[list[Dialogue]]:
         yield part
 
 
-def _score(dialogues: list[Dialogue], reward: GELIReward) -> pa.Table:
+def _score_here(parts: Iterable[Part], reward: GELIReward) -> Iterator[tuple[int, pa.Table]]:
+    return ((number, score_part(dialogues, reward)) for number, dialogues in parts)
+
+
+def score_part(dialogues: list[Dialogue], reward: GELIReward) -> pa.Table:
     """The rows of some conversations."""
     scored = iter(reward.score_turns([d.seen_from(agent) for d in dialogues for agent in d.agents]))
     rows = []

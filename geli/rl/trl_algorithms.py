@@ -83,11 +83,14 @@ def train(
             config = make_config(**{**settings, **parse_options(options)})
         except (TypeError, ValueError) as error:
             raise UserError(f"--trl: TRL's {make_config.__name__} does not take this: {first_line(error)}") from None
-        trainer = _as_ppo(make_trainer, policy, ours)(
-            model=policy.model, reward_funcs=reward, args=config, train_dataset=Dataset.from_dict(rows),
-            processing_class=policy.tokenizer,
-            callbacks=[_OnStep("reward", lambda step, logs: on_step(step, _ppo_metrics(logs)))],
-        )  # fmt: skip
+        try:
+            trainer = _as_ppo(make_trainer, policy, ours)(
+                model=policy.model, reward_funcs=reward, args=config, train_dataset=Dataset.from_dict(rows),
+                processing_class=policy.tokenizer,
+                callbacks=[_OnStep("reward", lambda step, logs: on_step(step, _ppo_metrics(logs)))],
+            )  # fmt: skip
+        except ImportError as error:
+            raise UserError(f"--trl: TRL needs a package that is missing: {first_line(error)}") from None
         trainer.remove_callback(PrinterCallback)  # it prints what `on_step` receives
         trainer.train()
     policy.eval()

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import secrets
 from argparse import ArgumentTypeError
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +33,8 @@ def versions() -> dict[str, str]:
 
 class Tracker:
     """A wandb run: online if the user is logged in or `WANDB_MODE=online`, else offline. It never asks for a login and
-    sends no console output, source code, host or user name.
+    sends no console output, source code, host or user name. With `WANDB_MODE=disabled` there is none, and wandb need
+    not be installed.
 
     Args:
         project: wandb's project.
@@ -70,7 +72,8 @@ class Tracker:
         mode = os.environ.get("WANDB_MODE") or "online"
         mode = "offline" if mode == "online" and not _logged_in() else mode  # online, wandb would ask for a key
         name = resumed["name"] if resumed else self._choose_name(folder, run.run_name, mode)
-        self._run = _init(project, folder, arguments, name, mode, resumed and resumed["id"])
+        if mode != "disabled":
+            self._run = _init(project, folder, arguments, name, mode, resumed and resumed["id"])
         try:
             self.name = name or file_name(self._run.name or "")
         except ArgumentTypeError:  # WANDB_NAME or the server gave a name that cannot be part of a file name
@@ -79,7 +82,7 @@ class Tracker:
             self.lock = lock_new_run(folder, self.name, or_another=True)  # wandb does not know which runs are here
             self.name = self._run.name = self.lock.name
         if not resumed:
-            wandb_run = {"id": self._run.id, "name": self.name}
+            wandb_run = {"id": self._run.id if self._run else secrets.token_hex(4), "name": self.name}
             self.lock.describe({"arguments": arguments, "wandb": wandb_run, "versions": versions()})
 
     def _choose_name(self, folder: Path, run_name: str | None, mode: str) -> str | None:
@@ -97,25 +100,25 @@ class Tracker:
 
     def log_table(self, key: str, table, step: int) -> None:
         """Logs a pandas table that may hold text. Callers must check `--log_text` first."""
-        import wandb
-
         if self._run:
+            import wandb
+
             self._run.log({key: wandb.Table(dataframe=table)}, step=self.offset + step)
 
     def log_bars(self, key: str, heights: dict[int, float]) -> None:
         """Logs a bar chart of rewards by turn number."""
-        import wandb
-
         if not self._run:
             return
+        import wandb
+
         table = wandb.Table(columns=["turn", "predicted reward"], data=[[str(n), r] for n, r in heights.items()])
         self._run.log({key: wandb.plot.bar(table, "turn", "predicted reward", title="predicted reward by turn")})
 
     def log_pictures(self, pictures: dict[str, Path]) -> None:
         """Logs PNG files that hold no text of conversations."""
-        import wandb
-
         if self._run:
+            import wandb
+
             self._run.log({key: wandb.Image(str(path)) for key, path in pictures.items()})
 
     @property

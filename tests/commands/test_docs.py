@@ -112,6 +112,9 @@ def test_pages_use_options_that_exist():
             known |= {*re.findall(r'"(--\w+)"', script.read_text())}
     known |= {"--help", "--wide", "--config_file", "--standalone", "--nproc_per_node"}  # argparse, extending.md, torch
     known |= {"--no", "--remote_rm_url"}  # pip's --no-deps, OpenRLHF
+    known |= {"--machine_rank", "--main_process_ip", "--head", "--port", "--address", "--num"}  # accelerate, Ray
+    known |= {"--nnodes", "--node_rank", "--master_addr", "--master_port", "--cpu"}  # torch, accelerate
+    known |= {"--tensor_parallel_size"}  # trl vllm-serve
     for page in PAGES:
         found = set(re.findall(r"(?<![\w-])(--[a-zA-Z]\w*)", page.read_text()))
         if page.name not in ("hostile_inputs.md", "hostile_data.md"):

@@ -95,13 +95,13 @@ def test_a_run_that_died_is_continued_and_the_table_is_the_same(few, head, tmp_p
     whole, out, calls = tmp_path / "whole.parquet", tmp_path / "out.parquet", []
     score(few, head, whole)
 
-    def dies_at_the_third(dialogues, reward, part=labelling._score):
+    def dies_at_the_third(dialogues, reward, part=labelling.score_part):
         calls.append(dialogues)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return part(dialogues, reward)
 
-    monkeypatch.setattr(labelling, "_score", dies_at_the_third)
+    monkeypatch.setattr(labelling, "score_part", dies_at_the_third)
     score(few, head, out, check=130)
     assert not out.exists() and len(list((tmp_path / "out.parquet.parts").glob("part-*"))) == 2
     refused = score(few, head, out, "--context_turns", 2, check=2).stderr

@@ -162,6 +162,7 @@ def test_kl_is_per_response():
         (dict(processes=3), "which is 2 or more, times the 3 processes"),
         (dict(options=["no_such_option=1"]), "--trl: TRL's RLOOConfig does not take this"),
         (dict(options=["beta"]), "--trl beta: expected name=value, such as use_vllm=true"),
+        (dict(options=["use_vllm=true"]), "--trl: TRL needs a package that is missing: vLLM"),
     ],
 )
 def test_what_trl_does_not_take_is_refused(changes, message, model):
