@@ -49,7 +49,6 @@ from sklearn.model_selection import GroupKFold
 from data_utils import li_targets, reactions_of_sentiments
 from experiments import plots
 from experiments.credit_data import Chat, MeanEncoder, embed, inputs, read_casino, read_dstc9
-from experiments.credit_measures import label_metrics, partial_within
 from geli.nets.batching import shuffled_batches
 from geli.nets.encoder import load_encoder
 from geli.nets.sentiment import lexicon_sentiment
@@ -60,6 +59,7 @@ from geli.run.gradients import decaying_adamw
 from geli.statistics import resample
 from models import DECOMPOSITIONS, RewardHead, RewardHeadConfig, geli_loss, li_loss, predicted_return, sample_turns
 from tools.seeds import interval_over_seeds
+from tools.turn_labels import label_metrics, partial_within
 
 LENGTH, SUBSET, BATCH, LEARNING_RATE = 160, 160, 16, 1e-3  # L and K in turns, chats a step
 RIDGE = 10.0 ** np.arange(-2, 5)  # penalties, of which the error of left-out rows chooses
@@ -70,7 +70,8 @@ TRAINED |= {"GE:hindsight shares": ("LLM", None)}
 TRAINED |= {f"LI:{signal}": (None, signal) for signal in SIGNALS}
 TRAINED |= {f"GELI:{kind}×{signal}": (kind, signal) for kind in ("RRD", "IRCR", "RUDDER") for signal in SIGNALS}
 COLUMNS = {
-    "over_all": "over all", "within": "within", "given_place": "within, given place", "label_auc": "AUC",
+    "label_correlation": "over all", "label_within": "within", "label_given_place": "within, given place",
+    "label_auc": "AUC",
     "return": "ρ return", "next_turn": "next turn, held out",
 }  # fmt: skip
 
@@ -446,7 +447,7 @@ def main(options) -> None:
         chosen = max(trained, key=lambda row: row["next_turn"].value)
         lines.append(
             f"{corpus}, chosen without the labels (the largest {COLUMNS['next_turn']}): {chosen['reward']}, "
-            f"{chosen['reads']}: {chosen['given_place']} within, given place."
+            f"{chosen['reads']}: {chosen['label_given_place']} within, given place."
         )
         rows += found
     table = pd.DataFrame(

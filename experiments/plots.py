@@ -104,14 +104,14 @@ def credit(rows: list[dict], path: Path) -> list[Path]:
     intervals; returns the paths of a PNG and a PDF.
 
     Args:
-        rows: `corpus`, `reward`, `reads`, and the estimate `given_place`.
+        rows: `corpus`, `reward`, `reads`, and the estimate `label_given_place`.
     """
     corpora = list(dict.fromkeys(row["corpus"] for row in rows))
     shown = {corpus: [row for row in rows if row["corpus"] == corpus][::-1] for corpus in corpora}
     longest = max(map(len, shown.values()))
     figure, axes = new_figure(1, len(corpora), 6.2 * len(corpora), 1 + 0.2 * longest)
     for axis, corpus in zip(axes[0], corpora, strict=True):
-        found = [row["given_place"] for row in shown[corpus]]
+        found = [row["label_given_place"] for row in shown[corpus]]
         reads = list(dict.fromkeys(row["reads"] for row in shown[corpus][::-1]))
         names = [f"{row['reward']}{', ' + row['reads'] if row['reads'] else ''}" for row in shown[corpus]]
         colors = dict(zip(reads, (BLUE, GREEN, GRAY, RED), strict=False))

@@ -207,6 +207,7 @@ def compare(evaluation: Evaluation, predictions: dict[str, list[Predictions]]) -
     for name, value in constants.items():
         zeros = np.zeros(len(turns))
         predictions = predictions | {name: [Predictions(zeros, np.full(len(turns.trajectories), value))]}
+    places = np.concatenate([np.arange(len(t.agent_turns)) for t in turns.trajectories])
     weights = resample(data.conversations, evaluation.repetitions, evaluation.seed)
     rows, first = [], {}
     for label, heads in predictions.items():
@@ -215,7 +216,7 @@ def compare(evaluation: Evaluation, predictions: dict[str, list[Predictions]]) -
             if truth is not None:
                 of_head[TRUTH] = spearman(head.rewards, truth, data.of_turn)
             if not np.isnan(evaluation.labels).all():
-                of_head |= label_metrics(evaluation.labels, head.rewards, turns.trajectories, data.of_turn)
+                of_head |= label_metrics(head.rewards, evaluation.labels, places, data.of_turn)
         for name in of_heads[0]:
             measured = _measure([of_head[name] for of_head in of_heads], weights)
             first.setdefault(name, measured)

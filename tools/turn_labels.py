@@ -1,6 +1,5 @@
 """Turn rewards against people's judgements of single turns, which no training has seen."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -53,52 +52,48 @@ def labels_of(trajectories: list[Trajectory], labels: Labels | None) -> np.ndarr
     return np.array([np.nan if label is None else label for label in found], dtype=np.float64)
 
 
-def label_metrics(
-    labels: np.ndarray, rewards: np.ndarray, trajectories: list[Trajectory], conversation: np.ndarray
-) -> Mapping[str, Metric]:
-    """The metrics of turn rewards by their names in `LABEL_COLUMNS`, of the turns that have a label.
+def centred(values: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """Values (k,) less the mean of their conversation `of` (k,); rounded, so that equal values stay equal."""
+    means = np.bincount(of, values) / np.maximum(np.bincount(of), 1)
+    return np.round(values - means[of], 9)
 
-    - `label_correlation`: Spearman's, over all turns. `label_auc`: how often a turn of the highest label has a higher
-      reward than one of the lowest.
-    - `label_within`: the correlation of ranks within trajectories, pooled: which of a conversation's turns are better.
-    - `label_given_place`: its partial correlation, given the turn's place, because people may like later turns less,
-      and a reward that only falls along a conversation then seems to know turns.
+
+def within(rewards: np.ndarray, labels: np.ndarray, of: np.ndarray) -> Metric:
+    """Spearman's rank correlation within conversations: of rewards (k,) and labels (k,), each less the mean of its
+    conversation `of` (k,)."""
+    return spearman(centred(rewards, of), centred(labels, of), of)
+
+
+def partial_within(rewards: np.ndarray, labels: np.ndarray, places: np.ndarray, of: np.ndarray) -> Metric:
+    """`within` given the turn's place (k,): the partial rank correlation, which is about the turn itself, since people
+    label later turns lower and a reward may fall along a conversation. NaN where the place says all."""
+    pairs = (within(rewards, labels, of), within(rewards, places, of), within(labels, places, of))
+
+    def measured(weights: np.ndarray) -> np.ndarray:
+        both, of_rewards, of_labels = (pair(weights) for pair in pairs)
+        left = (1 - of_rewards**2) * (1 - of_labels**2)
+        possible = left > 1e-9
+        return np.where(possible, both - of_rewards * of_labels, np.nan) / np.sqrt(np.where(possible, left, 1))
+
+    return measured
+
+
+def label_metrics(rewards: np.ndarray, labels: np.ndarray, places: np.ndarray, of: np.ndarray) -> dict[str, Metric]:
+    """The metrics in `LABEL_COLUMNS` of the rewards (k,) of turns, as `geli.report.metrics` has them.
 
     Args:
-        labels: (N,) NaN where there is none. rewards: (N,). trajectories: with N turns in all. conversation: (N,) of
-            each turn, as an index into the weights of a `Metric`.
+        labels: (k,) of people, NaN where there is none. places: (k,) of the turns in their conversations. of: (k,)
+            conversation of each, as an index into the weights of a `Metric`.
+
+    Returns:
+        `label_correlation`: Spearman's over all turns with a label; `label_within`: `within`; `label_given_place`:
+        `partial_within`; `label_auc`: how often a turn with the highest label has more reward than one with the lowest.
     """
-    lengths = [len(t.agent_turns) for t in trajectories]
-    known = ~np.isnan(labels)
-    table = pd.DataFrame({
-        "label": labels, "reward": np.asarray(rewards, dtype=np.float64),
-        "place": np.concatenate([np.arange(n) for n in lengths]) if lengths else [],
-    })[known]  # fmt: skip
-    labels, rewards, of = table["label"].to_numpy(), table["reward"].to_numpy(), conversation[known]
-    ranks = table.groupby(np.repeat(np.arange(len(lengths)), lengths)[known]).rank(pct=True)
-    ranks -= ranks.groupby(np.repeat(np.arange(len(lengths)), lengths)[known]).transform("mean")
-    extreme = (labels == labels.max(initial=-np.inf)) | (labels == labels.min(initial=np.inf))
-
-    def correlation(a: str, b: str) -> Metric:
-        products = [ranks[a] * ranks[b], ranks[a] ** 2, ranks[b] ** 2]
-
-        def measure(weights: np.ndarray) -> np.ndarray:
-            ab, aa, bb = (weights @ np.bincount(of, p, weights.shape[1]) for p in products)
-            return np.divide(ab, np.sqrt(aa * bb), out=np.full(len(ab), np.nan), where=aa * bb > 1e-12)
-
-        return measure
-
-    within, of_reward, of_label = (correlation(*pair) for pair in (("label", "reward"), ("reward", "place"),
-                                                                   ("label", "place")))  # fmt: skip
-
-    def given_place(weights: np.ndarray) -> np.ndarray:
-        r, x, y = within(weights), of_reward(weights), of_label(weights)
-        rest = (1 - x**2) * (1 - y**2)
-        return np.divide(r - x * y, np.sqrt(rest), out=np.full(len(r), np.nan), where=rest > 1e-12)
-
+    rewards, labels, places, of = (values[~np.isnan(labels)] for values in (rewards, labels, places, of))
+    ends = (labels == labels.min(initial=np.inf)) | (labels == labels.max(initial=-np.inf))
     return {
         "label_correlation": spearman(rewards, labels, of),
-        "label_within": within,
-        "label_given_place": given_place,
-        "label_auc": roc_auc(labels[extreme] == labels.max(initial=-np.inf), rewards[extreme], of[extreme]),
+        "label_within": within(rewards, labels, of),
+        "label_given_place": partial_within(rewards, labels, places, of),
+        "label_auc": roc_auc(labels[ends] == labels.max(initial=-np.inf), rewards[ends], of[ends]),
     }

@@ -7,68 +7,52 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from scipy.stats import rankdata, spearmanr
-from sklearn.metrics import roc_auc_score
 from turn_sets import trajectory
 
 from geli.run.errors import UserError
-from tools.turn_labels import label_metrics, labels_of, read_labels
+from tools.turn_labels import centred, label_metrics, labels_of, partial_within, read_labels, within
+
+ONES = np.ones((1, 2))
+OF = np.array([0, 0, 0, 1, 1, 1])  # two conversations of three turns
+PLACES = np.array([0, 1, 2, 0, 1, 2])
 
 
-def measured(labels, rewards, lengths):
-    """The metrics of some conversations' turns."""
-    trajectories = [trajectory(str(i), 50.0, ["neutral"] * n) for i, n in enumerate(lengths)]
-    of = np.repeat(np.arange(len(lengths)), lengths)
-    found = label_metrics(np.array(labels, dtype=float), np.array(rewards), trajectories, of)
-    return {name: metric(np.ones((1, len(lengths))))[0] for name, metric in found.items()}
+def test_a_small_case_by_hand():
+    # The labels fall along both conversations; the second one's are higher as a whole, and so are its rewards.
+    labels = np.array([1.0, 1, 0, 2, 2, 1])
+    rewards = np.array([2.0, 3, 1, 12, 13, 11])
+    found = {name: metric(ONES)[0] for name, metric in label_metrics(rewards, labels, PLACES, OF).items()}
+    # within: rewards 0, 1, -1 and labels 1/3, 1/3, -2/3, twice; ranks 3.5, 5.5, 1.5 and 4.5, 4.5, 1.5
+    assert found["label_within"] == pytest.approx(3 / np.sqrt(12))
+    # place: ranks 1.5, 3.5, 5.5; with rewards -0.5, with labels -3/sqrt(12); partial (0.866 - 0.433) / (0.866 * 0.5)
+    assert found["label_given_place"] == pytest.approx(1)
+    assert found["label_auc"] == 1  # 12 and 13 against 1
+    assert found["label_correlation"] == pytest.approx(spearmanr(rewards, labels).statistic)
+    unknown = np.array([3, np.nan]), np.append(labels, [np.nan] * 2), np.append(PLACES, [3, 3]), np.append(OF, [1, 0])
+    more = label_metrics(np.append(rewards, unknown[0]), *unknown[1:])
+    assert {name: metric(ONES)[0] for name, metric in more.items()} == found
 
 
-def test_by_hand():
-    # two conversations: the first one's labels and rewards have one order, the second one's the opposite one
-    found = measured([0, 1, 2, 2, 0], [0.1, 0.2, 0.3, -1.0, -0.5], [3, 2])
-    # ranks/n in the middle: ±1/3 and 0, ±1/4: (2/9 - 1/8) / (2/9 + 1/8)
-    assert found["label_within"] == pytest.approx((2 / 9 - 1 / 8) / (2 / 9 + 1 / 8))
-    assert found["label_auc"] == pytest.approx(2 / 4)  # of 2 (0.3, -1) against 0 (0.1, -0.5): 0.3 beats both
-    assert found["label_correlation"] == pytest.approx(
-        spearmanr([0, 1, 2, 2, 0], [0.1, 0.2, 0.3, -1.0, -0.5]).statistic
-    )
-
-
-def test_what_only_follows_the_place_or_the_conversation_has_no_credit():
+def test_what_is_of_the_whole_conversation_or_of_the_place_is_no_credit():
     rng = np.random.default_rng(0)
-    place = np.tile(np.arange(10.0), 200)
-    labels = rng.random(2000) - 0.1 * place
-    found = measured(labels, -0.1 * place + 0.4 * rng.random(2000), [10] * 200)
-    assert found["label_within"] > 0.5 and abs(found["label_given_place"]) < 0.08
-    of_conversation = np.repeat(rng.random(200), 10)
-    found = measured(labels + of_conversation, of_conversation, [10] * 200)
-    assert found["label_correlation"] > 0.3 and np.isnan(found["label_within"])
-    assert np.isnan(measured(labels, place, [10] * 200)["label_given_place"])
+    of, places = np.repeat(np.arange(50), 8), np.tile(np.arange(8), 50)
+    labels, weights = rng.normal(size=400) - places, np.ones((1, 50))
+    falls = 100 * rng.normal(size=50)[of] - places + 0.01 * rng.normal(size=400)
+    assert within(falls, labels, of)(weights)[0] > 0.8
+    assert abs(partial_within(falls, labels, places, of)(weights)[0]) < 0.15
+    assert np.isnan(partial_within(-2.0 * places, labels, places, of)(weights)[0])
+    assert np.isnan(within(np.repeat(rng.normal(size=50), 8), labels, of)(weights)[0])
 
 
-def test_against_scipy_and_scikit_learn_and_resamples_count_conversations():
+def test_the_partial_correlation_is_that_of_the_residuals_of_ranks():
     rng = np.random.default_rng(1)
-    lengths = [4, 7, 1, 5]
-    labels, rewards = rng.integers(0, 3, 17).astype(float), rng.random(17)
-    labels[[2, 9]] = np.nan
-    known, of = ~np.isnan(labels), np.repeat(np.arange(4), lengths)
-    found = measured(labels, rewards, lengths)
-    place = np.concatenate([np.arange(n) for n in lengths])
-    parts = [known & (of == i) for i in range(4)]
-    x, y, z = (
-        np.concatenate([rankdata(v[p]) / p.sum() - np.mean(rankdata(v[p]) / p.sum()) for p in parts])
-        for v in (labels, rewards, place)
-    )
-    residuals = [v - z * (v @ z) / (z @ z) for v in (x, y)]
-    assert found["label_within"] == pytest.approx(np.corrcoef(x, y)[0, 1])
-    assert found["label_given_place"] == pytest.approx(np.corrcoef(*residuals)[0, 1])
-    extreme = known & (labels != 1)
-    assert found["label_auc"] == pytest.approx(roc_auc_score(labels[extreme] == 2, rewards[extreme]))
-    trajectories = [trajectory(str(i), 50.0, ["neutral"] * n) for i, n in enumerate(lengths)]
-    twice = label_metrics(labels, rewards, trajectories, of)["label_within"](np.array([[1, 2, 0, 1]]))
-    again = np.concatenate([np.flatnonzero(p) for p in (parts[0], parts[1], parts[1], parts[3])])
-    order = {place: i for i, place in enumerate(np.flatnonzero(known))}
-    rows = [order[i] for i in again]
-    assert twice[0] == pytest.approx((x[rows] @ y[rows]) / np.sqrt((x[rows] @ x[rows]) * (y[rows] @ y[rows])))
+    of, places = np.repeat(np.arange(30), 6), np.tile(np.arange(6.0), 30)
+    labels = rng.integers(3, size=180).astype(float)
+    rewards = labels + rng.normal(size=180) + places
+    x, y, z = (rankdata(centred(values, of)) for values in (rewards, labels, places))
+    left = [values - np.polyval(np.polyfit(z, values, 1), z) for values in (x, y)]
+    expected = np.corrcoef(*left)[0, 1]
+    assert partial_within(rewards, labels, places, of)(np.ones((1, 30)))[0] == pytest.approx(expected)
 
 
 def test_labels_are_read_from_a_table_or_chats(tmp_path):
