@@ -23,8 +23,8 @@ def parse_options(argv: Sequence[str] | None = None):
     """The options on the command line."""
     parser = new_parser("Compare turn rewards learned from one score with people's labels of single turns.")
     parser.add_argument("out", type=Path, help="folder of everything; what is finished there is not run again")
-    parser.add_argument("--dstc9", type=Path, help="chats.jsonl: rated chats, some with ratings of single turns")
-    parser.add_argument("--casino", type=Path, help="folder with CaSiNo's JSON files, some annotated by strategy")
+    parser.add_argument("--dstc9", type=Path, help="chats.jsonl: some with ratings of turns (default: none)")
+    parser.add_argument("--casino", type=Path, help="folder with CaSiNo's JSON, annotated by strategy (default: none)")
     parser.add_argument("--encoder", required=True, help="folder of a sentence encoder with [CLS] and [SEP]")
     parser.add_argument("--contexts", type=int, nargs="+", default=[0, 1], help="turns before a response that are read")
     parser.add_argument("--seeds", type=seed, nargs="+", default=[0, 1, 2], help="seeds of training")

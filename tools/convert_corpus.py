@@ -23,7 +23,9 @@ def main() -> None:
     parser.add_argument(
         "out", help="folder to write one folder a conversation to, or a .jsonl file of rated chats (becomes --data_dir)"
     )
-    parser.add_argument("--rating_range", nargs=2, type=float, metavar=("LO", "HI"), help="of rated-chats")
+    parser.add_argument(
+        "--rating_range", nargs=2, type=float, metavar=("LO", "HI"), help="of rated-chats (default: as the file states)"
+    )
     args = parser.parse_args()
     if args.rating_range and args.corpus != "rated-chats":
         parser.error("--rating_range is for rated-chats")

@@ -27,7 +27,7 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("heads", nargs="+", metavar="[LABEL=]HEAD[,HEAD…]", help="heads; after a comma, other seeds")
     parser.add_argument("--data_dir", default="./candor", help="folder with one folder a conversation, or rated chats")
     parser.add_argument(
-        "--rating_range", nargs=2, type=float, metavar=("LO", "HI"), help="of rated chats, as in training"
+        "--rating_range", nargs=2, type=float, metavar=("LO", "HI"), help="of rated chats (default: as the file states)"
     )
     parser.add_argument(
         "--output_dir", default=runs_folder(), help="as of the three commands; the tables are written there, too"

@@ -39,7 +39,7 @@ def parse_options(argv: Sequence[str] | None = None):
     )
     parser.add_argument("--transcript", default="cliffhanger", choices=TRANSCRIPTS, help="which transcript is read")
     parser.add_argument(
-        "--rating_range", nargs=2, type=float, metavar=("LO", "HI"), help="of rated chats, as in training"
+        "--rating_range", nargs=2, type=float, metavar=("LO", "HI"), help="of rated chats (default: as the file states)"
     )
     parser.add_argument("--train_size", type=positive_int, default=500, help="training conversations, as in stage 2")
     parser.add_argument("--li_text", action="store_true", help="tell the model in words how the listener looks")

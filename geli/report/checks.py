@@ -106,11 +106,11 @@ def is_of_corpus(head_path: Path, data_dir: str) -> bool:
     """Whether a head was trained on conversations of `data_dir`, or has no record that says on which."""
     record, folder = read_json_or_empty(head_path.with_name(head_path.name + ".json")), Path(data_dir)
     trained_on, arguments = record.get("training_conversations"), record.get("arguments")
-    if not (isinstance(trained_on, list) and trained_on and folder.exists()):
-        return True
-    if isinstance(arguments, dict) and not (folder.is_dir() and any(folder.glob("*/"))):  # of chats, by the file's name
+    if isinstance(trained_on, list) and trained_on and any(folder.glob("*/")):
+        return any((folder / str(name)).is_dir() for name in trained_on)
+    if isinstance(arguments, dict) and (folder.is_file() or any(folder.glob("*.jsonl*"))):  # chats
         return Path(str(arguments.get("data_dir"))).name == folder.name
-    return any((folder / str(name)).is_dir() for name in trained_on)
+    return True
 
 
 def warn_of_other_corpus(head_path: Path, data_dir: str) -> None:

@@ -47,6 +47,23 @@ def test_thumbs_and_ratings_are_learned_from_and_what_is_dropped_is_named(runs, 
     assert table["target"].isna().any() and table["target"].notna().any() and table["affect"].isna().all()
 
 
+def test_no_thumb_can_count_as_neutral(file):
+    words = [
+        "--data_dir",
+        str(file),
+        "--rating_range",
+        "1",
+        "5",
+        "--li_signal",
+        "reaction",
+        "--unknown_reaction",
+        "neutral",
+    ]
+    options = train_reward_LI_only.parse_options(words)
+    _, training, _ = load_turns(options.data, options.signal, cache=None, validate=True)
+    assert not np.isnan(training.targets).any() and (training.targets[~training.known] == 0).all()
+
+
 def test_stage_1_learns_from_the_turns_with_a_thumb_alone(file):
     _, training, _ = load_turns(
         DataOptions(str(file), (1, 5), context_turns=2), SignalOptions("reaction"), cache=None, validate=True

@@ -487,7 +487,7 @@ def test_a_class_that_the_survey_lacks_is_an_error_that_lists_those_present(stag
         survey = pd.read_csv(tmp_path / folder.name / "survey.csv")
         survey[["user_id", "overall_affect", "i_like_you"]].to_csv(tmp_path / folder.name / "survey.csv", index=False)
     message = stages.li("--reward_class", "you_are_warm", "--data_dir", tmp_path, check=2).stderr
-    assert "has that column; present: i_like_you, overall_affect" in message
+    assert "has it; present: i_like_you, overall_affect" in message
 
 
 def test_a_saved_head_is_not_measured_against_another_question(stages):
