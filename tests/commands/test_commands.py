@@ -201,6 +201,7 @@ def test_the_same_command_gives_the_same_bytes_whatever_the_order_of_folders(tra
         assert record_of(out, first)["metrics"] == record_of(tmp_path, second)["metrics"]
 
 
+@pytest.mark.slow
 def test_a_second_run_of_stage_3_repeats_the_first_and_moves_its_outputs_aside(trained, sample, tiny, no_wandb):
     out, _ = trained
     weights, aside = out / "rlmf_weights", out / "rlmf_weights" / "GELI_llama.earlier-1"

@@ -130,6 +130,7 @@ def test_a_head_of_another_kind_than_stage_1s_is_refused(stages):
     assert "its head is of the kind small_model_shrink, the options ask for default" in result.stderr
 
 
+@pytest.mark.slow
 def test_contrastive_changes_training(stages):
     stages.li("--run_name", "li-contra", "--contrastive")
     assert "contra_True" in stages.path("li-contra").parent.name
@@ -197,6 +198,7 @@ def test_unfreeze_names_stage_1s_folder_as_published(stages):
     assert stages.config("after-thawed").li
 
 
+@pytest.mark.slow
 def test_loss_scale_lambda_and_ep_len_change_what_is_learned(stages):
     runs = {
         "normalized": ("--loss_scale", "normalized"),
@@ -248,6 +250,7 @@ def test_the_geli_loss_of_a_trajectory_by_hand(redist_type, normalized):
     assert loss.item() == pytest.approx(0.25 * decomposed / scales[0] + 0.75 * 0.40625 / scales[1])
 
 
+@pytest.mark.slow
 def test_bar_chart_logs_rewards_by_turn_without_text_or_ids(stages, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     stages.geli("--train", "--val", "--bar_chart", "--epochs", 1, "--run_name", "bars")

@@ -717,6 +717,7 @@ def own(kit, tmp_path, monkeypatch):
 QUICK = ("--train_size", 4, "--epochs", 1, "--context_turns", 2, "--small_model_shrink", "--train")
 
 
+@pytest.mark.slow
 def test_code_of_a_models_own_runs_when_trusted_and_only_then_in_stages_1_and_2(own, kit, tmp_path):
     path = own(kit.bart, "BartModel", "BartConfig", "AutoModel")
     common = ("--data_dir", kit.candor, "--output_dir", tmp_path)
