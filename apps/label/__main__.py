@@ -84,9 +84,11 @@ def main(options) -> None:
     with cluster:
         counts = score_conversations(source, reward, options.out, settings, score_parts)
     report_dropped(counts)
+    config, mean = reward.head.config, counts.reward / max(counts.scored, 1)
+    predicts = config.redist_type and config.ep_len != "actual"
     row = {
         "conversations": counts.conversations, "turns": counts.turns, "scored": counts.scored,
-        "mean reward": counts.reward / max(counts.scored, 1),
+        "mean reward": mean, "as a rating (points)": config.ep_len * mean if predicts else None,
         "turns/s": counts.scored_now / counts.seconds if counts.seconds else None,
     }  # fmt: skip
     print(format_table([row], f"Turn rewards by {reward.name}"))

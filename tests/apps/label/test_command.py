@@ -69,6 +69,8 @@ def test_both_peoples_turns_get_the_rewards_of_stage_2(few, head, tmp_path):
         assert rewards == pytest.approx(expected[turns.turns_of(i)], abs=1e-6)
     assert table["conversation_id"].drop_duplicates().is_monotonic_increasing
     assert "Dropped 1 conversations: transcript_cliffhanger.csv" in printed and "broken: " in printed
+    *_, mean, points, _speed = printed.splitlines()[-3].split()
+    assert float(points) == pytest.approx(160 * float(mean), rel=1e-2)
 
 
 def test_the_assistants_messages_of_chats_get_rewards(head, tmp_path):
