@@ -45,9 +45,9 @@ def run_job(script: str, arguments: list, environment: dict | None = None, dies_
     def log(self, values: dict, step: int) -> None:
         seen["logged"].append({"step": step} | {name: float(x) for name, x in values.items() if isinstance(x, float)})
 
-    def start(*arguments, start=tracking._init):
+    def start(self, *arguments, start=tracking.Tracker._start) -> None:
         seen["wandb_runs"] += 1
-        return start(*arguments)
+        start(self, *arguments)
 
     def done(self, step: int, save: bool = False, done=Checkpointer.done) -> None:
         if step == dies_after and self.accelerator.process_index == 1:
@@ -60,7 +60,7 @@ def run_job(script: str, arguments: list, environment: dict | None = None, dies_
         for name, value in {"WANDB_MODE": "disabled", **(environment or {})}.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         patch.setattr(plots, "save", save_pixel)
-        patch.setattr(tracking, "_init", start)
+        patch.setattr(tracking.Tracker, "_start", start)
         patch.setattr(tracking.Tracker, "log", log)
         patch.setattr(Checkpointer, "done", done)
         module = importlib.import_module(Path(script).stem)
