@@ -119,6 +119,7 @@ def test_the_reference_is_the_saved_model_and_the_adapter_loads_by_plain_peft(al
         assert found[when]["response_words"] == trained[when]["response_words"]
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_bytes_and_another_seed_others(stage_3, tmp_path):
     for run, seed in (("a", 0), ("b", 0), ("c", 1)):
         stage_3(*WARM, "--seed", seed, out=tmp_path / run)
@@ -127,6 +128,7 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(stage_3, tmp_path):
         assert first == same != other, name
 
 
+@pytest.mark.slow
 def test_an_earlier_runs_adapters_keep_the_model_that_they_belong_to(stage_3, tmp_path):
     weights = tmp_path / "rlmf_weights"
     stage_3(*WARM)

@@ -313,6 +313,7 @@ def test_k_is_how_many_turns_rrd_draws(stages):
     assert torch.equal(stages.weights("k99"), stages.weights("ge"))  # 160 and 99 are both more than there are
 
 
+@pytest.mark.slow
 def test_sentiment_targets_are_those_of_the_users_next_turn(stages, sample):
     stages.li("--run_name", "said", "--val", "--li_signal", "sentiment", "--negative_affect", "negative")
     table = stages.table("said")
@@ -330,6 +331,7 @@ def test_sentiment_targets_are_those_of_the_users_next_turn(stages, sample):
     assert stages.config("geli-said").li_signal == "sentiment"  # stage 2 follows its stage-1 run
 
 
+@pytest.mark.slow
 def test_sentiment_can_come_from_a_classifier(stages, sample, tiny, tmp_path):
     labels = {0: "NEGATIVE", 1: "neutral", 2: "POSITIVE"}
     for name, id2label in (("good", labels), ("stars", {0: "1 star", 1: "2 stars", 2: "3 stars"})):

@@ -293,6 +293,7 @@ def test_a_restored_state_goes_on_alike(model):
 # Learning
 
 
+@pytest.mark.slow
 def test_it_reaches_90_percent_of_a_known_optimum_with_bounded_kl(model):
     rows = run_ppo(model, seed=0, steps=90, until=0.9, learning_rate=1e-2)
     assert reached(rows, 0.9)
