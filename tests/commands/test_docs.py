@@ -150,9 +150,7 @@ for code in json.loads(sys.argv[2]):
 """
 # what stands in the README's examples -> what the commands of this test write
 TRAINED = {
-    "visual_feedback_baselines_convo_overall_affect_baseline_RRD_K_160/reward1_RUN": (
-        "out/visual_feedback_baselines_bart_partner_listened_baseline_HUBER_K_160/reward1_geli"
-    ),
+    'load("geli")': 'load("out/visual_feedback_baselines_bart_partner_listened_baseline_HUBER_K_160/reward1_geli")',
 }
 
 

@@ -239,7 +239,7 @@ def test_models_and_reports_are_as_the_umask_says_and_text_is_for_its_owner(stag
     assert [path.stat().st_mode & 0o777 for path in private] == [0o600, 0o600]
 
 
-def test_an_adapters_readme_is_a_model_card(stage_3, common, tiny):
+def test_an_adapters_readme_is_a_model_card(stage_3, common, tiny, monkeypatch):
     stage_3("--train", "--val", "--steps", 2, "--save_steps", 1, "--reward", "random", "--exp_name", "card")
     first, last = ((common[-1] / "rlmf_weights" / f"card_llama_{n}" / "README.md").read_text() for n in (1, 2))
     record = json.loads((common[-1] / "rlmf_weights" / "card_llama.json").read_text())
@@ -249,9 +249,9 @@ def test_an_adapters_readme_is_a_model_card(stage_3, common, tiny):
             assert row in card, row
         assert "PeftModel.from_pretrained(" in card and "CANDOR's terms" in card and "--output_dir" not in card
     assert "| score_mean, step 1 of training | " in first and f"| verdict | {record['verdict']} |" in last
-    code = re.search(r"```python\n(.*?)```", last, re.DOTALL)[1].replace('"card_', f'"{common[-1]}/rlmf_weights/card_')
+    monkeypatch.chdir(common[-1])
     found: dict = {}
-    exec(code, found)
+    exec(re.search(r"```python\n(.*?)```", last, re.DOTALL)[1], found)
     weights = load_file(common[-1] / "rlmf_weights" / "card_llama_2" / "adapter_model.safetensors")
     assert len(weights) and found["policy"].peft_config["default"].r == 16
 
