@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from geli.nets.batching import token_batches
+from geli.nets.batching import CPU_TOKENS, token_batches
 from geli.nets.options import EncoderOptions
 from geli.nets.pretrained import check_vocabulary, load_adapter, load_pretrained, named_by_file, recorded_base
 from geli.run.console import is_main_process, progress_bar
@@ -72,18 +72,19 @@ class TurnEncoder(nn.Module):
         self._compiled = torch.compile(self.encoder, dynamic=True)
 
     def token_budget(self, gradients: bool = False) -> int:
-        """Padded tokens to encode at once: `tokens_per_batch`, or what fits into a part of the memory that the machine,
-        or the container, has. It does not depend on what else is in memory, so that results do not either, and has an
-        upper limit above which larger batches are no faster."""
+        """Padded tokens to encode at once: `tokens_per_batch`, or what a CPU reads fastest, or what fits into a part of
+        the memory that the machine, or the container, has. It does not depend on what else is in memory, so that
+        results do not either, and has an upper limit above which larger batches are no faster."""
         if self.tokens_per_batch:
             return self.tokens_per_batch
+        if self.device.type == "cpu" and not gradients:
+            return CPU_TOKENS
         layer = 4 * 24 * self.hidden_size  # bytes a token: one layer's activations, with a feed-forward 4 times as wide
         layers = getattr(self.model.config, "num_hidden_layers", 12) if gradients else 1
         if self.device.type == "cuda":
             memory, limit = 0.4 * torch.cuda.get_device_properties(self.device).total_memory, 1 << 18
         else:
-            memory = 0.25 * available_memory()
-            limit = 1 << (15 if gradients else 13)
+            memory, limit = 0.25 * available_memory(), 1 << 15
         return max(min(int(memory / layer / layers), limit), self.max_length)
 
     @property

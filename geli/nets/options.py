@@ -56,7 +56,7 @@ class EncoderOptions:
     )
     max_length: int = option(1024, "encoder tokens; less if the encoder's limit is lower", type=positive_int)
     tokens_per_batch: int | None = option(
-        None, "padded tokens that the encoder takes at once (default: what fits into memory)", type=positive_int
+        None, "padded tokens that the encoder takes at once (default: by device and memory)", type=positive_int
     )
     compile: bool = option(False, "torch.compile the encoder (slow to start, then faster on a GPU)")
 

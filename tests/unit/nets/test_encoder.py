@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geli.heads import encoder_of_head, encoder_reference, load_encoder_of_head
-from geli.nets.batching import shuffled_batches, token_batches
+from geli.nets.batching import CPU_TOKENS, shuffled_batches, token_batches
 from geli.nets.encoder import TurnEncoder, load_encoder, place_encoder
 from geli.nets.options import EncoderOptions
 from geli.run.errors import UserError
@@ -260,6 +260,9 @@ def test_tokens_per_batch_bounds_each_forward_pass(tiny, monkeypatch):
     seen.clear()
     encoder.tokens_per_batch = None
     encoder.encode(pairs)
+    assert len(seen) == 3 and max(seen) <= CPU_TOKENS
+    seen.clear()
+    encoder.encode_with_gradients(pairs)
     assert len(seen) == 1
 
 

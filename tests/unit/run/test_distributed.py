@@ -5,6 +5,7 @@ import math
 import pytest
 
 from geli.nets import encoder
+from geli.nets.batching import CPU_TOKENS
 from geli.nets.encoder import load_encoder
 from geli.run.distributed import available_memory, container_memory
 
@@ -37,6 +38,7 @@ def test_the_limit_bounds_what_an_encoder_takes_at_once(tiny, monkeypatch):
     model = load_encoder(str(tiny / "bart"))
     monkeypatch.setattr("geli.run.distributed.container_memory", lambda: 64 * model.hidden_size * 1024)
     assert available_memory() == 64 * model.hidden_size * 1024
-    assert model.token_budget() == max(model.max_length, 64 * 1024 // 4 // 96) < 1 << 13
+    layers = model.model.config.num_hidden_layers
+    assert model.token_budget(gradients=True) == max(model.max_length, 64 * 1024 // 4 // 96 // layers) < CPU_TOKENS
     monkeypatch.setattr(encoder, "available_memory", lambda: 1 << 50)
-    assert model.token_budget() == 1 << 13
+    assert model.token_budget(gradients=True) == 1 << 15 and model.token_budget() == CPU_TOKENS
