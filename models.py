@@ -247,6 +247,13 @@ class RewardTrainingOptions:
         False, "with --val: on every conversation behind the training ones, not only on the last 50 (or tenth)"
     )
     epochs: int = option(8, "passes over the training conversations", type=positive_int)
+    patience: int | None = option(
+        None,
+        "with --val: end training after so many validations in a row without a better one (default: after --epochs); "
+        "stage 1 then validates after every epoch too, if that is less than 500 steps",
+        type=positive_int,
+        metavar="N",
+    )
     learning_rate: float = option(5e-6, "peak learning rate", type=positive_float)
     ep_len: int | str = option(160, "L of the return, in turns, or 'actual' for each one's own", type=episode_length)
     contrastive: bool = option(False, "every second epoch add a supervised contrastive loss by affect")
@@ -266,7 +273,7 @@ def refuse_unused(refuse: Callable[[str, str], None], training: RewardTrainingOp
         refuse: (names of options, why) ends the program if one of them was given.
     """
     if not training.val:
-        refuse("val_all bar_chart log_text", "nothing is validated: give --val")
+        refuse("val_all bar_chart log_text patience", "nothing is validated: give --val")
     if training.epochs == 1:
         refuse("contrastive", "changes every second epoch, and there is one: give --epochs 2 or more")
     if signal.li_signal and not LI_SIGNALS[signal.li_signal].uses_model:

@@ -113,7 +113,7 @@ _HEAD_SWITCHES = " ".join(name for name, head in HEADS.items() if head.selectabl
 # options that only training reads
 _OF_TRAINING = (
     "affect_path batch_size contrastive curriculum curriculum_exposure decorrelate encoder_learning_rate epochs "
-    f"ge_weight heads K learning_rate llm_shares loss_scale preset redist_type resume save_steps unfreeze "
+    f"ge_weight heads K learning_rate llm_shares loss_scale patience preset redist_type resume save_steps unfreeze "
     f"{_HEAD_SWITCHES}"
 )
 
@@ -138,7 +138,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         )
         unused(of_li, "only LI uses it: give --affect_path")
     if not training.unfreeze:
-        unused("encoder_learning_rate", "the encoder is not trained: give --unfreeze")
+        unused("encoder_learning_rate freeze_layers", "the encoder is not trained: give --unfreeze")
     else:
         unused("heads", "an ensemble shares a frozen encoder: leave out --unfreeze")
     if decomposition.head:
@@ -458,7 +458,8 @@ class GELITraining(Stage):
         seed: of the orders of conversations and of subsets. save: called when the head is the best so far.
 
     Attributes:
-        steps: optimizer steps. best: {"best_epoch", "best_ge_loss", "steps"}.
+        steps: optimizer steps, if `--patience` does not end training.
+        best: {"best_epoch", "best_ge_loss", "steps"}, the last being the steps that were done or are to be done.
     """
 
     def __init__(
@@ -589,17 +590,24 @@ class GELITraining(Stage):
         """At the end of an epoch validates, and saves the head if it is the best (without validation: always)."""
         if step % self.epoch_steps:
             return False
-        ge_loss = None
+        epoch, ge_loss = step // self.epoch_steps, None
         if self.validation is not None:
             features = self.features.held_out(self.validation.texts)
             metrics, *_ = measure(self.head, features, self.validation, self.options.ep_len)
             logged |= wandb_validation(metrics)
             ge_loss, best = metrics["ge_loss"], self.best["best_ge_loss"]
             if best is not None and ge_loss >= best:
+                if self.options.patience and epoch - self.best["best_epoch"] >= self.options.patience:
+                    self.best["steps"] = step
                 return False
-        self.best |= {"best_epoch": step // self.epoch_steps, "best_ge_loss": ge_loss}
+        self.best |= {"best_epoch": epoch, "best_ge_loss": ge_loss}
         self.save()
         return True
+
+    @property
+    def finished(self) -> bool:
+        """Whether training has ended early, by `--patience`."""
+        return self.best["steps"] < self.steps
 
     def batch_ids(self) -> list[str]:
         """Names of the trajectories in the last batch."""

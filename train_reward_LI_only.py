@@ -181,7 +181,8 @@ class LITraining(Stage):
         save: called when encoder and head are the best so far.
 
     Attributes:
-        steps: optimizer steps. best: {"best_step", "best_li_loss", "steps"}.
+        steps: optimizer steps, if `--patience` does not end training.
+        best: {"best_step", "best_li_loss", "steps"}, the last being the steps that were done or are to be done.
     """
 
     def __init__(
@@ -194,6 +195,8 @@ class LITraining(Stage):
         self.shows_rating = options.curriculum or options.curriculum_exposure
         self.pairs = encoder.tokenize(training.texts)
         self.rated_pairs = encoder.tokenize(training.rated_texts()) if self.shows_rating else self.pairs
+        if options.epochs > 1:
+            encoder.remember([*self.pairs, *self.rated_pairs], accelerator.autocast)
         lengths = np.array([len(pair.ids) for pair in self.pairs])
         known = np.flatnonzero(~np.isnan(training.targets))  # the others have nothing to learn from
         self.batches = [
@@ -202,6 +205,7 @@ class LITraining(Stage):
             for batch in shuffled_batches(lengths[known], options.batch_size, self.rng)
         ]
         self.steps = len(self.batches)
+        self.every = min(VALIDATE_EVERY, self.steps // options.epochs) if options.patience else VALIDATE_EVERY
         n_turns = np.diff(training.offsets)  # the score and the length that belong to each turn, for the logged GE loss
         self.scores = np.repeat(training.scores, n_turns)
         self.lengths = np.repeat([length_of(options.ep_len, n) for n in n_turns], n_turns)
@@ -260,19 +264,26 @@ class LITraining(Stage):
         ]
 
     def after_step(self, step: int, logged: dict[str, float]) -> bool:
-        """Validates every `VALIDATE_EVERY` steps and at the end, and saves the best step (else the last)."""
+        """Validates every so many steps and at the end, and saves the best step (else the last)."""
         last = step == self.steps
-        if self.validation is not None and (step % VALIDATE_EVERY == 0 or last):
+        if self.validation is not None and (step % self.every == 0 or last):
             features = encode_together(self.encoder, self.chosen_pairs, self.accelerator)
             metrics, *_ = measure(self.head, features, self.validation, self.options.ep_len, self.chosen)
             logged |= wandb_validation(metrics)
             if self.best["best_li_loss"] is None or metrics["li_loss"] < self.best["best_li_loss"]:
                 self.best |= {"best_step": step, "best_li_loss": metrics["li_loss"]}
+            elif self.options.patience and step - self.best["best_step"] >= self.options.patience * self.every:
+                self.best["steps"] = step
         improved = self.best["best_step"] == step or (last and self.validation is None)
         if improved:
             self.best["best_step"] = step
             self.save()
         return improved
+
+    @property
+    def finished(self) -> bool:
+        """Whether training has ended early, by `--patience`."""
+        return self.best["steps"] < self.steps
 
     def batch_ids(self) -> list[str]:
         """Names of the turns in the last batch."""

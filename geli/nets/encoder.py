@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from geli.nets.batching import CPU_TOKENS, token_batches
 from geli.nets.options import EncoderOptions
 from geli.nets.pretrained import check_vocabulary, load_adapter, load_pretrained, named_by_file, recorded_base
+from geli.nets.trunk import Trunk
 from geli.run.console import is_main_process, progress_bar
 from geli.run.distributed import available_memory, frozen_dtype
 from geli.run.errors import UserError
@@ -29,6 +30,11 @@ class TokenPair(NamedTuple):
 
     ids: np.ndarray
     first_segment: int
+
+    @property
+    def key(self) -> bytes:
+        """Bytes that identify it."""
+        return self.ids.tobytes() + self.first_segment.to_bytes(4, "little")
 
 
 class TurnEncoder(nn.Module):
@@ -66,6 +72,48 @@ class TurnEncoder(nn.Module):
         self.tokens_per_batch: int | None = None
         self.is_sharded, self.largest = False, int
         self._compiled: Callable | None = None
+        self._trunk: Trunk | None = None
+        self._below: dict[bytes, torch.Tensor] = {}  # pair -> (tokens, hidden) states of the trunk
+
+    def freeze_layers(self, n: int) -> None:
+        """Trains only the layers above the lowest `n` from now on; what is below computes without dropout.
+
+        Raises:
+            UserError: if no layer is left to train, or the model has another shape (see `Trunk`).
+        """
+        try:
+            if hasattr(self.model, "peft_config"):
+                raise ValueError("its adapter is in all layers")
+            self._trunk = Trunk(self.encoder, getattr(self.encoder.config, "num_hidden_layers", 0) - n)
+        except ValueError as error:
+            raise UserError(f"--freeze_layers {n}: {self.name} has no frozen layers: {error}") from None
+        self.model.requires_grad_(False)
+        self._trunk.layers.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> "TurnEncoder":
+        """As of any module; frozen layers stay in eval mode."""
+        super().train(mode and self._trunk is None)
+        if self._trunk:
+            self._trunk.layers.train(mode)
+        return self
+
+    def remember(self, pairs: Sequence[TokenPair], autocast=nullcontext) -> None:
+        """Computes the frozen layers' states of n pairs once, for all later passes. Without frozen layers, or if the
+        states do not fit into a quarter of the memory, does nothing."""
+        missing = list({pair.key: pair for pair in pairs if pair.key not in self._below}.values())
+        lengths = np.array([len(pair.ids) for pair in missing], dtype=int)
+        size = 4 * self.hidden_size * lengths.sum()
+        if self._trunk is None or size > 0.25 * available_memory():
+            if self._trunk:
+                print(f"The frozen layers' states take {size / 2**30:.1f} GiB: they are computed anew in every pass")
+            return
+        with progress_bar(total=len(missing), desc="frozen layers", unit="turn") as bar:
+            for batch in token_batches(lengths, self.token_budget()):
+                with autocast():
+                    states = self._trunk(**self.collate([missing[i] for i in batch])).float().cpu()
+                for i, row in zip(batch, states, strict=True):
+                    self._below[missing[i].key] = row[: lengths[i]].clone()
+                bar.update(len(batch))
 
     def compile(self) -> None:
         """Runs the encoder through `torch.compile` from now on. What is saved stays the same."""
@@ -136,10 +184,12 @@ class TurnEncoder(nn.Module):
             arrays["token_type_ids"] = mask & (columns >= starts[:, None])
         return {name: torch.from_numpy(array.astype(np.int64)).to(self.device) for name, array in arrays.items()}
 
-    def forward(self, input_ids, attention_mask, **segments) -> torch.Tensor:
-        """(n, hidden) representations of right-padded rows (n, longest), each ending with an end token."""
+    def forward(self, input_ids, attention_mask, below=None, **segments) -> torch.Tensor:
+        """(n, hidden) representations of right-padded rows (n, longest), each ending with an end token; from the states
+        (n, longest, hidden) `below` the layers that train, if they are known."""
         run = self.encoder if self._compiled is None else self._compiled  # a compiled module has no truth value
-        hidden = run(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **segments}
+        hidden = run(**inputs).last_hidden_state if below is None else self._trunk.top(below, **inputs)
         last = attention_mask.sum(dim=1) - 1
         return hidden[torch.arange(len(last), device=hidden.device), last]
 
@@ -147,8 +197,12 @@ class TurnEncoder(nn.Module):
         """(n, hidden) float32 of one forward pass; encodes a dummy pair if there are none, because with a sharded model
         every process must take part."""
         dummy = TokenPair(np.array(self._suffix[-1:], dtype=np.int32), 1)
+        below = [self._below.get(pair.key) for pair in pairs] if self._below else [None]
+        known = {}
+        if pairs and not any(states is None for states in below):
+            known["below"] = nn.utils.rnn.pad_sequence(below, batch_first=True).to(self.device)
         with autocast():
-            return self(**self.collate(pairs or [dummy])).float()[: len(pairs)]
+            return self(**self.collate(pairs or [dummy]), **known).float()[: len(pairs)]
 
     def encode_with_gradients(self, pairs: Sequence[TokenPair], autocast=nullcontext, calls: int = 1) -> torch.Tensor:
         """(n, hidden) float32 representations that gradients flow through.
@@ -262,14 +316,19 @@ def place_encoder(
     encoder: TurnEncoder, accelerator: Accelerator, options: EncoderOptions, trains: bool = False
 ) -> TurnEncoder:
     """Moves an encoder to its device, to run as the options say. One that trains is sharded if `accelerate launch` was
-    configured for that; with `--compile` that is a `UserError`."""
+    configured for that; with `--compile` or `--freeze_layers` that is a `UserError`."""
     encoder.tokens_per_batch = options.tokens_per_batch
     if trains:
         shard(encoder, accelerator)
     else:
         encoder.to(accelerator.device)
-    if options.compile and encoder.is_sharded:
-        raise UserError("--compile does not work on a sharded encoder: leave it out, or train whole copies")
+    for option in ("compile", "freeze_layers"):
+        if getattr(options, option) and encoder.is_sharded:
+            raise UserError(f"--{option} does not work on a sharded encoder: leave it out, or train whole copies")
+    if options.freeze_layers and options.compile:
+        raise UserError("--compile is for whole encoders: leave it out, or --freeze_layers")
+    if options.freeze_layers and trains:
+        encoder.freeze_layers(options.freeze_layers)
     if options.compile:
         encoder.compile()
     return encoder

@@ -51,7 +51,7 @@ def encoder_fingerprint(encoder: TurnEncoder, numerics: str) -> str:
 
 def _key(pair: TokenPair) -> bytes:
     """16 bytes that identify a tokenized pair."""
-    return hashlib.blake2b(pair.ids.tobytes() + pair.first_segment.to_bytes(4, "little"), digest_size=16).digest()
+    return hashlib.blake2b(pair.key, digest_size=16).digest()
 
 
 class FeatureCache:
@@ -163,6 +163,8 @@ class TurnFeatures:
         self._pairs = [self.encoder.tokenize(part) for part in (texts, rated_texts) if part is not None]
         if self.frozen:
             self._features = [self._encode(pairs, "training") for pairs in self._pairs]
+        else:
+            self.encoder.remember([pair for pairs in self._pairs for pair in pairs], self.accelerator.autocast)
 
     def training(self, turns: np.ndarray, rated: np.ndarray, calls: int) -> torch.Tensor:
         """(k, hidden) features of training turns, on the CPU.

@@ -58,6 +58,13 @@ class EncoderOptions:
     tokens_per_batch: int | None = option(
         None, "padded tokens that the encoder takes at once (default: by device and memory)", type=positive_int
     )
+    freeze_layers: int = option(
+        0,
+        "when the encoder is trained: leave its embeddings and lowest N layers as they are, and compute their states "
+        "once where they fit into a quarter of the memory",
+        type=non_negative_int,
+        metavar="N",
+    )
     compile: bool = option(False, "torch.compile the encoder (slow to start, then faster on a GPU)")
 
     def source(self) -> tuple[str, str]:

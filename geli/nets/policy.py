@@ -265,7 +265,7 @@ class Policy(nn.Module):
         where all layers are adapted, or the model is sharded."""
         if self._trunk is None or self.is_sharded:
             return None
-        return self._trunk(self._ids(query, query_mask, response, response_mask))
+        return self._trunk(input_ids=self._ids(query, query_mask, response, response_mask))
 
     def states(self, query, query_mask, response, response_mask, trunk: torch.Tensor | None = None) -> torch.Tensor:
         """(n, R, hidden) the last hidden state before each response token. For n = 0 it runs a dummy row, because every
@@ -289,7 +289,8 @@ class Policy(nn.Module):
             ).last_hidden_state  # fmt: skip
         ids = self._ids(query, query_mask, response, response_mask)
         if trunk is not None:
-            hidden = self._trunk.top(trunk[:, : ids.shape[1]])
+            states = trunk[:, : ids.shape[1]]
+            hidden = self._trunk.top(states, inputs_embeds=states)
         else:
             hidden = getattr(base, base.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
         places = query_mask.sum(dim=1)[:, None] - 1 + torch.arange(response.shape[1], device=ids.device)
@@ -307,7 +308,9 @@ class Policy(nn.Module):
     def _split(self, layers: int) -> Trunk:
         base = self.model.get_base_model()
         try:
-            return Trunk(getattr(base, base.base_model_prefix), layers)
+            if self.has_encoder:
+                raise ValueError("is for models without an encoder")
+            return Trunk(getattr(base, base.base_model_prefix), layers, use_cache=False)
         except ValueError as error:
             raise UserError(
                 f"--num_layers_unfrozen {layers}: {error}; found one of the kind {self.model.config.model_type}: give "
@@ -495,7 +498,7 @@ def adapt_policy(model, tokenizer, adapter: Adapter, prompt_format: str = "raw")
     """A policy of a loaded language model with a new adapter.
 
     Raises:
-        UserError: if the adapter is for the top layers, and the model is not Llama-shaped (see `Trunk`).
+        UserError: if the adapter is for the top layers, and the model cannot be split there (see `Trunk`).
     """
     config, targets = model.config, adapter.targets and list(adapter.targets)
     if adapter.layers:

@@ -1,53 +1,77 @@
-"""The frozen trunk below a model's adapted layers, which policy, reference and update share."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""The frozen lower layers of a model, whose states are computed once for several passes through the layers above."""
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 
-class Trunk:
-    """Splits the forward pass of a Llama-shaped model below its top layers.
+class _Reached(Exception):
+    """Ends a forward pass at the top layers, with the states (n, m, hidden) that reached them."""
 
-    The trunk's states do not depend on an adapter in the top layers, so they are computed once for every pass.
+
+class Trunk:
+    """Splits the forward pass of a model below its top layers.
+
+    The trunk's states do not depend on what trains in the top layers, so they are computed once for every pass.
 
     Args:
-        body: a model of token embeddings, `layers` and a last `norm`, as Llama, Mistral or Qwen are. n_top: how many
-            layers are not part of the trunk.
+        body: a model that passes states through its layers one after the other, as Llama, BERT and BART's encoder do.
+        n_top: how many layers are not part of the trunk. arguments: of every forward pass.
+
+    Attributes:
+        layers: the top layers.
 
     Raises:
         ValueError: if it is of another shape.
     """
 
-    def __init__(self, body: PreTrainedModel, n_top: int):
-        layers, norm = getattr(body, "layers", None), getattr(body, "norm", None)
-        if not (isinstance(layers, nn.ModuleList) and norm and n_top <= len(layers)):
-            raise ValueError(f"expected a Llama-shaped model of at least {n_top} layers")
-        self._body = body
-        self._below, self._top = (layers[: len(layers) - n_top], nn.Identity()), (layers[len(layers) - n_top :], norm)
+    def __init__(self, body: PreTrainedModel, n_top: int, **arguments):
+        self._body, self._arguments = body, arguments
+        n = getattr(body.config, "num_hidden_layers", 0)
+        lists = (module for module in body.modules() if isinstance(module, nn.ModuleList) and len(module) == n)
+        layers = next(lists, ())
+        if not 1 <= n_top <= len(layers):
+            raise ValueError(f"expected a model with a list of at least {n_top} layers")
+        self.layers = layers[n - n_top :]
+        self._owner = next(module for module in body.modules() if layers in module.children())
+        self._name = next(name for name, child in self._owner.named_children() if child is layers)
         ids = torch.arange(8, device=body.device)[None]
-        with torch.no_grad():
-            whole, split = body(input_ids=ids, use_cache=False).last_hidden_state, self.top(self(ids))
-        if not torch.allclose(whole.float(), split.float(), atol=1e-3, rtol=1e-2):
+        try:
+            with torch.no_grad():
+                whole, split = body(input_ids=ids, **arguments)[0], self.top(self(input_ids=ids), input_ids=ids)
+            same = torch.allclose(whole.float(), split.float(), atol=1e-3, rtol=1e-2)
+        except (AttributeError, TypeError, RuntimeError):  # architectures differ in any way
+            same = False
+        if not same:
             raise ValueError("its forward pass is more than its layers, one after the other")
 
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """(n, m, hidden) states below the top layers of token ids (n, m), whose rows begin in column 0."""
-        with torch.no_grad(), self._only(*self._below):
-            return self._body(input_ids=ids, use_cache=False).last_hidden_state
+    def __call__(self, **inputs) -> torch.Tensor:
+        """(n, m, hidden) states below the top layers. `inputs` are those of the model's forward pass."""
 
-    def top(self, states: torch.Tensor) -> torch.Tensor:
-        """(n, m, hidden) last states of the model, from the states (n, m, hidden) below its top layers."""
-        with self._only(*self._top):
-            return self._body(inputs_embeds=states, use_cache=False).last_hidden_state
+        def stop(_, args: tuple, kwargs: dict) -> None:
+            raise _Reached(args[0] if args else kwargs["hidden_states"])
 
-    @contextmanager
-    def _only(self, layers: nn.ModuleList, norm: nn.Module) -> Iterator[None]:
-        body, before = self._body, (self._body.layers, self._body.norm)
-        body.layers, body.norm = layers, norm
+        hook = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            yield
+            with torch.no_grad():
+                self._body(**inputs, **self._arguments)
+        except _Reached as reached:
+            return reached.args[0]
         finally:
-            body.layers, body.norm = before
+            hook.remove()
+        raise ValueError("its forward pass does not reach its layers")
+
+    def top(self, states: torch.Tensor, **inputs) -> torch.Tensor:
+        """(n, m, hidden) last states of the model, from the states (n, m, hidden) below its top layers. `inputs` are
+        those of the model's forward pass: `inputs_embeds=states` do in place of token ids."""
+
+        def put(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
+
+        hook, layers = self.layers[0].register_forward_pre_hook(put, with_kwargs=True), getattr(self._owner, self._name)
+        setattr(self._owner, self._name, self.layers)
+        try:
+            return self._body(**inputs, **self._arguments).last_hidden_state
+        finally:
+            setattr(self._owner, self._name, layers)
+            hook.remove()

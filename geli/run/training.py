@@ -14,7 +14,7 @@ class Stage(Protocol):
     """What a stage does in each step of `train_steps`.
 
     Attributes:
-        finished: whether training ends with the step that was done last, although more were to come.
+        finished: whether training ended with the step that was done last, although more were to come.
     """
 
     finished: bool = False
@@ -64,6 +64,8 @@ def train_steps(
     )
     with checkpointer.watch() if checkpointer else nullcontext():
         for step in bar:
+            if stage.finished:
+                break
             try:
                 with checkpointer.step() if checkpointer else nullcontext():
                     logged = stage.step(step)
@@ -76,5 +78,3 @@ def train_steps(
                 tracker.log(logged, step)
             if checkpointer:
                 checkpointer.done(step, save=improved)
-            if stage.finished:
-                break

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from accelerate import Accelerator
 from conftest import call_script
 
 import train_reward_LI_only
@@ -80,12 +81,17 @@ def test_stage_1_learns_from_the_turns_with_a_thumb_alone(file):
         def trainable(self):
             return []
 
+        def remember(self, pairs, autocast=None):
+            pass
+
         def train(self, mode=True):
             return self
 
     head = RewardHead(RewardHeadConfig("small_model_shrink", 4, "x", False, 9, 2, 1, "overall_affect"))
     options = train_reward_LI_only.LITrainingOptions(epochs=2, batch_size=4)
-    stage = train_reward_LI_only.LITraining(Encoder(), head, training, None, options, None, 0, lambda: None)
+    stage = train_reward_LI_only.LITraining(
+        Encoder(), head, training, None, options, Accelerator(cpu=True), 0, lambda: None
+    )
     drawn = [turn for _, batch in stage.batches for turn in batch.tolist()]
     assert set(drawn) == known and len(drawn) == 2 * len(known)
 

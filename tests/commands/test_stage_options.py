@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from turn_sets import trajectory, turn_set
 
 import train_reward_GELI
+import train_reward_LI_only
 import train_rl_GELI
 from data_utils import DataOptions, make_trajectory, read_corpus, split, turn_text
 from geli.data.candor import read_conversation
@@ -35,9 +36,11 @@ from geli.reward import GELIReward
 from geli.rl.reward_options import RF_MODELS
 from geli.run.errors import UserError
 from geli.run.options import RunOptions
+from geli.run.training import train_steps
 from models import HEADS, RewardHead, RewardHeadConfig
 from tools.writer import write_conversation
 from train_reward_GELI import Drawn, GELITraining, GELITrainingOptions, load_saved
+from train_reward_LI_only import LITraining, LITrainingOptions
 
 QUICK = ("--context_turns", 2, "--learning_rate", 1e-3, "--train_size", 6, "--small_model_shrink", "--model", "convo")
 WITHOUT_HEAD = tuple(word for word in QUICK if word != "--small_model_shrink")  # RUDDER has its own
@@ -432,6 +435,58 @@ def test_llama2_is_adapted_not_rewritten(stages, sample, tmp_path):
     assert stages.path("lora-thawed").with_name("lang_model_lora-thawed").joinpath("adapter_config.json").is_file()
 
 
+def test_frozen_layers_stay_as_they_were(stages, tiny):
+    def moved(folder, start):
+        pairs = zip(
+            load_encoder(start).encoder.named_parameters(), load_encoder(folder).encoder.parameters(), strict=True
+        )
+        return {name for (name, a), b in pairs if not torch.equal(a, b)}
+
+    stages.li("--run_name", "li-top", "--freeze_layers", 1)
+    above = {name for name, _ in load_encoder(str(tiny / "bart")).encoder.named_parameters() if "layers.1." in name}
+    assert moved(stages.encoder_folder("li-top"), str(tiny / "bart")) == above
+    stages.ge("--train", "--unfreeze", "--encoder_learning_rate", 1e-3, "--freeze_layers", 1, "--run_name", "ge-top")
+    assert moved(stages.encoder_folder("ge-top"), str(tiny / "bart")) == above
+
+
+@pytest.mark.parametrize("patience", [None, 1, 2])
+def test_patience_ends_training_that_no_longer_gets_better(stages, monkeypatch, patience):
+    losses = iter([0.5, 0.3, 0.4, 0.2, 0.6, 0.7, 0.8, 0.9])  # of one validation after another
+
+    def measure(*_):
+        return {"li_loss": (loss := next(losses)), "ge_loss": loss}, None, None
+
+    turns = turn_set(*(trajectory(name, 50.0, ["happiness", "neutral"]) for name in "abcd"))
+    encoder = SimpleNamespace(
+        tokenize=lambda texts: [SimpleNamespace(ids=text[1]) for text in texts], trainable=list, train=lambda *_: None,
+        remember=lambda *_: None, encode_with_gradients=lambda pairs, *_: torch.zeros(len(pairs), 4),
+    )  # fmt: skip
+    features = SimpleNamespace(
+        prepare=lambda *_: None, training=lambda turns, *_: torch.zeros(len(turns), 4), encoder=encoder,
+        held_out=lambda _: None, idle_passes=lambda _: torch.zeros(()),
+    )  # fmt: skip
+    head = RewardHead(RewardHeadConfig("small_model_shrink", 4, "x", False, 9, 2, 1, "overall_affect"))
+    accelerator, saved = Accelerator(cpu=True), []
+    monkeypatch.setattr(train_reward_LI_only, "measure", measure)
+    monkeypatch.setattr(train_reward_GELI, "measure", measure)
+    monkeypatch.setattr(train_reward_GELI, "wandb_validation", lambda _: {})
+    monkeypatch.setattr(train_reward_LI_only, "wandb_validation", lambda _: {})
+    monkeypatch.setattr(train_reward_LI_only, "encode_together", lambda *_: None)
+    options = LITrainingOptions(epochs=8, batch_size=4, patience=patience)
+    stage = LITraining(encoder, head, turns, turns, options, accelerator, 0, lambda: saved.append(1))
+    train_steps(stage, stage.steps, "")
+    ends = {None: 16, 1: 6, 2: 12}[patience]  # two steps an epoch; without patience the end alone is validated
+    assert stage.steps == 16 and stage.best["steps"] == ends
+    assert stage.best["best_step"] == {None: 16, 1: 4, 2: 8}[patience]
+    losses = iter([0.5, 0.3, 0.4, 0.2, 0.6, 0.7, 0.8, 0.9])
+    options = GELITrainingOptions(epochs=8, batch_size=4, patience=patience)
+    stage = GELITraining(head, features, turns, turns, options, accelerator, 0, lambda: saved.append(2))
+    train_steps(stage, stage.steps, "")
+    assert stage.best["steps"] == {None: 8, 1: 3, 2: 6}[patience] and stage.best["best_epoch"] == (
+        2 if patience == 1 else 4
+    )
+
+
 @pytest.mark.parametrize("kind", ["longformer", "longt5"])
 def test_other_encoders_train_and_freeze(stages, sample, tmp_path, kind):
     alias = {"longformer": "longformer", "longt5": "longT5"}[kind]
@@ -759,6 +814,9 @@ LI_STAGE, STAGE_2 = "train_reward_LI_only.py", "train_reward_GELI.py"
     [
         (LI_STAGE, "--val_all --bar_chart --log_text", "--log_text: nothing is validated: give --val"),
         (LI_STAGE, "--K 32", "--K: nothing is validated: give --val"),
+        (LI_STAGE, "--patience 2", "--patience: nothing is validated: give --val"),
+        (STAGE_2, "--train --freeze_layers 1", "--freeze_layers: the encoder is not trained: give --unfreeze"),
+        (STAGE_2, "--val --reward_path x --patience 1", "--patience: nothing is trained: give --train"),
         (LI_STAGE, "--contrastive --epochs 1", "--contrastive: changes every second epoch, and there is one"),
         (LI_STAGE, "--sentiment_model x", "--sentiment_model: is not used by --li_signal face"),
         (STAGE_2, "--train --val_all", "--val_all: nothing is validated: give --val"),

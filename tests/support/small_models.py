@@ -35,6 +35,7 @@ def small_model(kind: str, folder: Path, corpus: Path) -> Path:
     gpt2 = dict(n_embd=SMALL_WIDTH, n_layer=2, n_head=2, n_positions=256, **{**ids, "pad_token_id": None})
     makers = {
         "bart": lambda: hf.BartModel(hf.BartConfig(**bart)),
+        "bert": lambda: hf.BertModel(hf.BertConfig(**wide, **ids, max_position_embeddings=256)),
         "longformer": lambda: hf.LongformerModel(
             hf.LongformerConfig(**wide, **ids, attention_window=16, max_position_embeddings=258)
         ),

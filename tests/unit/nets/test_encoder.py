@@ -190,6 +190,68 @@ def test_gradients_in_batches_are_those_of_one_batch(architecture):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Frozen layers
+
+
+@pytest.mark.parametrize("kind", ["bart", "bert"])
+def test_above_frozen_layers_nothing_changes_but_the_time(kind, tmp_path, sample):
+    encoder = load_encoder(str(small_model(kind, tmp_path / kind, sample)))
+    texts = [TURN, (TURN[0] * 4, TURN[1]), ("", "AI: hm")]
+    pairs, whole = encoder.tokenize(texts), load_encoder(str(tmp_path / kind))
+    encoder.freeze_layers(1)
+    trained = encoder._trunk.layers
+    assert {id(p) for p in encoder.trainable()} == {id(p) for p in trained.parameters()} and len(trained) >= 1
+    assert not encoder._below
+    encoder.remember(pairs[:2])
+    encoder.remember(pairs)
+    assert {key: len(states) for key, states in encoder._below.items()} == {p.key: len(p.ids) for p in pairs}
+    torch.testing.assert_close(encoder.encode(pairs), whole.encode(pairs), atol=1e-5, rtol=1e-4)
+    gradients = []
+    for each in (encoder.eval(), whole.eval()):
+        each.encode_with_gradients(pairs).square().sum().backward()
+        top = dict(each.model.named_parameters())
+        gradients.append([top[name].grad for name, p in encoder.model.named_parameters() if p.requires_grad])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+    assert all(p.grad is None for p in encoder.encoder.parameters() if not p.requires_grad)
+
+
+def test_frozen_layers_have_no_dropout_and_the_others_do(tiny):
+    encoder = load_encoder(str(tiny / "bart"))
+    encoder.freeze_layers(1)
+    encoder.train()
+    off = [m for m in encoder.modules() if not m.training]
+    assert all(m.training for m in encoder._trunk.layers.modules()) and encoder.encoder.layers[0] in off
+    encoder.eval()
+    assert not any(m.training for m in encoder.modules())
+
+
+def test_states_that_do_not_fit_are_computed_anew(tiny, monkeypatch, capsys):
+    encoder = load_encoder(str(tiny / "bart")).eval()
+    pairs = encoder.tokenize([TURN])
+    expected = encoder.encode(pairs)
+    encoder.freeze_layers(1)
+    monkeypatch.setattr(
+        "geli.nets.encoder.available_memory", lambda: 4 * 4 * encoder.hidden_size * len(pairs[0].ids) - 1
+    )
+    encoder.remember(pairs)
+    assert "they are computed anew in every pass" in capsys.readouterr().out and not encoder._below
+    assert torch.equal(encoder.encode(pairs), expected)
+
+
+def test_encoders_without_frozen_layers_are_refused(tiny, architecture):
+    kind, encoder = architecture
+    if kind in ("llama-encoder", "longt5"):  # an adapter in all layers; a position bias that the first layer makes
+        with pytest.raises(UserError, match=r"--freeze_layers 1: .* has no frozen layers: its "):
+            encoder.freeze_layers(1)
+    with pytest.raises(UserError, match=r"--freeze_layers 2: .* has no frozen layers: expected a model with a list of"):
+        load_encoder(str(tiny / "bart")).freeze_layers(2)
+    with pytest.raises(UserError, match="--compile is for whole encoders"):
+        options = EncoderOptions(compile=True, freeze_layers=1)
+        place_encoder(encoder, SimpleNamespace(device=torch.device("cpu")), options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The encoder of a head, options, batches
 
 

@@ -99,7 +99,7 @@ def test_the_trunk_and_the_top_layers_are_the_whole_pass(tiny):
 
 
 def test_models_of_another_shape_have_no_top_layers(tmp_path, tiny):
-    with pytest.raises(UserError, match="--num_layers_unfrozen 9: expected a Llama-shaped model of at least 9 layers"):
+    with pytest.raises(UserError, match="--num_layers_unfrozen 9: expected a model with a list of at least 9 layers"):
         load_policy(str(tiny / "llama"), Adapter(4, 8, 9), torch.float32)
 
 
