@@ -1,11 +1,13 @@
 """Stage 1's cost: one epoch of ours against the published procedure, at equal batch size and learning rate.
 
-    python benchmarks/stage1.py [--conversations 2] [--seeds 3]
+    python benchmarks/stage1.py [--conversations 2] [--seeds 3] [--encoder FOLDER --data_dir FOLDER]
 
 Work: every agent turn of both trajectories of conversations of 160 turns, about 590 real tokens a turn, batches of 32,
-AdamW on encoder and head. Peer: turns in random batches, each padded to 1,024 tokens, through encoder and decoder
-(`as_published.py`). Ours is the training code of `train_reward_LI_only.py`, with its tokenization. Prints seconds an
-epoch, their ratio, and the validation L_LI that each ends with, over seeds.
+AdamW on encoder and head; with --encoder and --data_dir, that encoder and the first conversations of that corpus. Peer:
+turns in random batches, each padded to 1,024 tokens, through encoder and decoder (`as_published.py`; not with
+--encoder). Ours is the training code of `train_reward_LI_only.py`, with its tokenization. Limit: forward and backward
+passes alone, over as many tokens in batches of rows of the mean length, without padding. Prints seconds an epoch, their
+ratios, and the validation L_LI that each ends with, over seeds.
 """
 
 import argparse
@@ -19,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 import as_published
 import numpy as np
-from encoding import corpus_and_encoder, new_head
+import torch
+from encoding import corpus_and_encoder, new_head, token_lengths
 
-from data_utils import TurnSet
-from geli.nets.encoder import TurnEncoder
+from data_utils import TurnSet, read_corpus, split
+from geli.nets.encoder import TurnEncoder, load_encoder
 from geli.report.rewards import evaluate
 from geli.run.console import format_table
 from geli.run.distributed import make_accelerator, seed_everything
@@ -46,6 +49,17 @@ def our_epoch(encoder: TurnEncoder, head: RewardHead, training: TurnSet, seed: i
     train_steps(stage, stage.steps, "")
 
 
+def bare_epoch(encoder: TurnEncoder, head: RewardHead, training: TurnSet, _) -> None:
+    """Forward and backward passes over as many tokens, and nothing else."""
+    lengths, autocast = token_lengths(encoder, training), make_accelerator("cpu", "auto").autocast
+    batch = torch.full((BATCH, round(lengths.mean())), 5)
+    encoder.train()
+    for _ in range(round(lengths.sum() / batch.numel())):
+        with autocast():
+            rewards = head(encoder(batch, torch.ones_like(batch)).float())
+        rewards.square().mean().backward()
+
+
 def validation_loss(encoder: TurnEncoder, head: RewardHead, validation: TurnSet) -> float:
     """L_LI on the validation turns."""
     rewards = head_rewards(head, encoder.encode(encoder.tokenize(validation.texts)))
@@ -58,16 +72,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conversations", type=int, default=2, help="training conversations; one more validates")
     parser.add_argument("--seeds", type=int, default=3, help="epochs of each procedure")
+    parser.add_argument("--encoder", help="folder of another encoder, with --data_dir")
+    parser.add_argument("--data_dir", help="its corpus, in CANDOR's layout; two turns of context")
     args = parser.parse_args()
     seed_everything(0)
-    with tempfile.TemporaryDirectory() as temporary:
-        encoder, training, validation = corpus_and_encoder(Path(temporary) / "candor", args.conversations)
-    procedures = {"as published": published_epoch, "ours": our_epoch}
+    procedures = {"as published": published_epoch, "ours": our_epoch, "passes alone": bare_epoch}
+    if args.encoder:
+        encoder, parts = load_encoder(args.encoder), split(read_corpus(args.data_dir), args.conversations)
+        training, validation = (TurnSet.from_trajectories(part, 2) for part in parts)
+        del procedures["as published"]
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            encoder, training, validation = corpus_and_encoder(Path(temporary) / "candor", args.conversations)
     seconds, losses = {name: [] for name in procedures}, {name: [] for name in procedures}
     for seed in range(args.seeds):
         for name, run in procedures.items():  # alternately, so that a slow minute affects both
             seed_everything(seed)
-            trained, head = copy.deepcopy(encoder), new_head(stage=1)
+            trained, head = copy.deepcopy(encoder), new_head(stage=1, hidden=encoder.hidden_size)
             head.init_constant(float(training.targets.mean()))
             start = time.perf_counter()
             run(trained, head, training, seed)
@@ -77,13 +98,16 @@ def main() -> None:
         {
             "stage 1, one epoch": name,
             "seconds": float(np.median(seconds[name])),
-            "times faster": float(np.median(seconds["as published"]) / np.median(seconds[name])),
+            "passes alone/this": float(np.median(seconds["passes alone"]) / np.median(seconds[name])),
             "validation L_LI": f"{np.mean(losses[name]):.4f} ± {np.std(losses[name]) / len(losses[name]) ** 0.5:.4f}",
         }
         for name in procedures
     ]
-    print(f"{len(training)} turns, batches of {BATCH}, {args.seeds} seeds")
+    print(f"{len(training)} turns of {token_lengths(encoder, training).mean():.0f} tokens, batches of {BATCH}, "
+          f"{args.seeds} seeds")  # fmt: skip
     print(format_table(rows))
+    if not args.encoder:
+        print(f"times faster: {np.median(seconds['as published']) / np.median(seconds['ours']):.1f}")
 
 
 if __name__ == "__main__":
