@@ -9,7 +9,7 @@ replacement from each trajectory, each padded to 1,024 tokens, through encoder a
 2. seconds of a whole stage 2 on a small BART here: published; ours (the training code of `train_reward_GELI.py`) with
    an empty cache; ours again with another lambda and with other decompositions; and the validation L_GE of each;
 3. on a middle-sized BART: tokens/s of our encoding loop over those of bare encoder forwards on full, unpadded batches
-   of the same shape;
+   of the same shape, for those turns and for 128 short ones, as many as a PPO step scores;
 4. how far features depend on the batch that they are computed in.
 """
 
@@ -161,15 +161,15 @@ def stage_2_seconds(encoder: TurnEncoder, training: TurnSet, validation: TurnSet
 
 
 @torch.no_grad()
-def throughput(encoder: TurnEncoder, turns: TurnSet, repeats: int = 2) -> float:
+def throughput(encoder: TurnEncoder, texts: list[tuple[str, str]], repeats: int = 5) -> float:
     """Tokens/s of the real loop (tokenized texts in, features out) over those of bare forwards on full batches.
 
     The bare batches hold the same number of real tokens in rows of one length: no padding, no collation.
     """
-    pairs = encoder.tokenize(turns.texts)
+    pairs = encoder.tokenize(texts)
     lengths = np.array([len(pair.ids) for pair in pairs])
     tokens, length = int(lengths.sum()), round(lengths.mean())  # of similar shape, so that attention costs the same
-    batch = torch.full((encoder.token_budget() // length, length), 5)
+    batch = torch.full((max(encoder.token_budget() // length, 1), length), 5)
     mask = torch.ones_like(batch)
     batches = max(1, round(tokens / batch.numel()))
     loop, bare = [], []
@@ -181,7 +181,7 @@ def throughput(encoder: TurnEncoder, turns: TurnSet, repeats: int = 2) -> float:
         for _ in range(batches):
             encoder.encoder(input_ids=batch, attention_mask=mask)
         bare.append(batches * batch.numel() / (time.perf_counter() - start))
-    print(f"loop {np.median(loop[1:]):,.0f} tokens/s, bare {np.median(bare[1:]):,.0f} tokens/s")
+    print(f"{length} tokens a turn: loop {np.median(loop[1:]):,.0f} tokens/s, bare {np.median(bare[1:]):,.0f} tokens/s")
     return float(np.median(loop[1:]) / np.median(bare[1:]))
 
 
@@ -218,7 +218,10 @@ def main() -> None:
     print("\n3. Encoding against its limit")
     ids = {name: getattr(encoder.model.config, name) for name in ("vocab_size", "pad_token_id", "eos_token_id")}
     middle = TurnEncoder(BartModel(BartConfig(**MIDDLE, **ids)).eval(), encoder.tokenizer)
-    print(f"share of the limit: {throughput(middle, training):.2f}")
+    short = TurnSet.from_trajectories(training.trajectories, 2).texts[:128]
+    print(
+        f"share of the limit: {throughput(middle, training.texts[:64]):.2f}; short turns {throughput(middle, short):.2f}"
+    )
     print(format_table(batch_dependence(encoder, training), "\n4. Dependence on the batch"))
 
 
