@@ -219,9 +219,8 @@ def main() -> None:
     ids = {name: getattr(encoder.model.config, name) for name in ("vocab_size", "pad_token_id", "eos_token_id")}
     middle = TurnEncoder(BartModel(BartConfig(**MIDDLE, **ids)).eval(), encoder.tokenizer)
     short = TurnSet.from_trajectories(training.trajectories, 2).texts[:128]
-    print(
-        f"share of the limit: {throughput(middle, training.texts[:64]):.2f}; short turns {throughput(middle, short):.2f}"
-    )
+    for texts in (training.texts[:64], short):
+        print(f"share of the limit: {throughput(middle, texts):.2f}")
     print(format_table(batch_dependence(encoder, training), "\n4. Dependence on the batch"))
 
 
