@@ -2,7 +2,7 @@
 
     python benchmarks/decoding.py [--repeats 5] [--shapes a c]
 
-Work: responses of 48 tokens to prompts of 96, in batches of 1, 24 and 96, by the models of `ppo_vs_trl.py` with a LoRA
+Work: responses of 17 tokens to prompts of 96, in batches of 1, 24 and 96, by the models of `ppo_vs_trl.py` with a LoRA
 adapter. Limit: the model's forward passes alone, one token of each row at a time with transformers' own cache, and the
 logits. Ours is `Policy.generate` as stage 3 calls it, which samples from the whole distribution and looks for the next
 turn. Both read the prompts first, whose time is subtracted. Prints medians of milliseconds a token of all rows, and
@@ -29,7 +29,7 @@ from geli.rl.rollout import draw_uniforms, reached_marker
 from geli.run.console import format_table
 from geli.run.distributed import seed_everything
 
-BATCHES, PROMPT, TOKENS = (1, 24, 96), 96, 48
+BATCHES, PROMPT, TOKENS = (1, 24, 96), 96, 17
 
 
 def load(shape: str) -> Policy:
