@@ -236,8 +236,7 @@ def _turns(messages) -> tuple[tuple[Turn, ...], Counter]:
     for (place, role, text, n_words, *shown), start, seconds, following in of_each:
         if following < start:
             raise Dropped(f"message {place}: the next message's time is before its own")
-        stop = min(start + seconds, following)
-        turns.append(Turn(place, role, start, stop, text, n_words, NEUTRAL, 0.0, *shown))
+        turns.append(Turn(place, role, start, min(start + seconds, following), text, n_words, NEUTRAL, 0.0, *shown))
     return tuple(turns), skipped
 
 
