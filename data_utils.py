@@ -147,10 +147,10 @@ def hindsight_reactions(trajectories: list[Trajectory], _, __, training: list[Tr
     def heard(t: Trajectory) -> tuple[str, float, list[str]]:
         return t.conversation.id, t.score, [next_user_utterance(t.conversation, i, t.user) for i in t.agent_turns]
 
-    points, ranks = hindsight(list(map(heard, trajectories)), list(map(heard, training)))
+    _, ranks = hindsight(list(map(heard, trajectories)), list(map(heard, training)))
     known, scores = ~np.isnan(ranks), np.array([t.score for t in trajectories for _ in t.agent_turns])
     if len(set(scores[known])) > 1:
-        found = np.corrcoef(points[known], scores[known])[0, 1]
+        found = np.corrcoef(ranks[known], scores[known])[0, 1]
         print(f"hindsight: next turns and scores that their models have not seen: r = {found:.2f}")
     strength = np.where(known, ranks, 0.5)
     polarity = np.sign(strength - 0.5).astype(int)
