@@ -16,6 +16,7 @@ import numpy as np
 from geli.data.candor import HAPPINESS, NEGATIVE, TRANSCRIPTS, Conversation, Dropped, Turn
 from geli.data.chats import Range
 from geli.data.corpus import by_count, common_reasons, printable, read_conversations
+from geli.data.hindsight import hindsight
 from geli.data.questions import QUESTIONS
 from geli.data.shares import TrajectoryShares
 from geli.data.words import surface
@@ -140,8 +141,24 @@ def thumb_reactions(trajectories: list[Trajectory], *_) -> Reactions:
     return Reactions(polarity, np.maximum(polarity, 0.0), polarity + 1, known)
 
 
+def hindsight_reactions(trajectories: list[Trajectory], _, __, training: list[Trajectory]) -> Reactions:
+    """What the user's next turn says about the score: pleased if it says more than the median training turn."""
+
+    def heard(t: Trajectory) -> tuple[str, float, list[str]]:
+        return t.conversation.id, t.score, [next_user_utterance(t.conversation, i, t.user) for i in t.agent_turns]
+
+    _, ranks = hindsight(list(map(heard, trajectories)), list(map(heard, training)))
+    known, scores = ~np.isnan(ranks), np.array([t.score for t in trajectories for _ in t.agent_turns])
+    if len(set(scores[known])) > 1:
+        found = np.corrcoef(ranks[known], scores[known])[0, 1]
+        print(f"hindsight: next turns and scores that their models have not seen: r = {found:.2f}")
+    strength = np.where(known, ranks, 0.5)
+    polarity = np.sign(strength - 0.5).astype(int)
+    return Reactions(polarity, strength, polarity + 1, known)
+
+
 def sentiment_reactions(
-    trajectories: list[Trajectory], options: "SignalOptions", trust_remote_code: bool = False
+    trajectories: list[Trajectory], options: "SignalOptions", trust_remote_code: bool = False, *_
 ) -> Reactions:
     """The paper's language-sentiment baseline: the sentiment of what the user says next."""
     # imported here because it imports transformers, and this module is imported before options are parsed
@@ -161,8 +178,8 @@ class LISignal(NamedTuple):
     """A choice of `--li_signal`.
 
     Attributes:
-        reactions: (trajectories, `SignalOptions`, trust_remote_code) -> reactions to all their agent turns, one
-            trajectory after the other.
+        reactions: (trajectories, `SignalOptions`, trust_remote_code, training trajectories) -> reactions to all agent
+            turns of the first, one trajectory after the other. What a signal learns, it learns from the last.
         help: one line for `--help`. uses_model: whether `--sentiment_model` is for it.
         needs_faces: whether it reads the listener's face, so that conversations without faces cannot be learned from.
         unknown: what `--unknown_reaction` is by default.
@@ -179,6 +196,7 @@ LI_SIGNALS = {
     "face": LISignal(face_reactions, "the listener's face during the turn", needs_faces=True),
     "sentiment": LISignal(sentiment_reactions, "the sentiment of the user's next turn", uses_model=True),
     "reaction": LISignal(thumb_reactions, "the user's thumb or emoji under a chat's turn", unknown="left_out"),
+    "hindsight": LISignal(hindsight_reactions, "the next turn, by users' words and scores", unknown="left_out"),
 }
 
 
@@ -243,20 +261,21 @@ class SignalOptions:
     )
     reaction_type: str = option(
         "class",
-        "LI target: class: whether the reaction is pleased (a turn's most frequent face is happy); mean: how pleased "
-        "(the share of happy frames)",
+        "LI target: class: whether the reaction is pleased (a turn's most frequent face is happy; hindsight above the "
+        "median); mean: how pleased (the share of happy frames; the rank of hindsight, in [0, 1])",
         choices=("class", "mean"),
     )
     negative_affect: str = option(
         "zero",
-        "LI target of displeased reactions (anger, contempt, disgust, fear, sadness): 0 or -1",
+        "LI target of displeased reactions (anger, contempt, disgust, fear, sadness; hindsight below the median): "
+        "zero: as --reaction_type says; negative: -1",
         choices=("zero", "negative"),
     )
     unknown_reaction: str | None = option(
         None,
         "LI target of turns whose reaction is not known (the face was lost, nothing was said next, no thumb): neutral: "
-        "0; left_out: none, so that LI is learned from the other turns alone (default: left_out with reaction, else "
-        "neutral)",
+        "0 (a mean of hindsight: 0.5); left_out: none, so that LI is learned from the other turns alone (default: "
+        "left_out with reaction and hindsight, else neutral)",
         choices=("neutral", "left_out"),
     )
     sentiment_model: str | None = option(
@@ -374,7 +393,9 @@ def read_corpus(
     trajectories, dropped_trajectories = {}, {}
     for conversation in conversations:
         trajectories[conversation.id] = []
-        for flip in (False, True):
+        for flip, user in zip((False, True), conversation.speakers, strict=True):
+            if user == "assistant" and user not in conversation.answers:
+                continue  # nobody has asked it
             try:
                 if needs_faces and conversation.no_faces:
                     raise Dropped(f"no faces to learn from ({conversation.no_faces})")
@@ -495,11 +516,11 @@ class TurnSet:
     @classmethod
     def from_trajectories(
         cls, trajectories: list[Trajectory], context_turns: int, signal: SignalOptions = SignalOptions(),
-        trust_remote_code: bool = False,
+        trust_remote_code: bool = False, training: list[Trajectory] | None = None,
     ):  # fmt: skip
-        """The agent turns of `trajectories` with their texts and LI targets (without a `li_signal`, from faces)."""
+        """The agent turns of `trajectories`; LI targets by `signal` (else faces), learned on `training` or those."""
         li_signal = LI_SIGNALS[signal.li_signal or "face"]
-        reactions = li_signal.reactions(trajectories, signal, trust_remote_code)
+        reactions = li_signal.reactions(trajectories, signal, trust_remote_code, training or trajectories)
         unknown = signal.unknown_reaction or li_signal.unknown
         targets = li_targets(reactions, signal.reaction_type, signal.negative_affect, unknown)
         turns = _agent_turns(trajectories)
@@ -597,11 +618,9 @@ def load_turns(
         corpus.dropped_trajectories.update(dropped)
     print(corpus.describe())
     if shares is not None and dropped and not trajectories:
-        raise UserError(
-            f"--llm_shares: expected shares of training trajectories, found none to use: {common_reasons(dropped)}"
-        )
+        raise UserError(f"--llm_shares: expected shares to train on, found none to use: {common_reasons(dropped)}")
     training, validation = (
-        TurnSet.from_trajectories(part, data.context_turns, signal, trust_remote_code)
+        TurnSet.from_trajectories(part, data.context_turns, signal, trust_remote_code, trajectories)
         for part in (trajectories, held_out)
     )
     if shares is not None:

@@ -2,7 +2,7 @@
 
     python experiments/compare.py OUT [--data_dir CORPUS --lang_model_path ENCODER] [--seeds 0 1 2 3 4]
 
-Runs the training commands themselves: stage 1 on the face and on the sentiment of the user's next turn, stage 2 with
+Runs the training commands themselves: stage 1 on each LI signal by which the corpus has reactions, stage 2 with
 each decomposition alone and from each stage-1 run. Then it measures all heads on the same held-out conversations, as
 tools/evaluate_rewards.py does. Without --data_dir it makes the sample corpus and a small encoder in OUT. Run it again
 to continue where it stopped; finished runs are not repeated. A decomposition that learns from a language model's shares
@@ -41,7 +41,9 @@ def parse_options(argv: Sequence[str] | None = None):
 # Parsed before the imports below, which take seconds, so that --help and mistakes in options are answered at once.
 OPTIONS = parse_options() if __name__ == "__main__" else None
 
-from data_utils import LI_SIGNALS, DataOptions
+import numpy as np
+
+from data_utils import LI_SIGNALS, DataOptions, SignalOptions, TurnSet, read_corpus, split
 from experiments.commands import finished_head, run_command
 from geli.run.console import progress_bar
 from geli.run.distributed import make_accelerator
@@ -54,15 +56,17 @@ STAGE_1 = "--preset small --val --small_model_shrink".split()
 
 
 def commands(
-    encoder: str, stage_1: Sequence[str] = (), seed: int = 0, llm_shares: str | None = None
-) -> Iterator[tuple[str, str, list[str]]]:
+    encoder: str, stage_1: Sequence[str] = (), seed: int = 0, llm_shares: str | None = None,
+    signals: Sequence[str] = tuple(LI_SIGNALS),
+) -> Iterator[tuple[str, str, list[str]]]:  # fmt: skip
     """(row of the table, run name, command) of every training run of a seed, in the order in which they can be run.
 
     Args:
         stage_1: more of its options. llm_shares: a language model's shares; None: without what learns from them.
+        signals: of LI.
     """
     common = ["--seed", str(seed)]
-    for signal in LI_SIGNALS:
+    for signal in signals:
         options = [*STAGE_1, *stage_1, *common, "--li_signal", signal, "--lang_model_path", encoder]
         yield f"LI:{signal}", f"li-{signal}-{seed}", ["train_reward_LI_only.py", *options]
     for kind, row in DECOMPOSITIONS.items():
@@ -72,9 +76,16 @@ def commands(
         options += ["--llm_shares", llm_shares] if row.uses_shares else []
         options += [] if row.head else ["--small_model_shrink"]
         yield f"GE:{kind}", f"ge-{kind}-{seed}", ["train_reward_GELI.py", *options, "--lang_model_path", encoder]
-        for signal in LI_SIGNALS:
+        for signal in signals:
             start = ["--affect_path", f"li-{signal}-{seed}"]
             yield f"GELI:{kind}×{signal}", f"geli-{kind}-{signal}-{seed}", ["train_reward_GELI.py", *options, *start]
+
+
+def signals_of(data: DataOptions, cache: Path) -> list[str]:
+    """The LI signals by which some training turn of the corpus has a reaction."""
+    trajectories, _ = split(read_corpus(data.data_dir, data.reward_class, cache=cache), data.train_size)
+    every = {name: TurnSet.from_trajectories(trajectories, 1, SignalOptions(name)) for name in LI_SIGNALS}
+    return [name for name, turns in every.items() if turns.known[~np.isnan(turns.targets)].any()]
 
 
 def make_corpus(out: Path) -> tuple[str, str]:
@@ -95,16 +106,17 @@ def main(options) -> None:
     common += ["--context_turns", options.context_turns] if options.context_turns else []
     chosen = {"--epochs": options.epochs, "--learning_rate": options.learning_rate}
     stage_1 = [str(word) for option in chosen.items() if option[1] for word in option]
-    every = [run for number in options.seeds for run in commands(encoder, stage_1, number, options.llm_shares)]
+    data, cache = DataOptions(data_dir, train_size=options.train_size), runs / "cache"
+    signals = signals_of(data, cache)
+    every = [r for number in options.seeds for r in commands(encoder, stage_1, number, options.llm_shares, signals)]
     settings: dict[str, list[Path]] = {}
     for row, name, command in progress_bar(every, desc="comparing", unit="run"):
         if not finished_head(runs, name):
             run_command(out, *command, *common, "--run_name", name)
         settings.setdefault(row, []).append(finished_head(runs, name))
 
-    first = f"GELI:{next(iter(DECOMPOSITIONS))}×{next(iter(LI_SIGNALS))}"  # which differences are from
+    first = f"GELI:{next(iter(DECOMPOSITIONS))}×{signals[0]}"  # which differences are from
     settings = {first: settings.pop(first), **settings}
-    data, cache = DataOptions(data_dir, train_size=options.train_size), runs / "cache"
     paths, truth = [path for heads in settings.values() for path in heads], Path(data_dir) / "truth.csv"
     evaluation = Evaluation.of(data, paths, cache=cache, val_all=False, truth=truth if truth.is_file() else None)
     score = Scorer(evaluation, make_accelerator("auto", "auto"), cache)

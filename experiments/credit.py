@@ -25,7 +25,9 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("out", type=Path, help="folder of everything; what is finished there is not run again")
     parser.add_argument("--dstc9", type=Path, help="chats.jsonl: some with ratings of turns (default: none)")
     parser.add_argument("--casino", type=Path, help="folder with CaSiNo's JSON, annotated by strategy (default: none)")
-    parser.add_argument("--encoder", required=True, help="folder of a sentence encoder with [CLS] and [SEP]")
+    parser.add_argument(
+        "--encoder", nargs="+", required=True, help="folders of encoders; tables have the folders' names"
+    )
     parser.add_argument("--contexts", type=int, nargs="+", default=[0, 1], help="turns before a response that are read")
     parser.add_argument("--seeds", type=seed, nargs="+", default=[0, 1, 2], help="seeds of training")
     parser.add_argument("--epochs", type=positive_int, default=4, help="passes over the training conversations")
@@ -42,13 +44,13 @@ OPTIONS = parse_options() if __name__ == "__main__" else None
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import rankdata
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold
 
 from data_utils import li_targets, reactions_of_sentiments
 from experiments import plots
 from experiments.credit_data import Chat, MeanEncoder, embed, inputs, read_casino, read_dstc9
+from geli.data.hindsight import hindsight
 from geli.nets.batching import shuffled_batches
 from geli.nets.encoder import load_encoder
 from geli.nets.sentiment import lexicon_sentiment
@@ -105,21 +107,6 @@ def mean_of(values: np.ndarray, of: np.ndarray, n: int) -> np.ndarray:
     return sums / np.maximum(np.bincount(of, minlength=n), 1).reshape(-1, *[1] * (values.ndim - 1))
 
 
-def hindsight(answers: np.ndarray, of: np.ndarray, scores: np.ndarray, training: np.ndarray) -> np.ndarray:
-    """(N,) What the user's turn after each agent turn says about the score, in points: a ridge regression of the scores
-    on the mean of each training chat's answers, applied to the single ones.
-
-    Args:
-        answers: (N, hidden) embeddings, NaN where there is none. of: (N,) of n chats. scores, training: (n,).
-    """
-    said = ~np.isnan(answers[:, 0])
-    means = mean_of(answers[said], of[said], len(scores))
-    usable = training & (np.bincount(of[said], minlength=len(scores)) > 0)
-    model, found = RidgeCV(RIDGE).fit(means[usable], scores[usable]), np.full(len(of), np.nan)
-    found[said] = model.predict(answers[said])
-    return found
-
-
 def shared_out(witness: np.ndarray, of: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """(N,) T times each turn's share of the score, in points: the score plus what the witness says about this turn less
     its mean over the chat; turns without a witness get the even share. Shares sum to the score."""
@@ -133,33 +120,25 @@ def shared_out(witness: np.ndarray, of: np.ndarray, scores: np.ndarray) -> np.nd
 # Data
 
 
-def prepare(options, corpus: str, chats: list[Chat], context: int, parts: np.ndarray) -> Turns:
+def prepare(out: Path, corpus: str, chats: list[Chat], parts: np.ndarray, encoder: str, context: int) -> Turns:
     """Embeds the turns, or reads their embeddings from a file, and finds what learning and measuring need.
 
     Args:
         parts: (n,) 0 training, 1 validation, 2 labelled.
     """
-    path = options.out / "features" / f"{corpus}-{context}.npz"
+    path = out / "features" / f"{corpus}-{Path(encoder).name}-{context}.npz"
     of = np.repeat(np.arange(len(chats)), [len(chat.agent_turns) for chat in chats])
-    said = [chat.answer(i) for chat in chats for i in chat.agent_turns]
     if not path.is_file():
-        encoder = load_encoder(options.encoder)
-        encoder = MeanEncoder(encoder.model, encoder.tokenizer, name=options.encoder)
-        answers, cache = path.with_name(f"{corpus}-answers.npz"), options.out / "cache"
+        loaded = load_encoder(encoder)
+        loaded = MeanEncoder(loaded.model, loaded.tokenizer, name=encoder)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not answers.is_file():
-            save_arrays(answers, embed(encoder, [("", text) for text in said], cache))
-        save_arrays(path, embed(encoder, [pair for chat in chats for pair in inputs(chat, context)], cache))
+        save_arrays(path, embed(loaded, [pair for chat in chats for pair in inputs(chat, context)], out / "cache"))
     features = np.load(path)["arr_0"].astype(np.float32)
-    answers = np.load(path.with_name(f"{corpus}-answers.npz"))["arr_0"].astype(np.float32)
-    answers[[not text for text in said]] = np.nan
     scores = np.array([chat.score for chat in chats])
-    witness = hindsight(answers, of, scores, parts == 0)
-    known = ~np.isnan(witness)
-    ranks = np.full(len(of), np.nan)
-    ranks[known] = (rankdata(witness[known]) - 0.5) / known.sum()
-    pleased = li_targets(reactions_of_sentiments(lexicon_sentiment(said)))
-    signals = {"sentiment": np.where(known, pleased, np.nan), "hindsight": ranks}
+    heard = [(chat.conversation, chat.score, [chat.answer(i) for i in chat.agent_turns]) for chat in chats]
+    witness, ranks = hindsight(heard, [one for one, part in zip(heard, parts, strict=True) if part == 0])
+    pleased = li_targets(reactions_of_sentiments(lexicon_sentiment([text for *_, said in heard for text in said])))
+    signals = {"sentiment": np.where(np.isnan(witness), np.nan, pleased), "hindsight": ranks}
     scaled = torch.from_numpy(features * np.float32(np.sqrt(features.shape[1])))  # entries of about 1
     shares = torch.from_numpy(shared_out(witness, of, scores).astype(np.float32))
     signals = {name: torch.from_numpy(found.astype(np.float32)) for name, found in signals.items()}
@@ -392,26 +371,27 @@ def agreement(chats: Sequence[Chat]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def rows_of(options, corpus: str, chats: list[Chat], context: int) -> list[dict]:
-    """The rows of a corpus and a context; trains what is not finished."""
-    parts = split(chats)
-    turns = prepare(options, corpus, chats, context, parts)
+def rows_of(options, corpus: str, chats: list[Chat], encoder: str, context: int) -> list[dict]:
+    """The rows of a corpus, an encoder and a context; trains what is not finished."""
+    parts, label = split(chats), Path(encoder).name
+    turns = prepare(options.out, corpus, chats, parts, encoder, context)
     rewards: dict[str, list[np.ndarray]] = {}
-    for name, (kind, signal) in progress_bar(TRAINED.items(), desc=f"{corpus}, context {context}", unit="setting"):
+    for name, (kind, signal) in progress_bar(TRAINED.items(), desc=f"{corpus}, {label}, {context}", unit="setting"):
         for number in options.seeds:
-            path = options.out / "rewards" / f"{corpus}-{context}-{name.replace(':', '-')}-{number}.npy"
+            path = options.out / "rewards" / f"{corpus}-{label}-{context}-{name.replace(':', '-')}-{number}.npy"
             if not path.is_file():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 found = train(turns, parts, kind, signal, number, options.epochs)
                 with atomic_path(path) as temporary, open(temporary, "wb") as file:
                     np.save(file, found)
             rewards.setdefault(name, []).append(np.load(path))
+    rewards |= {f"{name}, averaged": [np.mean(found, axis=0)] for name, found in rewards.items() if len(found) > 1}
     rewards |= {name: [found] for name, found in ridges(turns, parts).items()}
     labels = labels_of(turns)
     labelled = np.flatnonzero(~np.isnan(labels))
     others = {"ceiling: a ridge on people's labels": ceiling(turns, labelled, labels[labelled])}
-    others |= baselines(turns) if context == options.contexts[0] else {}
-    read = f"{context} turns before"
+    others |= baselines(turns) if (encoder, context) == (options.encoder[0], options.contexts[0]) else {}
+    read = f"{label}, context {context}"
     rows = [
         {"corpus": corpus, "reward": name, "reads": read if name in rewards or "ceiling" in name else ""}
         | measure(turns, parts, seeds, options.repetitions, name in rewards)
@@ -442,7 +422,8 @@ def main(options) -> None:
         )
         if any(len(chat.ratings) > 1 for chat in chats):
             lines.append(agreement(chats))
-        found = [row for context in options.contexts for row in rows_of(options, corpus, chats, context)]
+        settings = [(encoder, context) for encoder in options.encoder for context in options.contexts]
+        found = [row for setting in settings for row in rows_of(options, corpus, chats, *setting)]
         trained = [row for row in found if row.get("next_turn")]
         chosen = max(trained, key=lambda row: row["next_turn"].value)
         lines.append(

@@ -94,7 +94,7 @@ def embed(encoder: TurnEncoder, texts: Sequence[tuple[str, str]], cache: Path) -
     """(n, hidden) float32 embeddings of unit length of (context, text); a text without context is encoded alone.
     `cache`: folder that keeps them, also those of a call that was stopped."""
     tokenizer = encoder.tokenizer
-    start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+    start, end = ([t] if t is not None else [] for t in (tokenizer.cls_token_id, tokenizer.sep_token_id))
 
     def ids(part: str) -> list[int]:
         return tokenizer(part, add_special_tokens=False)["input_ids"]
@@ -102,8 +102,8 @@ def embed(encoder: TurnEncoder, texts: Sequence[tuple[str, str]], cache: Path) -
     pairs = []
     for context, text in texts:
         own = ids(text)[-LONGEST:]
-        before = [start, *ids(context)[len(own) - ROOM :], end] if context else [start]
-        whole = np.array([*before, *own, end], dtype=np.int32)
+        before = [*start, *ids(context)[len(own) - ROOM :], *end] if context else start
+        whole = np.array([*before, *own, *end], dtype=np.int32)
         pairs.append(TokenPair(whole, len(before) if context else len(whole)))
     kept = FeatureCache(cache, encoder_fingerprint(encoder, "mean"), encoder.hidden_size)
     found = kept.encode(pairs, partial(encoder.encode, progress="encoding")).numpy()

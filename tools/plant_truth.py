@@ -20,9 +20,12 @@ from geli.run.options import new_parser, seed
 def parse_options(argv: Sequence[str] | None = None):
     """The command line."""
     parser = new_parser("Plant a known hidden reward on a corpus' sentences.")
-    parser.add_argument("data_dir", help="corpus in CANDOR's layout, whose sentences are kept")
+    parser.add_argument("data_dir", help="corpus in CANDOR's layout, or rated chats, whose sentences are kept")
     parser.add_argument("out", type=Path, help="folder to write one folder a conversation to (becomes --data_dir)")
     parser.add_argument("--seed", type=seed, default=0, help="seed of ratings and faces")
+    parser.add_argument(
+        "--rating_range", type=float, nargs=2, metavar=("LO", "HI"), help="of rated chats, where the file states none"
+    )
     return parser.parse_args(argv)
 
 
@@ -33,6 +36,7 @@ import numpy as np
 import pandas as pd
 
 from geli.data.candor import Conversation
+from geli.data.chats import Range
 from geli.data.corpus import read_conversations
 from geli.data.questions import QUESTIONS
 from geli.run.console import progress_bar
@@ -46,7 +50,7 @@ FROWN, FROWN_BY_REWARD = 0.04, 0.25
 LOST_FRAMES = 0.05
 
 
-def plant(source: str | Path, out: Path, seed: int) -> dict[str, float]:
+def plant(source: str | Path, out: Path, seed: int, rating_range: Range | None = None) -> dict[str, float]:
     """Writes the conversations of a corpus in CANDOR's layout with ratings and faces that follow the hidden reward.
 
     A person's rating follows the mean hidden reward of the other's turns, with noise; GELI's return is L times the mean
@@ -54,13 +58,14 @@ def plant(source: str | Path, out: Path, seed: int) -> dict[str, float]:
     bias: people smile at an exclamation mark, whatever it is worth.
 
     Args:
-        source: folder with the corpus. out: new or empty folder; its `truth.csv` gets every turn's hidden reward.
+        source: the corpus. out: new or empty folder; its `truth.csv` gets every turn's hidden reward. rating_range: as
+            of `ChatFiles`.
 
     Returns:
         conversations, turns, and the rank-free correlation of ratings with the mean hidden reward.
     """
     require_empty_folder(out)
-    conversations, _ = read_conversations(source, "cliffhanger", None)
+    conversations, _ = read_conversations(source, "cliffhanger", None, rating_range)
     means = {(c.id, user): _mean_of_the_other(c, user) for c in conversations for user in c.speakers}
     center, spread = np.mean(list(means.values())), np.std(list(means.values()))
     rng, rows, pairs = random.Random(seed), [], []
@@ -111,7 +116,7 @@ def _faces(conversation: Conversation, rng: random.Random) -> list[tuple[str, fl
 
 def main(options) -> None:
     """Plants it, and says how closely ratings follow it."""
-    found = plant(options.data_dir, options.out, options.seed)
+    found = plant(options.data_dir, options.out, options.seed, options.rating_range)
     print(
         f"Wrote {found['conversations']:,} conversations with {found['turns']:,} turns to {options.out}, and the "
         f"hidden rewards to {options.out / 'truth.csv'}; ratings correlate {found['correlation']:.2f} with them"

@@ -24,11 +24,14 @@ BUILT = ("bart", "llama")  # unless told otherwise
 def parse_options(argv: Sequence[str] | None = None):
     """The command line."""
     parser = new_parser("Train a small BART and a small Llama from scratch on a corpus' training conversations.")
-    parser.add_argument("data_dir", help="folder with one folder a conversation, in CANDOR's layout")
+    parser.add_argument("data_dir", help="corpus in CANDOR's layout, or rated chats")
     parser.add_argument("out", help="folder to write bart/ and llama/ to")
     parser.add_argument("--only", choices=(*BUILT, "policy"), help="train one of them (default: bart and llama)")
     parser.add_argument("--steps", type=positive_int, help="training steps of each (default: 400; of policy 600)")
     parser.add_argument("--seed", type=seed, default=0, help="seed of every random choice")
+    parser.add_argument(
+        "--rating_range", type=float, nargs=2, metavar=("LO", "HI"), help="of rated chats, where the file states none"
+    )
     return parser.parse_args(argv)
 
 
@@ -41,6 +44,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import BartConfig, BartModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data_utils import read_corpus, split, turn_text
+from geli.data.chats import Range
 from geli.nets.batching import shuffled_batches
 from geli.nets.encoder import TurnEncoder
 from geli.nets.pretrained import quiet_transformers
@@ -77,10 +81,13 @@ LLAMAS = {
 }
 
 
-def build(data_dir: Path, out: Path, which: tuple[str, ...], seed: int, steps: int | None = None) -> None:
+def build(
+    data_dir: Path, out: Path, which: tuple[str, ...], seed: int, steps: int | None = None,
+    rating_range: Range | None = None,
+) -> None:  # fmt: skip
     """Reads `data_dir` and writes `out/NAME` of each model, trained for `steps` steps (None: what suits it)."""
     quiet_transformers()
-    corpus = read_corpus(data_dir, "overall_affect")
+    corpus = read_corpus(data_dir, "overall_affect", rating_range=rating_range)
     training, _ = split(corpus, len(corpus.conversations))
     if not training:
         raise UserError(f"{data_dir}: expected at least 2 conversations, to train on one and keep one for validation")
@@ -219,7 +226,7 @@ def _fit(model, tokenizer, batch_loss, folder: Path, steps: int, learning_rate: 
 def main(options) -> None:
     """Trains the models that the options name."""
     which = (options.only,) if options.only else BUILT
-    build(Path(options.data_dir), Path(options.out), which, options.seed, options.steps)
+    build(Path(options.data_dir), Path(options.out), which, options.seed, options.steps, options.rating_range)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ RATING = "overall_affect"  # the question that a rating without one answers
 REACTIONS = {1: 1, -1: -1, **dict.fromkeys("👍❤🙂😀😄😊😍🎉👏", 1), **dict.fromkeys("👎🙁☹😞😢😠😡", -1)}
 _VARIANTS = re.compile("[\U0001f3fb-\U0001f3ff\ufe0e\ufe0f]")  # colours of skin, and styles of an emoji
 WORDS_PER_SECOND, PAUSE = 2.5, 0.5  # where times are not known
-NO_FACES = "chats have none; --li_signal reaction reads thumbs, sentiment the next message"
+NO_FACES = "chats have none; --li_signal reaction reads thumbs, sentiment and hindsight the next message"
 MAGIC = {  # first bytes of files that are no JSONL -> what they are
     codecs.BOM_UTF16_LE: "UTF-16: convert it, as with iconv -f UTF-16 -t UTF-8",
     codecs.BOM_UTF16_BE: "UTF-16: convert it, as with iconv -f UTF-16 -t UTF-8",
@@ -222,7 +222,9 @@ def _turns(messages) -> tuple[tuple[Turn, ...], Counter]:
                 skipped[f"utterance of more than {MOST_CHARACTERS:,} characters"] += 1
             else:
                 times.append(_seconds(message.get("time"), place))
-                shown = _reaction(message.get("reaction"), place), _turn_rating(message.get("turn_rating"), place)
+                if (rating := message.get("turn_rating")) is not None and not _is_number(rating):
+                    raise Dropped(f"message {place}: turn_rating {rating!r}: expected a number"[:200])
+                shown = _reaction(message.get("reaction"), place), None if rating is None else float(rating)
                 said.append((str(place), role, text, count_words(text), *shown))
     except UserError as error:
         raise Dropped(str(error)) from None
@@ -230,21 +232,12 @@ def _turns(messages) -> tuple[tuple[Turn, ...], Counter]:
     if None in times:
         times = [0.0, *itertools.accumulate(seconds + PAUSE for seconds in lasts)][: len(said)]
     starts = [time - times[0] for time in times]
-    turns = []
-    for (place, role, text, n_words, *shown), start, seconds, following in zip(
-        said, starts, lasts, [*starts[1:], math.inf], strict=False
-    ):
+    turns, of_each = [], zip(said, starts, lasts, [*starts[1:], math.inf], strict=False)
+    for (place, role, text, n_words, *shown), start, seconds, following in of_each:
         if following < start:
             raise Dropped(f"message {place}: the next message's time is before its own")
-        stop = min(start + seconds, following)
-        turns.append(Turn(place, role, start, stop, text, n_words, NEUTRAL, 0.0, *shown))
+        turns.append(Turn(place, role, start, min(start + seconds, following), text, n_words, NEUTRAL, 0.0, *shown))
     return tuple(turns), skipped
-
-
-def _turn_rating(found, place: int) -> float | None:
-    if found is not None and not _is_number(found):
-        raise Dropped(f"message {place}: turn_rating {found!r}: expected a number"[:200])
-    return None if found is None else float(found)
 
 
 def _seconds(time, place: int) -> float | None:

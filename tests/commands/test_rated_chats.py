@@ -10,6 +10,7 @@ from conftest import call_script
 
 import train_reward_LI_only
 from data_utils import DataOptions, SignalOptions, load_turns
+from geli.heads import load_reward_head
 from models import RewardHead, RewardHeadConfig
 from tools.sample_chats import chats
 
@@ -40,12 +41,30 @@ def test_thumbs_and_ratings_are_learned_from_and_what_is_dropped_is_named(runs, 
     out, printed = runs
     assert printed.count("Dropped 1 of 25 conversations:\n  chats.jsonl:25: no rating") == 2
     assert printed.count("turns have a reaction (reaction)") == 2
+    assert "trajectories: the user has no survey row" not in printed  # nobody asked the assistant
     for run in ("li", "geli"):
         (record,) = (json.loads(path.read_text()) for path in out.glob(f"*/reward1_{run}.json"))
         assert np.isfinite(record["metrics"]["validation"]["li_loss"])
         assert record["arguments"]["rating_range"] == [1, 5] and record["arguments"]["li_signal"] in (None, "reaction")
     (table,) = (pd.read_csv(path) for path in out.glob("SINGLE*/val_turn_rewards_li.csv"))
     assert table["target"].isna().any() and table["target"].notna().any() and table["affect"].isna().all()
+
+
+def test_hindsight_goes_through_both_stages(file, tiny, tmp_path):
+    common = ["--data_dir", file, "--rating_range", 1, 5, "--output_dir", tmp_path, "--context_turns", 1, "--val"]
+    common += ["--small_model_shrink", "--epochs", 1, "--reaction_type", "mean"]
+    li = ("--lang_model_path", tiny / "bart", "--li_signal", "hindsight", "--run_name", "li")
+    printed = call_script("train_reward_LI_only.py", *common, *li).stdout
+    printed += call_script(
+        "train_reward_GELI.py", *common, "--train", "--affect_path", "li", "--run_name", "geli"
+    ).stdout
+    assert printed.count("have not seen: r = ") == 4 and "turns have a reaction (hindsight)" in printed
+    first, second = (pd.read_csv(*tmp_path.glob(f"*/val_turn_rewards_{run}.csv")) for run in ("li", "geli"))
+    assert np.array_equal(first["target"], second["target"], equal_nan=True) and first["target"].nunique() > 2
+    options = train_reward_LI_only.parse_options([str(word) for word in (*common, "--li_signal", "hindsight")])
+    _, _, validation = load_turns(options.data, options.signal, cache=None, validate=True)
+    assert validation.targets == pytest.approx(first["target"].to_numpy(), abs=1e-5, nan_ok=True)
+    assert load_reward_head(*tmp_path.glob("visual*/reward1_geli")).config.li_signal == "hindsight"
 
 
 def test_no_thumb_can_count_as_neutral(file):

@@ -1,4 +1,4 @@
-"""The comparison with people's labels: hindsight by hand, the readers, and the whole command on a few made-up chats."""
+"""The comparison with people's labels: shares by hand, the readers, and the whole command on a few made-up chats."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import call_script
 
-from experiments.credit import agreement, hindsight, shared_out, split
+from experiments.credit import agreement, shared_out, split
 from experiments.credit_data import Chat, inputs, read_casino, read_dstc9
 
 
@@ -15,19 +15,6 @@ def test_shares_by_hindsight_sum_to_the_score():
     witness, of = np.array([70.0, 50.0, np.nan, 30.0]), np.array([0, 0, 0, 1])
     shares = shared_out(witness, of, np.array([60.0, 20.0]))
     assert shares == pytest.approx([70, 50, 60, 20])  # T times the shares: their means are the scores
-
-
-def test_hindsight_is_learned_from_training_chats_and_reads_single_answers():
-    rng = np.random.default_rng(0)
-    of, kind = np.repeat(np.arange(200), 4), rng.integers(2, size=800)  # an answer is a complaint or not
-    answers = np.stack([kind, rng.normal(size=800)], axis=1)
-    scores = 50 - 40 * np.bincount(of, kind) / 4 + rng.normal(size=200)
-    answers[3] = np.nan
-    training = np.arange(200) < 150
-    found = hindsight(answers, of, np.where(training, scores, np.nan), training)
-    assert np.isnan(found[3]) and not np.isnan(np.delete(found, 3)).any()
-    said = ~np.isnan(answers[:, 0])
-    assert found[said & (kind == 0)].mean() - found[said & (kind == 1)].mean() == pytest.approx(40, abs=2)
 
 
 def test_conversations_with_labels_are_in_no_training():
@@ -85,7 +72,7 @@ def test_the_command_finds_credit_where_there_is_some_and_does_not_train_twice(c
     arguments = [out, "--dstc9", chats_file, "--encoder", tiny / "bart", "--contexts", 0, "--seeds", 0, 1]
     printed = call_script("experiments/credit.py", *arguments, "--repetitions", 20).stdout
     rows = {line.split(" | ")[1]: line.split(" | ") for line in printed.splitlines() if line.startswith("| DSTC9")}
-    assert len(rows) == 12 + 2 + 1 + 8
+    assert len(rows) == 12 + 12 + 2 + 1 + 8
     assert float(rows["ridge on hindsight"][5].split()[0]) > 0.9
     assert rows["the turn's place"][5].startswith("-")  # not defined
     before = {path: path.stat().st_mtime_ns for path in (out / "rewards").iterdir()}

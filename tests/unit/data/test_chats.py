@@ -234,6 +234,13 @@ def test_thumbs_are_the_li_targets_and_turns_without_one_have_none(file):
     assert turns.known.tolist() == [True, True, False, False] and turns.labels.tolist() == [2, 0, 1, 1]
 
 
+def test_an_assistant_that_nobody_asked_is_not_told_as_dropped(file):
+    by_name = chat("b", said=[("ana", "Hi"), ("ben", "Hello")], rating=None, ratings={"ana": 4})
+    corpus = read_corpus(write(file, chat(), by_name), "overall_affect")
+    assert sorted(t.key for both in corpus.trajectories.values() for t in both) == ["a/0", "b/0"]
+    assert corpus.dropped_trajectories == {"b/1": "the user has no survey row"}  # somebody, who could have rated
+
+
 def test_validation_without_any_thumb_is_one_clear_error(file):
     write(file, *[chat(f"{i}") for i in range(10)])
     with pytest.raises(UserError, match="--li_signal reaction: none of the 9 training turns has a reaction"):

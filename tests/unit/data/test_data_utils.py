@@ -204,14 +204,17 @@ def test_the_sentiment_signal_reads_what_the_user_says_next(tmp_path):
 def test_a_signal_gives_one_reaction_a_turn(name, sample):
     trajectories = split(read_corpus(sample, "overall_affect"), 40)[0]
     n = sum(len(t.agent_turns) for t in trajectories)
-    polarity, strength, labels, known = data_utils.LI_SIGNALS[name].reactions(trajectories, SignalOptions(name), False)
+    polarity, strength, labels, known = data_utils.LI_SIGNALS[name].reactions(
+        trajectories, SignalOptions(name), False, trajectories
+    )
     assert polarity.shape == strength.shape == labels.shape == known.shape == (n,)
     assert set(np.unique(polarity)) <= {-1, 0, 1} and np.issubdtype(labels.dtype, np.integer)
     assert 0 <= strength.min() <= strength.max() <= 1 and known.any() == (strength.max() > 0) == (name != "reaction")
 
 
 def test_a_new_signal_is_a_function_and_a_row(tmp_path, monkeypatch):
-    def length(trajectories, options, trust_remote_code):
+    def length(trajectories, options, trust_remote_code, training):
+        assert training == trajectories
         words = [t.conversation.turns[i].n_words for t in trajectories for i in t.agent_turns]
         return data_utils.reactions_of_sentiments(np.array(words) - 2.0)
 

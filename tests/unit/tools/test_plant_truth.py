@@ -1,6 +1,7 @@
 """The hidden reward of a text, by hand, and planted on conversations."""
 
 import filecmp
+import json
 import os
 
 import pandas as pd
@@ -10,6 +11,7 @@ from data_utils import read_corpus
 from geli.data.candor import HAPPINESS
 from tools.hidden_reward import COLD, WARM, hidden_reward, score
 from tools.plant_truth import plant
+from tools.sample_chats import chats
 
 
 @pytest.mark.parametrize(
@@ -74,3 +76,10 @@ def test_a_seed_gives_the_same_corpus_and_another_one_another(planted, sample, t
     files = [os.path.join(name, "survey.csv"), os.path.join(name, "audio_video_features.csv"), "truth.csv"]
     assert filecmp.cmpfiles(folder, tmp_path / "same", files, shallow=False)[0] == files
     assert filecmp.cmpfiles(folder, tmp_path / "other", files, shallow=False)[1] == files[:2]
+
+
+def test_chats_without_a_header_are_planted_with_the_range_given(tmp_path):
+    _header, *lines = chats(6, turns=8, thumbs=0, seed=0)
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = plant(tmp_path / "chats.jsonl", tmp_path / "planted", seed=0, rating_range=(1, 5))
+    assert found["conversations"] == 6 == len(read_corpus(tmp_path / "planted", "overall_affect").conversations)
