@@ -66,7 +66,9 @@ class Trunk:
         those of the model's forward pass: `inputs_embeds=states` do in place of token ids."""
 
         def put(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
+            more = (args[0] if args else kwargs["hidden_states"]).shape[1] - states.shape[1]
+            padded = nn.functional.pad(states, (0, 0, 0, more))  # as Longformer pads its input
+            return ((padded, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": padded})
 
         hook, layers = self.layers[0].register_forward_pre_hook(put, with_kwargs=True), getattr(self._owner, self._name)
         setattr(self._owner, self._name, self.layers)

@@ -193,7 +193,7 @@ def test_gradients_in_batches_are_those_of_one_batch(architecture):
 # Frozen layers
 
 
-@pytest.mark.parametrize("kind", ["bart", "bert"])
+@pytest.mark.parametrize("kind", ["bart", "bert", "longformer"])
 def test_above_frozen_layers_nothing_changes_but_the_time(kind, tmp_path, sample):
     encoder = load_encoder(str(small_model(kind, tmp_path / kind, sample)))
     texts = [TURN, (TURN[0] * 4, TURN[1]), ("", "AI: hm")]
