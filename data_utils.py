@@ -149,7 +149,7 @@ def hindsight_reactions(trajectories: list[Trajectory], _, __, training: list[Tr
 
     _, ranks = hindsight(list(map(heard, trajectories)), list(map(heard, training)))
     known, scores = ~np.isnan(ranks), np.array([t.score for t in trajectories for _ in t.agent_turns])
-    if len(set(scores[known])) > 1:
+    if len(set(scores[known])) > 1 < len(set(ranks[known])):
         found = np.corrcoef(ranks[known], scores[known])[0, 1]
         print(f"hindsight: next turns and scores that their models have not seen: r = {found:.2f}")
     strength = np.where(known, ranks, 0.5)
@@ -274,8 +274,8 @@ class SignalOptions:
     unknown_reaction: str | None = option(
         None,
         "LI target of turns whose reaction is not known (the face was lost, nothing was said next, no thumb): neutral: "
-        "0 (a mean of hindsight: 0.5); left_out: none, so that LI is learned from the other turns alone (default: "
-        "left_out with reaction and hindsight, else neutral)",
+        "0 (with --reaction_type mean of hindsight 0.5); left_out: none, so that LI is learned from the other turns "
+        "alone (default: left_out with reaction and hindsight, else neutral)",
         choices=("neutral", "left_out"),
     )
     sentiment_model: str | None = option(

@@ -250,7 +250,7 @@ class RewardTrainingOptions:
     patience: int | None = option(
         None,
         "with --val: end training after so many validations in a row without a better one (default: after --epochs); "
-        "stage 1 then validates after every epoch too, if that is less than 500 steps",
+        "stage 1 then validates every epoch, or every 500 steps in longer ones",
         type=positive_int,
         metavar="N",
     )

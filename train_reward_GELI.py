@@ -412,9 +412,9 @@ def train(
     if training.shares is not None:
         inputs["shares"] = hashlib.sha256(training.shares.tobytes()).hexdigest()
     modules = {"head": head}
-    if features.frozen:
+    if features.frozen or encoder.has_frozen_layers:
         inputs["encoder"] = encoder_fingerprint(encoder, "")
-    else:  # its weights are in the checkpoint
+    if not features.frozen:  # what trains is in the checkpoint
         modules["encoder"] = encoder.encoder
     checkpointer = Checkpointer(
         tracker.lock, features.accelerator, modules=modules, optimizer=stage.optimizer,

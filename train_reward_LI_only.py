@@ -81,7 +81,7 @@ import torch
 from geli.heads import load_reward_head, save_reward_head
 from geli.nets.batching import shuffled_batches
 from geli.nets.encoder import TurnEncoder, open_encoder
-from geli.nets.features import encode_together
+from geli.nets.features import encode_together, encoder_fingerprint
 from geli.nets.pretrained import check_exists
 from geli.report.checks import check_li_targets
 from geli.report.rewards import RewardRun, affect_means, choose_turns, finish_run, measure, wandb_validation
@@ -159,11 +159,14 @@ def train(
 
     held_out = validation if options.training.val else None
     stage = LITraining(encoder, head, training, held_out, options.training, accelerator, options.run.seed, save)
+    inputs = {"data": fingerprint(training.trajectories + validation.trajectories)}
+    if encoder.has_frozen_layers:  # which are not in the checkpoint
+        inputs["encoder"] = encoder_fingerprint(encoder, "")
     checkpointer = Checkpointer(
         tracker.lock, accelerator, modules={"encoder": encoder.encoder, "head": head}, optimizer=stage.optimizer,
         values={"schedule": stage.schedule, "best": stage.best, "logged": tracker.logged},
         generators={"training": stage.rng},
-        inputs={"data": fingerprint(training.trajectories + validation.trajectories)},
+        inputs=inputs,
         every=options.run.save_steps, total=stage.steps,
     )  # fmt: skip
     clock.lap("loading and tokenizing")
@@ -195,10 +198,12 @@ class LITraining(Stage):
         self.shows_rating = options.curriculum or options.curriculum_exposure
         self.pairs = encoder.tokenize(training.texts)
         self.rated_pairs = encoder.tokenize(training.rated_texts()) if self.shows_rating else self.pairs
-        if options.epochs > 1:
-            encoder.remember([*self.pairs, *self.rated_pairs], accelerator.autocast)
         lengths = np.array([len(pair.ids) for pair in self.pairs])
         known = np.flatnonzero(~np.isnan(training.targets))  # the others have nothing to learn from
+        if options.epochs > 1:
+            shown = [self.rated_pairs] if options.curriculum and not options.curriculum_exposure else [self.pairs]
+            shown += [self.rated_pairs] if options.curriculum_exposure else []
+            encoder.remember([pairs[i] for pairs in shown for i in known], accelerator.autocast)
         self.batches = [
             (epoch, known[batch])
             for epoch in range(1, options.epochs + 1)

@@ -669,11 +669,18 @@ class PPOTraining(Stage):
 
     def after_step(self, step: int, logged: dict[str, float]) -> bool:
         """Records what was logged, and saves the adapter at intervals; with `--stop_kl` sees whether to end."""
-        stop_kl, kl = self.options.rl.stop_kl, logged.get("kl", 0.0)
-        before = self.recorder.rows[-1].get("kl", 0.0) if self.recorder.rows else 0.0
-        self.finished = stop_kl is not None and (before + kl) / 2 >= stop_kl
-        self.recorder.step(step, logged, last=self.finished)
+        self.recorder.step(step, logged, last=self.ends_with([*self.recorder.rows, logged]))
         return False
+
+    def ends_with(self, rows: list[dict]) -> bool:
+        """Whether training ends, by `--stop_kl`, with the last of these steps."""
+        stop_kl = self.options.rl.stop_kl
+        return stop_kl is not None and sum(row.get("kl", 0.0) for row in rows[-2:]) / 2 >= stop_kl
+
+    @property
+    def finished(self) -> bool:
+        """Whether the steps that were done, by this process or the one that it resumes, were the last."""
+        return self.ends_with(self.recorder.rows)
 
     def batch_ids(self) -> list[str]:
         """Names of the prompts in the last batch."""

@@ -70,15 +70,18 @@ def validation_loss(encoder: TurnEncoder, head: RewardHead, validation: TurnSet)
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--conversations", type=int, default=2, help="training conversations; one more validates")
+    parser.add_argument("--conversations", type=int, default=2, help="training conversations")
     parser.add_argument("--seeds", type=int, default=3, help="epochs of each procedure")
     parser.add_argument("--encoder", help="folder of another encoder, with --data_dir")
     parser.add_argument("--data_dir", help="its corpus, in CANDOR's layout; two turns of context")
     args = parser.parse_args()
+    if bool(args.encoder) != bool(args.data_dir):
+        parser.error("give --encoder and --data_dir together")
     seed_everything(0)
     procedures = {"as published": published_epoch, "ours": our_epoch, "passes alone": bare_epoch}
     if args.encoder:
-        encoder, parts = load_encoder(args.encoder), split(read_corpus(args.data_dir), args.conversations)
+        corpus = read_corpus(args.data_dir, "overall_affect")
+        encoder, parts = load_encoder(args.encoder), split(corpus, args.conversations)
         training, validation = (TurnSet.from_trajectories(part, 2) for part in parts)
         del procedures["as published"]
     else:
@@ -99,7 +102,9 @@ def main() -> None:
             "stage 1, one epoch": name,
             "seconds": float(np.median(seconds[name])),
             "passes alone/this": float(np.median(seconds["passes alone"]) / np.median(seconds[name])),
-            "validation L_LI": f"{np.mean(losses[name]):.4f} ± {np.std(losses[name]) / len(losses[name]) ** 0.5:.4f}",
+            "validation L_LI": ""
+            if procedures[name] is bare_epoch
+            else f"{np.mean(losses[name]):.4f} ± {np.std(losses[name]) / len(losses[name]) ** 0.5:.4f}",
         }
         for name in procedures
     ]

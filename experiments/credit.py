@@ -35,6 +35,8 @@ def parse_options(argv: Sequence[str] | None = None):
     options = parser.parse_args(argv)
     if not options.dstc9 and not options.casino:
         parser.error("give --dstc9, --casino or both")
+    if len({Path(folder).name for folder in options.encoder}) < len(options.encoder):
+        parser.error("--encoder: folders need different names, which files have")
     return options
 
 

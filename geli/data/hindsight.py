@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from geli.run.errors import UserError
-
 FOLDS = 5  # parts of the training conversations, each of which is left out of one model
 PENALTIES = 10.0 ** np.arange(-1, 4)  # of the ridge regression; the error of left-out scores chooses
 WORDS = {"token_pattern": r"\w+|[^\w\s]", "ngram_range": (1, 2), "max_features": 5000}  # words, marks, emoji, and pairs
@@ -17,18 +15,17 @@ def hindsight(heard: Sequence[Heard], training: Sequence[Heard]) -> np.ndarray:
     that the model was fitted on (the share with a lower h, and half of those with the same); NaN without an answer.
 
     Conversations of `training` are scored by the model that their fold, with both trajectories of a conversation, was
-    left out of: no target knows the score of its own conversation. Others are scored by a model of all. Raises a
-    `UserError` if users answer in fewer than `FOLDS` training conversations.
+    left out of: no target knows the score of its own conversation. Others are scored by a model of all. If users answer
+    in fewer than `FOLDS` training conversations, prints that, and all is NaN.
     """
     training = [one for one in training if any(one[2])]
     fold = {name: place % FOLDS for place, name in enumerate(sorted({name for name, *_ in training}))}
-    if len(fold) < FOLDS:
-        raise UserError(
-            f"--li_signal hindsight: expected {FOLDS} training conversations with answers, found {len(fold)}"
-        )
     answers = np.array([answer for *_, said in heard for answer in said], dtype=object)
     parts = np.array([fold.get(name, FOLDS) for name, _, said in heard for _ in said], dtype=int)
     found = np.full((2, len(answers)), np.nan)
+    if len(fold) < FOLDS:
+        print(f"hindsight: needs {FOLDS} training conversations in which users answer, found {len(fold)}: no targets")
+        return found
     for part in np.unique(parts[answers != ""]):
         chosen = (parts == part) & (answers != "")
         found[:, chosen] = _score(answers[chosen], [one for one in training if fold[one[0]] != part])

@@ -1,5 +1,6 @@
 """The text encoder: (context, response) pairs to one vector a turn."""
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -84,28 +85,40 @@ class TurnEncoder(nn.Module):
         try:
             if hasattr(self.model, "peft_config"):
                 raise ValueError("its adapter is in all layers")
-            self._trunk = Trunk(self.encoder, getattr(self.encoder.config, "num_hidden_layers", 0) - n)
+            layers = getattr(self.encoder.config, "num_hidden_layers", 0)
+            if n >= layers:
+                raise ValueError(f"it has {layers} layers, and one must be left to train")
+            self._trunk = Trunk(self.encoder, layers - n)
         except ValueError as error:
             raise UserError(f"--freeze_layers {n}: {self.name} has no frozen layers: {error}") from None
         self.model.requires_grad_(False)
         self._trunk.layers.requires_grad_(True)
+
+    @property
+    def has_frozen_layers(self) -> bool:
+        """Whether `freeze_layers` was called."""
+        return self._trunk is not None
 
     def train(self, mode: bool = True) -> "TurnEncoder":
         """As of any module; frozen layers stay in eval mode."""
         super().train(mode and self._trunk is None)
         if self._trunk:
             self._trunk.layers.train(mode)
+        self.training = mode
         return self
 
     def remember(self, pairs: Sequence[TokenPair], autocast=nullcontext) -> None:
         """Computes the frozen layers' states of n pairs once, for all later passes. Without frozen layers, or if the
         states do not fit into a quarter of the memory, does nothing."""
+        if self._trunk is None:
+            return
         missing = list({pair.key: pair for pair in pairs if pair.key not in self._below}.values())
         lengths = np.array([len(pair.ids) for pair in missing], dtype=int)
-        size = 4 * self.hidden_size * lengths.sum()
-        if self._trunk is None or size > 0.25 * available_memory():
-            if self._trunk:
-                print(f"The frozen layers' states take {size / 2**30:.1f} GiB: they are computed anew in every pass")
+        size = (
+            4 * self.hidden_size * lengths.sum() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        )  # of all processes here
+        if size > 0.25 * available_memory():
+            print(f"The frozen layers' states take {size / 2**30:.1f} GiB: they are computed anew in every pass")
             return
         with progress_bar(total=len(missing), desc="frozen layers", unit="turn") as bar:
             for batch in token_batches(lengths, self.token_budget()):
@@ -227,10 +240,10 @@ class TurnEncoder(nn.Module):
         passes = 0 if lengths.max(initial=0) * len(lengths) * calls <= budget else len(batches)
         passes = self.largest(passes)
         if not passes:  # everything fits at once, in every process
-            one_pass = (
-                self.is_sharded or self.device.type != "cpu" or lengths.max() * len(lengths) <= CPU_TRAINED_TOKENS
-            )
-            batches = [np.arange(len(pairs))] if one_pass else token_batches(lengths, CPU_TRAINED_TOKENS)
+            fast = self.device.type == "cpu" and not (self.is_sharded or self.tokens_per_batch)
+            most = CPU_TRAINED_TOKENS if fast else budget
+            one_pass = lengths.max(initial=0) * len(lengths) <= most
+            batches = [np.arange(len(pairs))] if one_pass else token_batches(lengths, most)
             rows = torch.cat([features(batch) for batch in batches])
         else:
             batches += [np.arange(0)] * (passes - len(batches))

@@ -60,8 +60,8 @@ class EncoderOptions:
     )
     freeze_layers: int = option(
         0,
-        "when the encoder is trained: leave its embeddings and lowest N layers as they are, and compute their states "
-        "once where they fit into a quarter of the memory",
+        "when the encoder is trained: train the layers above the lowest N alone, and compute the states below once "
+        "where they fit into a quarter of the memory",
         type=non_negative_int,
         metavar="N",
     )

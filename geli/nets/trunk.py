@@ -32,6 +32,11 @@ class Trunk:
         layers = next(lists, ())
         if not 1 <= n_top <= len(layers):
             raise ValueError(f"expected a model with a list of at least {n_top} layers")
+        kinds = (
+            getattr(body.config, "layer_types", None) or []
+        )  # by which a model gives masks to the layers in its list
+        if kinds[:n_top] != kinds[-n_top:]:
+            raise ValueError("its layers have attention of several kinds")
         self.layers = layers[n - n_top :]
         self._owner = next(module for module in body.modules() if layers in module.children())
         self._name = next(name for name, child in self._owner.named_children() if child is layers)
@@ -40,7 +45,7 @@ class Trunk:
             with torch.no_grad():
                 whole, split = body(input_ids=ids, **arguments)[0], self.top(self(input_ids=ids), input_ids=ids)
             same = torch.allclose(whole.float(), split.float(), atol=1e-3, rtol=1e-2)
-        except (AttributeError, TypeError, RuntimeError):  # architectures differ in any way
+        except (AttributeError, KeyError, TypeError, RuntimeError):  # architectures differ in any way
             same = False
         if not same:
             raise ValueError("its forward pass is more than its layers, one after the other")

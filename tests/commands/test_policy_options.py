@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -255,6 +256,15 @@ def test_an_option_is_used_or_refused(arguments, message, capsys):
 )
 def test_the_options_of_the_reward_come_to_one(arguments, chosen):
     assert train_rl_GELI.parse_options(arguments.split()).reward.chosen == chosen
+
+
+@pytest.mark.parametrize(
+    ("kls", "finished"), [([], False), ([1.5], False), ([0.5, 1.5], True), ([9.0, 0.5, 1.0], False)]
+)
+def test_a_resumed_run_knows_that_it_has_reached_its_kl(kls, finished):
+    recorder = SimpleNamespace(rows=[{"step": i, "kl": kl} for i, kl in enumerate(kls)])
+    options = SimpleNamespace(rl=SimpleNamespace(stop_kl=1.0, algo=""), run=SimpleNamespace(seed=0))
+    assert train_rl_GELI.PPOTraining(None, [], recorder, options).finished == finished
 
 
 def test_training_ends_at_a_kl(stage_3, tiny, tmp_path):

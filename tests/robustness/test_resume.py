@@ -185,6 +185,15 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(number, best, begin, whole
     assert not [path for path in stage.out.rglob(".*") if path.is_file()]  # nothing temporary stays
 
 
+@pytest.mark.parametrize("words", ["--freeze_layers 1 --patience 1 --epochs 5", "--freeze_layers 1"])
+def test_frozen_layers_and_patience_survive_a_kill(words, begin):
+    stages = [begin(1, words, folder) for folder in "ab"]
+    stages[0].run()
+    stages[1].killed(step=3)
+    assert "Resuming after step" in stages[1].run("--resume")
+    assert not stages[1].differs(stages[0].results())
+
+
 @pytest.mark.skipif(not RANDOM_KILLS, reason="takes minutes: set GELI_KILLS=20, as .ci/run does")
 @pytest.mark.parametrize("number", STAGES)
 def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(number, begin, whole):

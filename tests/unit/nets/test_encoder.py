@@ -10,11 +10,13 @@ import torch
 from conftest import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Qwen3Config, Qwen3Model
 
 from geli.heads import encoder_of_head, encoder_reference, load_encoder_of_head
 from geli.nets.batching import CPU_TOKENS, shuffled_batches, token_batches
 from geli.nets.encoder import TurnEncoder, load_encoder, place_encoder
 from geli.nets.options import EncoderOptions
+from geli.nets.trunk import Trunk
 from geli.run.errors import UserError
 
 
@@ -222,6 +224,8 @@ def test_frozen_layers_have_no_dropout_and_the_others_do(tiny):
     encoder.train()
     off = [m for m in encoder.modules() if not m.training]
     assert all(m.training for m in encoder._trunk.layers.modules()) and encoder.encoder.layers[0] in off
+    encoder.encode(encoder.tokenize([TURN]))  # which goes to eval mode and back
+    assert off == [m for m in encoder.modules() if not m.training]
     encoder.eval()
     assert not any(m.training for m in encoder.modules())
 
@@ -244,11 +248,19 @@ def test_encoders_without_frozen_layers_are_refused(tiny, architecture):
     if kind in ("llama-encoder", "longt5"):  # an adapter in all layers; a position bias that the first layer makes
         with pytest.raises(UserError, match=r"--freeze_layers 1: .* has no frozen layers: its "):
             encoder.freeze_layers(1)
-    with pytest.raises(UserError, match=r"--freeze_layers 2: .* has no frozen layers: expected a model with a list of"):
-        load_encoder(str(tiny / "bart")).freeze_layers(2)
+
+
+def test_frozen_layers_that_cannot_be_are_refused(tiny):
+    encoder = load_encoder(str(tiny / "bart"))
+    with pytest.raises(UserError, match=r"--freeze_layers 2: .* has no frozen layers: it has 2 layers, and one must"):
+        encoder.freeze_layers(2)
     with pytest.raises(UserError, match="--compile is for whole encoders"):
         options = EncoderOptions(compile=True, freeze_layers=1)
         place_encoder(encoder, SimpleNamespace(device=torch.device("cpu")), options)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=2, head_dim=16)
+    kinds = dict(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"], sliding_window=8)
+    with pytest.raises(ValueError, match="attention of several kinds"):
+        Trunk(Qwen3Model(Qwen3Config(**sizes, **kinds, vocab_size=32)), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
