@@ -6,8 +6,6 @@ import torch
 # Tokens that a language model reads at once, with padding. Measured on a CPU (SmolLM2): with 2,048 the activations do
 # not fit into its caches, and a token takes 1.4 times as long; with 512 as long as with 768.
 CPU_TOKENS, GPU_TOKENS = 768, 8192
-# Tokens of a pass whose activations are kept for the backward pass: on a CPU larger ones are 5 to 10% slower.
-CPU_TRAINED_TOKENS = 4096
 
 
 def shuffled_batches(

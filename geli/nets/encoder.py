@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from geli.nets.batching import CPU_TOKENS, CPU_TRAINED_TOKENS, token_batches
+from geli.nets.batching import CPU_TOKENS, token_batches
 from geli.nets.options import EncoderOptions
 from geli.nets.pretrained import check_vocabulary, load_adapter, load_pretrained, named_by_file, recorded_base
 from geli.nets.trunk import Trunk
@@ -240,14 +240,9 @@ class TurnEncoder(nn.Module):
         passes = 0 if lengths.max(initial=0) * len(lengths) * calls <= budget else len(batches)
         passes = self.largest(passes)
         if not passes:  # everything fits at once, in every process
-            fast = self.device.type == "cpu" and not (self.is_sharded or self.tokens_per_batch)
-            most = CPU_TRAINED_TOKENS if fast else budget
-            one_pass = lengths.max(initial=0) * len(lengths) <= most
-            batches = [np.arange(len(pairs))] if one_pass else token_batches(lengths, most)
-            rows = torch.cat([features(batch) for batch in batches])
-        else:
-            batches += [np.arange(0)] * (passes - len(batches))
-            rows = torch.cat([checkpoint(features, batch, use_reentrant=False) for batch in batches])
+            return features(np.arange(len(pairs)))
+        batches += [np.arange(0)] * (passes - len(batches))
+        rows = torch.cat([checkpoint(features, batch, use_reentrant=False) for batch in batches])
         return rows[torch.from_numpy(np.argsort(np.concatenate(batches))).to(rows.device)]
 
     @torch.no_grad()  # not inference_mode: heads are trained on the result
