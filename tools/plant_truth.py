@@ -24,7 +24,7 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("out", type=Path, help="folder to write one folder a conversation to (becomes --data_dir)")
     parser.add_argument("--seed", type=seed, default=0, help="seed of ratings and faces")
     parser.add_argument(
-        "--rating_range", type=float, nargs=2, metavar=("LO", "HI"), help="of rated chats, where the file states none"
+        "--rating_range", type=float, nargs=2, metavar=("LO", "HI"), help="of rated chats (default: as the file states)"
     )
     return parser.parse_args(argv)
 

@@ -30,7 +30,7 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("--steps", type=positive_int, help="training steps of each (default: 400; of policy 600)")
     parser.add_argument("--seed", type=seed, default=0, help="seed of every random choice")
     parser.add_argument(
-        "--rating_range", type=float, nargs=2, metavar=("LO", "HI"), help="of rated chats, where the file states none"
+        "--rating_range", type=float, nargs=2, metavar=("LO", "HI"), help="of rated chats (default: as the file states)"
     )
     return parser.parse_args(argv)
 
