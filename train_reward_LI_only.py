@@ -201,8 +201,8 @@ class LITraining(Stage):
         lengths = np.array([len(pair.ids) for pair in self.pairs])
         known = np.flatnonzero(~np.isnan(training.targets))  # the others have nothing to learn from
         if options.epochs > 1:
-            shown = [self.rated_pairs] if options.curriculum and not options.curriculum_exposure else [self.pairs]
-            shown += [self.rated_pairs] if options.curriculum_exposure else []
+            shown = [self.rated_pairs] if self.shows_rating else []
+            shown += [self.pairs] if options.curriculum_exposure or not shown else []
             encoder.remember([pairs[i] for pairs in shown for i in known], accelerator.autocast)
         self.batches = [
             (epoch, known[batch])

@@ -114,9 +114,8 @@ class TurnEncoder(nn.Module):
             return
         missing = list({pair.key: pair for pair in pairs if pair.key not in self._below}.values())
         lengths = np.array([len(pair.ids) for pair in missing], dtype=int)
-        size = (
-            4 * self.hidden_size * lengths.sum() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        )  # of all processes here
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine; each keeps all states
+        size = 4 * self.hidden_size * lengths.sum() * processes
         if size > 0.25 * available_memory():
             print(f"The frozen layers' states take {size / 2**30:.1f} GiB: they are computed anew in every pass")
             return

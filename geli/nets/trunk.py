@@ -32,9 +32,7 @@ class Trunk:
         layers = next(lists, ())
         if not 1 <= n_top <= len(layers):
             raise ValueError(f"expected a model with a list of at least {n_top} layers")
-        kinds = (
-            getattr(body.config, "layer_types", None) or []
-        )  # by which a model gives masks to the layers in its list
+        kinds = getattr(body.config, "layer_types", None) or []  # a layer gets its mask by its place in this list
         if kinds[:n_top] != kinds[-n_top:]:
             raise ValueError("its layers have attention of several kinds")
         self.layers = layers[n - n_top :]
