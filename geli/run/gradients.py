@@ -17,8 +17,9 @@ def decaying_adamw(groups: list[dict], steps: int):
     """AdamW (Loshchilov & Hutter, 2019) of `groups` {"params", "lr"}, and the schedule by which their learning rates
     decay linearly to 0 in `steps`."""
     sharded = any(is_part(p) for group in groups for p in group["params"])
-    # foreach cannot mix sharded parameters with whole ones
-    optimizer = torch.optim.AdamW(groups, foreach=False if sharded else None)
+    # fused is 7 times as fast on a CPU, but cannot mix sharded parameters with whole ones; foreach neither
+    kernel = {"foreach": False} if sharded else {"fused": True}
+    optimizer = torch.optim.AdamW(groups, **kernel)
     return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
 
 
