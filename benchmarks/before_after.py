@@ -47,7 +47,7 @@ def stage_1(folder: Path, limit: bool) -> Callable[[int], object]:
     """An epoch of stage 1."""
     import stage1
 
-    encoder, training, _ = stage1.corpus_and_encoder(folder / "candor", 1)
+    encoder, training, _ = stage1.corpus_and_encoder(folder / "candor", 2)
     run, head = stage1.bare_epoch if limit else stage1.our_epoch, stage1.new_head(stage=1)
     return lambda step: run(copy.deepcopy(encoder), copy.deepcopy(head), training, step)
 
@@ -122,7 +122,7 @@ def ppo_passes(shape: str) -> Callable[[int], object]:
 ROWS = {  # name -> its work; a PPO step's is that of ppo_vs_trl.py
     f"reading {CONVERSATIONS} conversations of CANDOR's size": partial(read, again=False),
     "the same again": partial(read, again=True),
-    "stage 1, an epoch of 160 turns of 590 tokens, small BART": stage_1,
+    "stage 1, an epoch of 320 turns of 590 tokens, small BART": stage_1,
     "stage 2, two such conversations": partial(stage_2, again=False),
     "the same with another lambda": partial(stage_2, again=True),
     "encoding 160 turns of 590 tokens, BART of 6×512": partial(encode, short=False),

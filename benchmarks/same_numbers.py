@@ -4,12 +4,14 @@
 
 Runs all three stages of both checkouts on the same sample corpus, and on the first 120 conversations of CaSiNo where
 its folder is given, with the same small models (which BEFORE makes) and one seed, and compares what they write: the
-tables of turn rewards, the metrics, the PPO step tables, the responses, and all trained weights. Results of BEFORE
-are kept in the work folder, so that only the other checkout runs again.
+tables of turn rewards, the metrics, the PPO step tables, the responses, and all trained weights. Prints the files that
+differ, each with the largest difference of its numbers. Results of BEFORE are kept in the work folder, so that only the
+other checkout runs again.
 """
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -110,6 +112,20 @@ def rounded(value):
     return float(f"{value:.{METRIC_DIGITS}g}") if isinstance(value, float) else value
 
 
+def difference(a, b) -> float:
+    """The largest difference of numbers at the same places of two contents; infinite where anything else differs."""
+    if a is b or a == b:
+        return 0.0
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return max(difference(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return max(map(difference, a, b))
+    try:
+        return abs(float(a) - float(b))
+    except (TypeError, ValueError):
+        return math.inf
+
+
 def outputs(out: Path) -> dict[str, Path]:
     """Name -> path of the files that are compared."""
     kinds = ("val_turn_rewards_*.csv", "reward1_*", "*_steps.csv", "*_responses.csv", "*.json", "*.safetensors")
@@ -141,10 +157,10 @@ def main() -> None:
             name: [found.get(name) for found in (outputs(old), outputs(new))] for name in outputs(old) | outputs(new)
         }
         for name, (a, b) in files.items():
-            same = bool(a and b) and content(a) == content(b)
-            compared, different = compared + 1, different + (not same)
-            if not same:
-                print(f"{corpus} {name}: {'DIFFERENT' if a and b else 'only in one of them'}")
+            by = difference(content(a), content(b)) if a and b else math.inf
+            compared, different = compared + 1, different + (by != 0)
+            if by:
+                print(f"{corpus} {name}: {f'DIFFERENT by {by:.2g}' if a and b else 'only in one of them'}")
     print(f"{compared} files compared, {different} different")
     sys.exit(bool(different))
 
