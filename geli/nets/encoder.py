@@ -238,11 +238,16 @@ class TurnEncoder(nn.Module):
         batches = token_batches(lengths, budget)
         passes = 0 if lengths.max(initial=0) * len(lengths) * calls <= budget else len(batches)
         passes = self.largest(passes)
-        if not passes:  # everything fits at once, in every process
-            return features(np.arange(len(pairs)))
-        batches += [np.arange(0)] * (passes - len(batches))
-        rows = torch.cat([checkpoint(features, batch, use_reentrant=False) for batch in batches])
-        return rows[torch.from_numpy(np.argsort(np.concatenate(batches))).to(rows.device)]
+        if passes:
+            batches += [np.arange(0)] * (passes - len(batches))
+            rows = [checkpoint(features, batch, use_reentrant=False) for batch in batches]
+        else:  # everything fits at once, in every process; a CPU is faster in smaller passes, each of which costs a
+            # gradient of all embeddings
+            split = self.device.type == "cpu" and not self.is_sharded
+            batches = token_batches(lengths, 2 * CPU_TOKENS) if split else [np.arange(len(pairs))]
+            rows = [features(batch) for batch in batches]
+        order = torch.from_numpy(np.argsort(np.concatenate(batches)))
+        return torch.cat(rows)[order.to(rows[0].device)]
 
     @torch.no_grad()  # not inference_mode: heads are trained on the result
     def encode(
