@@ -58,7 +58,7 @@ def stage_2(folder: Path, limit: bool, again: bool) -> Callable[[int], object]:
 
     encoder, training, validation = data = encoding.corpus_and_encoder(folder / "candor", 2)
     if limit:
-        return bare_passes(encoder, training.texts + validation.texts)
+        return bare_passes(encoder, sorted({*training.texts, *validation.texts}))
     if again:
         encoding.stage_2(*data, folder / "cache", ge_weight=0.2)
         return lambda _: encoding.stage_2(*data, folder / "cache")
@@ -80,10 +80,10 @@ def encode(folder: Path, limit: bool, short: bool) -> Callable[[int], object]:
 
 
 def bare_passes(encoder, texts: list[tuple[str, str]]) -> Callable[[int], object]:
-    """Forward passes of an encoder over as many tokens as the distinct texts have."""
+    """Forward passes of an encoder over as many tokens as the texts have."""
     import torch
 
-    lengths = [len(pair.ids) for pair in encoder.tokenize(sorted(set(texts)))]
+    lengths = [len(pair.ids) for pair in encoder.tokenize(texts)]
     length = round(sum(lengths) / len(lengths))
     batch = torch.full((max(encoder.token_budget() // length, 1), length), 5)
 
@@ -122,10 +122,10 @@ def ppo_passes(shape: str) -> Callable[[int], object]:
 ROWS = {  # name -> its work; a PPO step's is that of ppo_vs_trl.py
     f"reading {CONVERSATIONS} conversations of CANDOR's size": partial(read, again=False),
     "the same again": partial(read, again=True),
-    "stage 1, an epoch of 320 turns of 590 tokens, small BART": stage_1,
+    "stage 1, an epoch, two conversations of 160 turns of 590 tokens, small BART": stage_1,
     "stage 2, two such conversations": partial(stage_2, again=False),
     "the same with another lambda": partial(stage_2, again=True),
-    "encoding 160 turns of 590 tokens, BART of 6×512": partial(encode, short=False),
+    "encoding such a conversation, BART of 6×512": partial(encode, short=False),
     f"encoding {SHORT_TEXTS} short turns": partial(encode, short=True),
     "PPO step (a)": "a",
     "PPO step (b)": "b",

@@ -241,8 +241,9 @@ class TurnEncoder(nn.Module):
         if passes:
             batches += [np.arange(0)] * (passes - len(batches))
             rows = [checkpoint(features, batch, use_reentrant=False) for batch in batches]
-        else:  # everything fits at once, in every process; a CPU is faster in smaller passes, each of which costs a
-            # gradient of all embeddings
+        else:
+            # Everything fits at once, in every process. A CPU is faster in smaller passes, but not in tiny ones: each
+            # computes a gradient of all embeddings.
             split = self.device.type == "cpu" and not self.is_sharded
             batches = token_batches(lengths, 2 * CPU_TOKENS) if split else [np.arange(len(pairs))]
             rows = [features(batch) for batch in batches]
