@@ -77,7 +77,9 @@ def best_of(samples: Sequence[Sequence[str]], score: Callable, prompts: Sequence
     Returns:
         `points`: for n = 1, 2, 4, … k the `kl` of best-of-n and `gold`, the expected hidden reward for each prompt;
         `texts`: the best of all k; `order`: the rank correlation of reward and hidden reward among the responses to
-        one prompt, in the mean of the prompts where both differ.
+        one prompt, in the mean of the prompts where both differ; `within`: the share of the reward's variance that is
+        among the responses to one prompt, which is all that a policy can learn from (Razin et al., 2025,
+        arXiv 2503.15477), 0 of a constant reward.
     """
     k = len(samples)
     rewards = np.array([np.asarray(score(prompts, texts), dtype=float) for texts in samples])
@@ -92,4 +94,5 @@ def best_of(samples: Sequence[Sequence[str]], score: Callable, prompts: Sequence
         "points": [{"n": n, "kl": kl_of_best(n), "gold": expected_best(rewards, hidden, n).tolist()} for n in sizes],
         "texts": [samples[best][i] for i, best in enumerate(rewards.argmax(axis=0))],
         "order": float(np.mean(order)) if order else None,
+        "within": float(rewards.var(axis=0).mean() / max(rewards.var(), 1e-12)),
     }

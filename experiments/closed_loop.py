@@ -28,7 +28,7 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("--encoder", required=True, help="hub id or folder of the heads' text encoder")
     parser.add_argument("--policy", help="small: trained here; or as --model_name of train_rl_GELI.py")
     parser.add_argument("--prompt_format", help="of another policy than small, as in train_rl_GELI.py")
-    parser.add_argument("--rewards", nargs="+", help="GELI, GE, LI, truth, random")
+    parser.add_argument("--rewards", nargs="+", help="GELI, GE, LI, truth, random ('GELI --heads 5': with options)")
     parser.add_argument("--seeds", type=seed, nargs="+", help="seeds of training")
     parser.add_argument("--algorithms", nargs="+", help="of stage 3 ('ppo --lam 1': with options), or best-of-N")
     parser.add_argument("--steps", type=positive_int, help="steps of each policy")

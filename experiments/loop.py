@@ -35,6 +35,7 @@ HIDDEN = "tools.hidden_reward:score"
 CONTEXT_TURNS = 2  # of heads and policies: on CaSiNo more turns cost time and help no head
 TRAIN_CONVERSATIONS = 980  # of the heads; CaSiNo has 1,030
 PUBLISHED = "-published"  # behind an algorithm: with the published settings in place of `--preset small`
+ENSEMBLE = " --ensemble "  # behind best-of-N: how an ensemble's heads score, as in stage 3
 LENGTHS = {name: getattr(PPO_PRESETS["small"], name) for name in ("min_new_tokens", "max_new_tokens")}
 BATCH = 64  # prompts that are answered together when a policy is measured
 
@@ -49,7 +50,12 @@ class PolicyRun(NamedTuple):
     @property
     def name(self) -> str:
         """Part of the names of its files."""
-        return f"{self.reward}-{self.algo.replace(' ', '_')}-{self.seed}"
+        return f"{self.reward}-{self.algo}-{self.seed}".replace(" ", "_")
+
+    @property
+    def head(self) -> str:
+        """Name of the run that trains its reward head."""
+        return f"{self.reward}-{self.seed}".replace(" ", "_")
 
 
 def policy_runs(options: LoopOptions) -> Iterator[PolicyRun]:
@@ -64,23 +70,26 @@ def policy_runs(options: LoopOptions) -> Iterator[PolicyRun]:
 # Commands
 
 
-def reward_commands(options: LoopOptions, seed: int) -> Iterator[tuple[str, list]]:
-    """(name of the head, command) of the three reward runs of a seed, in order."""
-    common = ["--data_dir", options.out / "candor", "--output_dir", options.out / "rewards", "--seed", seed, "--resume"]
+def head_commands(options: LoopOptions, run: PolicyRun) -> Iterator[tuple[str, list]]:
+    """(name, command) of each head that a run's reward needs, in order: a GELI head continues from an LI head."""
+    kind, *changed = run.reward.split()
+    common = ["--data_dir", options.out / "candor", "--output_dir", options.out / "rewards", "--seed", run.seed]
     common += ["--context_turns", CONTEXT_TURNS, "--train_size", TRAIN_CONVERSATIONS, "--small_model_shrink"]
-    common += ["--device", options.device, "--val"]
-    li = ["--epochs", 1, "--batch_size", 32, "--learning_rate", 3e-5, "--lang_model_path", options.encoder]
-    yield f"LI-{seed}", ["train_reward_LI_only.py", *common, *li]
-    stage_2 = ["--train", "--epochs", 8, "--batch_size", 4, "--learning_rate", 5e-3]
-    yield f"GE-{seed}", ["train_reward_GELI.py", *common, *stage_2, "--lang_model_path", options.encoder]
-    geli = ["--affect_path", f"LI-{seed}", "--loss_scale", "normalized"]
-    yield f"GELI-{seed}", ["train_reward_GELI.py", *common, *stage_2, *geli]
+    common += ["--device", options.device, "--resume", "--val"]
+    encoder, li = ["--lang_model_path", options.encoder], f"LI-{run.seed}"
+    if kind in ("LI", "GELI"):
+        stage_1 = ["--epochs", 1, "--batch_size", 32, "--learning_rate", 3e-5]
+        yield li, ["train_reward_LI_only.py", *common, *stage_1, *encoder]
+    if kind in ("GE", "GELI"):
+        start = encoder if kind == "GE" else ["--affect_path", li, "--loss_scale", "normalized"]
+        stage_2 = ["--train", "--epochs", 8, "--batch_size", 4, "--learning_rate", 5e-3]
+        yield run.head, ["train_reward_GELI.py", *common, *stage_2, *start, *changed]
 
 
 def policy_command(options: LoopOptions, run: PolicyRun) -> list:
     """The stage-3 command of a run."""
     reward = {"truth": ["--reward_function", HIDDEN], "random": ["--reward", "random"]}.get(
-        run.reward, ["--reward_path", finished_head(options.out / "rewards", f"{run.reward}-{run.seed}")]
+        run.reward, ["--reward_path", finished_head(options.out / "rewards", run.head)]
     )
     name, *changed = run.algo.split()
     algo = name.removesuffix(PUBLISHED)
@@ -131,10 +140,9 @@ def closed_loop(options: LoopOptions) -> None:
 
 
 def train_heads(options: LoopOptions, run: PolicyRun) -> None:
-    """Trains the heads of the run's seed that its reward needs and that are not there yet."""
-    needed = {"GELI": ("LI", "GELI"), "GE": ("GE",), "LI": ("LI",)}.get(run.reward, ())
-    for name, command in reward_commands(options, run.seed):
-        if name.partition("-")[0] in needed and not finished_head(options.out / "rewards", name):
+    """Trains the heads that the run's reward needs and that are not there yet."""
+    for name, command in head_commands(options, run):
+        if not finished_head(options.out / "rewards", name):
             print(f"reward head {name} …", flush=True)
             run_command(options.out, *command, "--run_name", name)
 
@@ -196,7 +204,7 @@ def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:
             write_json(reference, {**evaluate(), "prompts": names, "human": human})
     if run.algo.startswith(BEST_OF):
         some = prompts[: (len(prompts) + 1) // 2]
-        folder, n = options.out / "samples" / str(run.seed), int(run.algo.removeprefix(BEST_OF))
+        folder, n = options.out / "samples" / str(run.seed), int(run.algo.removeprefix(BEST_OF).split()[0])
         samples = sample_responses(policy, some, folder, n, seed=run.seed, batch_size=BATCH, **LENGTHS)
         found = {"prompts": names[: len(some)], **best_of(samples, load_score(options, run), some)}
     else:
@@ -230,5 +238,5 @@ def load_score(options: LoopOptions, run: PolicyRun) -> Callable:
         return FunctionScorer(HIDDEN, "--reward_function")
     if run.reward == "random":
         return RandomScorer(run.seed)
-    path = finished_head(options.out / "rewards", f"{run.reward}-{run.seed}")
-    return GELIReward.load(path, device=options.device, dtype=options.dtype, cache_size=0).score
+    path, ensemble = finished_head(options.out / "rewards", run.head), run.algo.partition(ENSEMBLE)[2] or "mean"
+    return GELIReward.load(path, device=options.device, dtype=options.dtype, cache_size=0, ensemble=ensemble).score

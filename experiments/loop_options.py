@@ -8,15 +8,16 @@ SMALL = "small"  # the policy that the loop trains from scratch
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """Options of the experiment; those of the commands are in `reward_commands` and `policy_command`.
+    """Options of the experiment; those of the commands are in `head_commands` and `policy_command`.
 
     Attributes:
         out: folder of everything. data_dir: corpus in CANDOR's layout. encoder: hub id or folder, of the heads.
         policy: `small`, a Llama of 2.3 million weights that tools/tiny_models.py trains on the corpus, or as
             `--model_name`. prompt_format: `--prompt_format` of another policy than `small`, which reads raw text.
-        seeds: of everything but the planted corpus and the policy. rewards: what policies are trained on.
-        algorithms: of `--algo`, or best-of-N. Options of train_rl_GELI.py may follow (`ppo --lam 1`), and
-            `ppo-published` begins from the published settings in place of `--preset small`.
+        seeds: of everything but the planted corpus and the policy.
+        rewards: what policies are trained on. Behind GE or GELI may follow options of their head (`GELI --heads 5`).
+        algorithms: of `--algo`, or best-of-N. Options of train_rl_GELI.py may follow (`ppo --lam 1`; behind best-of-N
+            only `--ensemble`), and `ppo-published` begins from the published settings in place of `--preset small`.
         steps: of training. save_steps: steps between two checkpoints, each of which is measured.
         prompts: held-out prompts; of best-of-N half of them.
         target_kl: nats a response at which policies are compared. device: `--device`. dtype: `--dtype` of the policies.

@@ -111,8 +111,9 @@ def rows(results: Sequence[dict], references: dict[int, dict], target_kl: float)
         row["efficiency"] = float(np.mean([efficiency_of(run, references) for run in runs]))
         for name in ("response_words", "ended_share", "distinct_2"):
             row[name] = float(np.mean([run["points"][-1].get(name, np.nan) for run in runs]))
-        orders = [run["order"] for run in runs] if algo.startswith(BEST_OF) else None
-        row["order"] = str(within(CORRELATION, t_interval, orders)) if orders else None
+        best = algo.startswith(BEST_OF)
+        row["order"] = str(within(CORRELATION, t_interval, [run["order"] for run in runs])) if best else None
+        row["within"] = float(np.mean([run["within"] for run in runs])) if best else None
         found.append(row)
     return found
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import call_script
 from small_models import chat_model
 
+import train_reward_GELI
 import train_rl_GELI
 from experiments import closed_loop as command
 from experiments import loop as closed_loop
@@ -90,6 +91,7 @@ def test_best_of_n_by_hand():
     assert found["texts"] == ["awful thing", "no"]
     assert found["order"] == pytest.approx(-1)  # the longer text is the colder; the second prompt has no order
     assert [point["kl"] for point in found["points"]] == pytest.approx([0, math.log(2) - 0.5])
+    assert found["within"] == pytest.approx(4.5 / 13.5)  # rewards 5 and 11, 2 and 2
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -178,6 +180,21 @@ def test_an_algorithm_is_run_with_other_options(algo, learning_rate, lam, optimi
         "ppo", learning_rate, lam, optimizer,
     )  # fmt: skip
     assert " " not in found.rl.exp_name
+
+
+def test_a_head_is_trained_with_other_options(tmp_path):
+    options = LoopOptions(out=tmp_path, data_dir="", encoder="encoder")
+    plain, changed = (
+        list(closed_loop.head_commands(options, PolicyRun(reward, "ppo", 3)))
+        for reward in ("GELI", "GELI --heads 5 --decorrelate 1")
+    )
+    assert [name for name, _ in plain] == ["LI-3", "GELI-3"] and plain[0] == changed[0]  # both begin from one LI head
+    name, (script, *words) = changed[1]
+    found = train_reward_GELI.parse_options(list(map(str, words)))
+    assert (found.training.heads, found.training.decorrelate, found.training.affect_path) == (5, 1.0, "LI-3")
+    assert script == "train_reward_GELI.py" and " " not in name and name != "GELI-3"
+    assert [name for name, _ in closed_loop.head_commands(options, PolicyRun("GE", "ppo", 3))] == ["GE-3"]
+    assert not list(closed_loop.head_commands(options, PolicyRun("truth", "ppo", 3)))
 
 
 def test_every_reward_is_tried_before_the_other_algorithms():
