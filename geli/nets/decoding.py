@@ -35,6 +35,7 @@ class CausalDecoder:
     ):  # fmt: skip
         self._body = getattr(model, model.base_model_prefix)
         self._mask, self._positions = query_mask, (query_mask.cumsum(dim=1) - 1).clamp(min=0)
+        self._prompts: list[torch.Tensor] = []  # (m, copies) the rows of the batch that each pass through prompts read
         self._cache = DynamicCache(config=model.config)
         plain = all(type(layer) is DynamicLayer for layer in self._cache.layers)  # not those of sliding windows
         self._cache.layers = [_RoomyLayer(room) if plain else layer for layer in self._cache.layers]
@@ -54,22 +55,35 @@ class CausalDecoder:
     def _read_by_length(self, query: torch.Tensor, query_mask: torch.Tensor, copies: int) -> None:
         """Reads the prompts in groups of similar lengths, and moves their keys and values to the places where a batch
         that is padded on the left has them."""
-        lengths, states = query_mask[::copies].sum(dim=1), [None] * len(query)
+        lengths, device, states = query_mask[::copies].sum(dim=1), query.device, []
         aligned = left_aligned(query[::copies], query.shape[1] - lengths)
-        for rows in grouped_by_length(lengths.cpu().numpy(), query.device):
-            chosen = torch.as_tensor(rows, device=query.device)
+        places = torch.arange(len(query), device=device).view(-1, copies)
+        for rows in grouped_by_length(lengths.cpu().numpy(), device):
+            chosen = torch.as_tensor(rows, device=device)
             output = self._body(
                 input_ids=aligned[chosen, : int(lengths[chosen].max())],
                 past_key_values=DynamicCache(config=self._body.config),
                 use_cache=True,
             )
-            places = [range(row * copies, (row + 1) * copies) for row in rows]  # in the batch
-            for place, length, state in zip(places, lengths[chosen].tolist(), output.last_hidden_state, strict=True):
-                for row in place:
-                    states[row] = state[length - 1]
+            states.append(output.last_hidden_state[torch.arange(len(rows), device=device), lengths[chosen] - 1])
             for layer, read in zip(self._cache.layers, output.past_key_values.layers, strict=True):
-                layer.place(read.keys, read.values, places, lengths[chosen].tolist(), query.shape)
-        self.state = torch.stack(states)
+                layer.place(read.keys, read.values, places[chosen], lengths[chosen].tolist(), query.shape)
+            self._prompts.append(places[chosen])
+        self.state = torch.cat(states).repeat_interleave(copies, dim=0)[torch.cat(self._prompts).flatten().argsort()]
+
+    def join(self, passes: list[torch.Tensor]) -> torch.Tensor | None:
+        """What `Trunk.record` collected of this decoder's passes as (n, Q + R, hidden), the states of each prompt and
+        its response from column 0 on; None where prompts were read with padding on their left."""
+        if not self._prompts:
+            return None
+        prompts, tokens = passes[: len(self._prompts)], passes[len(self._prompts) :]
+        lengths = self._mask.sum(dim=1) - len(tokens)
+        joined = prompts[0].new_zeros(len(lengths), self._mask.shape[1] + 1, prompts[0].shape[2])  # the last token: 0
+        for places, states in zip(self._prompts, prompts, strict=True):
+            joined[places, : states.shape[1]] = states[:, None]
+        for i, states in enumerate(tokens):
+            joined[torch.arange(len(joined), device=joined.device), lengths + i] = states[:, 0]
+        return joined
 
     def read(self, tokens: torch.Tensor) -> None:
         """Reads the next token (n,) of every row."""
@@ -112,14 +126,14 @@ class _RoomyLayer(DynamicLayer):
         self.lazy_initialization(keys, values)
         self._all = [new.new_zeros(n, new.shape[1], length + self._room, new.shape[3]) for new in (keys, values)]
 
-    def place(self, keys, values, places: list[range], lengths: list[int], shape: tuple[int, int]) -> None:
+    def place(self, keys, values, places: torch.Tensor, lengths: list[int], shape: tuple[int, int]) -> None:
         """Stores keys and values (m, heads, tokens, width) of m prompts, which begin in column 0 and have `lengths`
-        tokens, at the right ends of their rows (`places` of each) of the (n, Q) `shape` of all prompts."""
+        tokens, at the right ends of their rows, `places` (m, copies), of the (n, Q) `shape` of all prompts."""
         if not self.is_initialized:
             self._allocate(keys, values, *shape)
         for buffer, new in zip(self._all, (keys, values), strict=True):
             for i, (rows, length) in enumerate(zip(places, lengths, strict=True)):
-                buffer[rows.start : rows.stop, :, shape[1] - length : shape[1]] = new[i, :, :length]
+                buffer[rows, :, shape[1] - length : shape[1]] = new[i, :, :length]
         self.keys, self.values = (buffer[..., : shape[1], :] for buffer in self._all)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,8 +78,8 @@ class Policy(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.eval()
-        self._check_logits()
         self._trunk = self._split(layers) if layers else None
+        self._check_logits()
 
     @property
     def device(self) -> torch.device:
@@ -149,7 +149,7 @@ class Policy(nn.Module):
     def generate(
         self, query: torch.Tensor, query_mask: torch.Tensor, uniforms: torch.Tensor,
         done: Callable[[torch.Tensor], torch.Tensor] | None = None, copies: int = 1,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """Samples responses at temperature 1 from the full distribution, until all have ended.
 
         Args:
@@ -160,25 +160,27 @@ class Policy(nn.Module):
             copies: how many times in a row each prompt stands in `query`.
 
         Returns:
-            (n, R) token ids, padded after the end token or where `done` stopped a response, and (n, R, hidden) the
-            states that they were sampled from, for `logprobs_from_hidden`.
+            (n, R) token ids, padded after the end token or where `done` stopped a response; (n, R, hidden) the states
+            that they were sampled from, for `logprobs_from_hidden`; and what `trunk` would return for them, where the
+            decoder came by it.
         """
-        decoder = self.decoder(query, query_mask, uniforms.shape[1], copies)
         response = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
         ended, states = torch.zeros(len(query), dtype=torch.bool, device=query.device), []
         ends = torch.tensor(self.ends, device=query.device)
-        for step in range(1, uniforms.shape[1] + 1):
-            token = self.sample(decoder.state, uniforms[:, step - 1]).masked_fill(ended, self.pad)
-            response = torch.cat([response, token[:, None]], dim=1)
-            states.append(decoder.state)
-            ended |= torch.isin(token, ends)
-            if done and step % DONE_EVERY == 0:
-                ended |= done(response).to(ended.device)
-            unfinished = int(not ended.all()) if step < uniforms.shape[1] else 0
-            if not self.largest(unfinished):
-                break
-            decoder.read(token)
-        return response, torch.stack(states, dim=1)
+        with self._trunk.record() if self._trunk and not self.is_sharded else nullcontext() as passes:
+            decoder = self.decoder(query, query_mask, uniforms.shape[1], copies)
+            for step in range(1, uniforms.shape[1] + 1):
+                token = self.sample(decoder.state, uniforms[:, step - 1]).masked_fill(ended, self.pad)
+                response = torch.cat([response, token[:, None]], dim=1)
+                states.append(decoder.state)
+                ended |= torch.isin(token, ends)
+                if done and step % DONE_EVERY == 0:
+                    ended |= done(response).to(ended.device)
+                unfinished = int(not ended.all()) if step < uniforms.shape[1] else 0
+                if not self.largest(unfinished):
+                    break
+                decoder.read(token)
+        return response, torch.stack(states, dim=1), decoder.join(passes) if passes else None
 
     def sample(self, states: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
         """(n,) next tokens, at temperature 1 from the full distribution.
@@ -204,22 +206,17 @@ class Policy(nn.Module):
             return EncoderDecoder(base, query, query_mask)
         return CausalDecoder(base, query, query_mask, room, together=self.is_sharded, copies=copies)
 
-    def forward(self, query, query_mask, response, response_mask):
-        """The log-probability of each response token, and value and entropy of the state before it.
+    def logprobs_from_hidden(self, hidden: torch.Tensor, response: torch.Tensor, response_mask: torch.Tensor):
+        """The log-probability of each response token, and value and entropy of the state before it, from these states.
 
-        Logits are computed only where `response_mask` is 1.
+        Logits are computed only where the mask is 1.
 
         Args:
-            query, query_mask: (n, Q) from `tokenize`. response, response_mask: (n, R) right-padded.
+            hidden: (n, R, hidden) from `states`. response, response_mask: (n, R) right-padded.
 
         Returns:
             logprobs, values, entropies: (n, R) float32, 0 where the mask is 0.
         """
-        hidden = self.states(query, query_mask, response, response_mask)
-        return self.logprobs_from_hidden(hidden, response, response_mask)
-
-    def logprobs_from_hidden(self, hidden: torch.Tensor, response: torch.Tensor, response_mask: torch.Tensor):
-        """As `forward`, from the states (n, R, hidden) before each response token."""
         kept = response_mask.bool()
         states = hidden[kept]
 

@@ -1,12 +1,15 @@
 """The frozen lower layers of a model, whose states are computed once for several passes through the layers above."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 
 class _Reached(Exception):
-    """Ends a forward pass at the top layers, with the states (n, m, hidden) that reached them."""
+    """Ends a forward pass at the top layers."""
 
 
 class Trunk:
@@ -43,26 +46,35 @@ class Trunk:
             with torch.no_grad():
                 whole, split = body(input_ids=ids, **arguments)[0], self.top(self(input_ids=ids), input_ids=ids)
             same = torch.allclose(whole.float(), split.float(), atol=1e-3, rtol=1e-2)
-        except (AttributeError, KeyError, TypeError, RuntimeError):  # architectures differ in any way
+        except (AttributeError, LookupError, TypeError, RuntimeError):  # architectures differ in any way
             same = False
         if not same:
             raise ValueError("its forward pass is more than its layers, one after the other")
 
     def __call__(self, **inputs) -> torch.Tensor:
         """(n, m, hidden) states below the top layers. `inputs` are those of the model's forward pass."""
+        with torch.no_grad(), self.record(stop=True) as states:
+            self._body(**inputs, **self._arguments)
+        return states[0]
 
-        def stop(_, args: tuple, kwargs: dict) -> None:
-            raise _Reached(args[0] if args else kwargs["hidden_states"])
+    @contextmanager
+    def record(self, stop: bool = False) -> Iterator[list[torch.Tensor]]:
+        """Collects the states (n, m, hidden) that reach the top layers in the model's forward passes, in their order.
+        With `stop`, the first pass ends there."""
+        found: list[torch.Tensor] = []
 
-        hook = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+        def keep(_, args: tuple, kwargs: dict) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+            if stop:
+                raise _Reached
+
+        hook = self.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            with torch.no_grad():
-                self._body(**inputs, **self._arguments)
-        except _Reached as reached:
-            return reached.args[0]
+            yield found
+        except _Reached:
+            pass
         finally:
             hook.remove()
-        raise ValueError("its forward pass does not reach its layers")
 
     def top(self, states: torch.Tensor, **inputs) -> torch.Tensor:
         """(n, m, hidden) last states of the model, from the states (n, m, hidden) below its top layers. `inputs` are

@@ -32,7 +32,7 @@ class Rollout(NamedTuple):
         response: (n, R) token ids. mask: (n, R) float, 1 on the tokens that are kept.
         texts: the n responses, cut and stripped.
         states: (n, R, hidden) the states that the tokens were sampled from, in float32; None where the policy computes
-            in lower precision.
+            in lower precision. trunk: (n, Q + R, hidden) as `Policy.trunk` returns it; None where it is to be computed.
     """
 
     query: torch.Tensor
@@ -41,6 +41,7 @@ class Rollout(NamedTuple):
     mask: torch.Tensor
     texts: list[str]
     states: torch.Tensor | None = None
+    trunk: torch.Tensor | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -76,15 +77,16 @@ def rollout(policy: "Policy", prompts: Sequence[Prompt], uniforms: torch.Tensor,
         return policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     query, query_mask = policy.tokenize(prompts)
-    response, states = policy.generate(
+    response, states, trunk = policy.generate(
         query, query_mask, uniforms, lambda so_far: reached_marker(so_far, texts_of), copies
     )
     kept, texts = cut_responses(response, texts_of, policy.ends)
     mask = (torch.arange(int(kept.max()), device=response.device) < kept[:, None].to(response.device)).float()
     width = mask.shape[1]
     # In lower precision, generation and a full forward pass round differently; the states are then computed again.
-    states = states[:, :width] if states.dtype == torch.float32 else None
-    return Rollout(query, query_mask, response[:, :width], mask, texts, states)
+    again = states.dtype != torch.float32
+    states, trunk = (None, None) if again else (states[:, :width], trunk)
+    return Rollout(query, query_mask, response[:, :width], mask, texts, states, trunk)
 
 
 def reached_marker(response: torch.Tensor, texts_of: Callable) -> torch.Tensor:
@@ -169,7 +171,7 @@ def logprobs_and_values(
     columns, parts = defaultdict(list), minibatches(policy, rollout.lengths, mini_batch_size)
     for part in parts:
         inputs = rollout.rows(part)
-        trunk = policy.trunk(*inputs)
+        trunk = policy.trunk(*inputs) if rollout.trunk is None else rollout.trunk[part]
         states = policy.states(*inputs, trunk) if rollout.states is None else rollout.states[part]
         with policy.reference():
             ref_states = policy.states(*inputs, trunk)

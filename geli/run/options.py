@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ from typing import Any
 from geli.run.errors import program_name
 
 WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
-SERVER_URL = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:(?P<port>\d{1,5}))?(/[^\s?#]*)?", re.ASCII)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Types of option values

@@ -4,6 +4,7 @@ or none, and in one pass or several."""
 from pathlib import Path
 
 import torch
+from small_models import evaluated
 
 from geli.nets.encoder import load_encoder
 from geli.nets.options import Adapter
@@ -61,11 +62,11 @@ def compare_policy(kind: str, path: str, accelerator) -> None:
     mine = [[0], [1, 2]][accelerator.process_index]
     query = whole.tokenize([Prompt(("hello there", "a b c d e", "what is it now")[i], "", "") for i in mine])
     uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[mine]
-    response, _ = whole.generate(*query, uniforms)
+    response, *_ = whole.generate(*query, uniforms)
     assert torch.equal(other.generate(*query, uniforms)[0][:, : response.shape[1]], response), kind
     for rows in (slice(None), slice(0, 0 if accelerator.process_index else None)):
         inputs = [x[rows] for x in (*query, response, torch.ones_like(response))]
-        seen = [m(*inputs) for m in (whole, other)]
+        seen = [evaluated(m, *inputs) for m in (whole, other)]
         compare(kind, seen[1], seen[0])
         losses = [s[0].sum() + s[1].sum() for s in seen]
         both = zip((whole, other), losses, strict=True)
