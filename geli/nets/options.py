@@ -124,7 +124,7 @@ class PolicyOptions:
     )
     num_layers_unfrozen: int = option(
         0,
-        "adapt so many layers at the top alone; those below are then computed once for policy, reference and update; "
+        "adapt so many layers at the top alone; those below are then computed once for sampling, reference and update; "
         "0: all layers",
         type=non_negative_int,
         metavar="N",
