@@ -201,7 +201,8 @@ def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:
     if not reference.is_file():
         with policy.reference():
             human = [hidden_reward(prompt.human) for prompt in prompts]
-            write_json(reference, {**evaluate(), "prompts": names, "human": human})
+            said = [prompt.context for prompt in prompts]
+            write_json(reference, {**evaluate(), "prompts": names, "said": said, "human": human})
     if run.algo.startswith(BEST_OF):
         some = prompts[: (len(prompts) + 1) // 2]
         folder, n = options.out / "samples" / str(run.seed), int(run.algo.removeprefix(BEST_OF).split()[0])

@@ -19,6 +19,7 @@ from tools.seeds import interval_over_seeds, t_interval
 
 REPETITIONS = 10_000  # of the bootstrap
 PHRASES = 8  # words that are shown
+SHOWN = 10  # responses that are written side by side
 WORD = re.compile(r"[a-z]+(?:'[a-z]+)?|[!?]")
 
 
@@ -151,6 +152,17 @@ def phrases(results: Sequence[dict], references: dict[int, dict]) -> list[dict]:
     return found
 
 
+def side_by_side(results: Sequence[dict], references: dict[int, dict]) -> list[dict]:
+    """What the policies of the first seed say to the same prompts, beside what the reference policy says."""
+    reference = references[results[0]["seed"]]
+    columns = {"prompt": reference["prompts"], "said": reference["said"], "reference": reference["texts"]}
+    for run in results:
+        if run["seed"] == results[0]["seed"]:
+            texts = dict(zip(run["prompts"], run["texts"], strict=True))  # of best-of-n to half of the prompts
+            columns[f"{run['reward']} {run['algo']}"] = [texts.get(name, "") for name in reference["prompts"]]
+    return pd.DataFrame(columns)[:SHOWN].to_dict("records")
+
+
 def _shares(texts: Sequence[str]) -> Counter:
     counts = Counter(word for text in texts for word in set(WORD.findall(text.lower())))
     return Counter({word: count / len(texts) for word, count in counts.items()})
@@ -158,7 +170,10 @@ def _shares(texts: Sequence[str]) -> Counter:
 
 def write_report(results: Sequence[dict], references: dict[int, dict], target_kl: float, out: Path) -> None:
     """Prints the tables, and writes them and the picture to `out`."""
-    tables = {"closed_loop": rows(results, references, target_kl), "phrases": phrases(results, references)}
+    tables = {
+        "closed_loop": rows(results, references, target_kl), "phrases": phrases(results, references),
+        "side_by_side": side_by_side(results, references),
+    }  # fmt: skip
     paths = [out / f"{name}.csv" for name in tables]
     for path, table in zip(paths, tables.values(), strict=True):
         with atomic_path(path) as temporary:

@@ -1,5 +1,6 @@
 """The closed loop on a small corpus with small models: it runs, resumes, and its intervals are right."""
 
+import csv
 import itertools
 import json
 import math
@@ -58,6 +59,11 @@ def test_every_reward_is_in_the_table_and_nothing_is_run_twice(looped):
     scripts = [script for script, *_ in commands]
     assert scripts.count("train_rl_GELI.py") == 4 and scripts.count("tools/plant_truth.py") == 1
     assert (out / "frontier.png").stat().st_size > 5_000
+    with open(out / "side_by_side.csv", newline="", encoding="utf-8") as file:
+        said = list(csv.DictReader(file))
+    assert list(said[0]) == ["prompt", "said", "reference"] + [
+        f"{r} {a}" for a in ("ppo", "distill", "best-of-2") for r in ("GELI", "truth")
+    ]
 
 
 @pytest.mark.slow
