@@ -45,8 +45,8 @@ def curves(rewards: dict[str, list[list[float]]], target: float, path: Path) -> 
 
 def frontier(lines: dict[tuple[str, str], list[np.ndarray]], path: Path) -> list[Path]:
     """Gain in hidden reward against the KL to the reference, a panel for each algorithm, a color for each reward; thin
-    lines are seeds, the thick one is their mean. In every panel also best-of-n by the truth and the bound of a normal
-    reward, sqrt(2 KL). Returns the paths of a PNG and a PDF.
+    lines are seeds, the thick one is their mean, which ends in a dot. In every panel also best-of-n by the truth and
+    the bound of a normal reward, sqrt(2 KL). Returns the paths of a PNG and a PDF.
 
     Args:
         lines: (reward, algorithm) -> for each seed (points, 2): KL, and the gain in standard deviations of the
@@ -55,9 +55,9 @@ def frontier(lines: dict[tuple[str, str], list[np.ndarray]], path: Path) -> list
     algorithms = list(dict.fromkeys(algo for _, algo in lines))
     figure, axes = new_figure(1, len(algorithms), 4.2 * len(algorithms), 3.8)
     colors = dict(zip(dict.fromkeys(reward for reward, _ in lines), OKABE_ITO, strict=False))
-    most = max(points[:, 0].max() for seeds in lines.values() for points in seeds)
     best = [seeds for (reward, algo), seeds in lines.items() if reward == "truth" and algo.startswith("best-of-")]
     for axis, algo in zip(axes[0], algorithms, strict=True):
+        most = 1.03 * max(points[:, 0].max() for (_, of), seeds in lines.items() if of == algo for points in seeds)
         grid = np.linspace(0, most, 200)
         axis.plot(grid, np.sqrt(2 * grid), ls=":", color=GRAY, label="sqrt(2 KL)")
         if best:
@@ -65,10 +65,10 @@ def frontier(lines: dict[tuple[str, str], list[np.ndarray]], path: Path) -> list
         for (reward, of), seeds in lines.items():
             if of == algo:
                 for points in seeds:
-                    axis.plot(*points.T, color=colors[reward], lw=0.6, alpha=0.4)
+                    axis.plot(*points.T, color=colors[reward], lw=0.6, alpha=0.3)
                 size = min(map(len, seeds))
                 mean = np.mean([points[:size] for points in seeds], axis=0)
-                axis.plot(*mean.T, "o-", ms=3, lw=1.6, color=colors[reward], label=reward)
+                axis.plot(*mean.T, "o-", ms=6, markevery=[-1], lw=1.6, color=colors[reward], label=reward)
         axis.set(title=algo, xlabel="KL to the reference (nats a response)", xlim=(0, most))
     axes[0, 0].set_ylabel("gain in hidden reward (standard deviations)")
     axes[0, 0].legend(frameon=False, fontsize=8)
