@@ -206,17 +206,22 @@ class Policy(nn.Module):
             return EncoderDecoder(base, query, query_mask)
         return CausalDecoder(base, query, query_mask, room, together=self.is_sharded, copies=copies)
 
-    def logprobs_from_hidden(self, hidden: torch.Tensor, response: torch.Tensor, response_mask: torch.Tensor):
-        """The log-probability of each response token, and value and entropy of the state before it, from these states.
+    def forward(self, query, query_mask, response, response_mask):
+        """The log-probability of each response token, and value and entropy of the state before it.
 
-        Logits are computed only where the mask is 1.
+        Logits are computed only where `response_mask` is 1.
 
         Args:
-            hidden: (n, R, hidden) from `states`. response, response_mask: (n, R) right-padded.
+            query, query_mask: (n, Q) from `tokenize`. response, response_mask: (n, R) right-padded.
 
         Returns:
             logprobs, values, entropies: (n, R) float32, 0 where the mask is 0.
         """
+        hidden = self.states(query, query_mask, response, response_mask)
+        return self.logprobs_from_hidden(hidden, response, response_mask)
+
+    def logprobs_from_hidden(self, hidden: torch.Tensor, response: torch.Tensor, response_mask: torch.Tensor):
+        """As `forward`, from the states (n, R, hidden) before each response token."""
         kept = response_mask.bool()
         states = hidden[kept]
 

@@ -4,7 +4,6 @@ or none, and in one pass or several."""
 from pathlib import Path
 
 import torch
-from small_models import evaluated
 
 from geli.nets.encoder import load_encoder
 from geli.nets.options import Adapter
@@ -66,7 +65,7 @@ def compare_policy(kind: str, path: str, accelerator) -> None:
     assert torch.equal(other.generate(*query, uniforms)[0][:, : response.shape[1]], response), kind
     for rows in (slice(None), slice(0, 0 if accelerator.process_index else None)):
         inputs = [x[rows] for x in (*query, response, torch.ones_like(response))]
-        seen = [evaluated(m, *inputs) for m in (whole, other)]
+        seen = [m(*inputs) for m in (whole, other)]
         compare(kind, seen[1], seen[0])
         losses = [s[0].sum() + s[1].sum() for s in seen]
         both = zip((whole, other), losses, strict=True)

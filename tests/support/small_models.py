@@ -76,9 +76,3 @@ def write_head(folder: Path, encoder: Path, head: str = "default", **config) -> 
     config = RewardHeadConfig(head=head, hidden=hidden, **encoder_reference(encoder, folder), **settings)
     save_reward_head(RewardHead(config), folder / f"reward1_{head}")
     return folder / f"reward1_{head}"
-
-
-def evaluated(policy, query, query_mask, response, response_mask):
-    """Log-probabilities of response tokens, and values and entropies of the states before them, by one whole pass."""
-    states = policy.states(query, query_mask, response, response_mask)
-    return policy.logprobs_from_hidden(states, response, response_mask)

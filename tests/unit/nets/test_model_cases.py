@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import case
 from safetensors.torch import load_file, save_file
-from small_models import evaluated, small_model
+from small_models import small_model
 from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
 
 from geli.nets.encoder import load_encoder
@@ -38,7 +38,7 @@ def load(folder, prompt_format="raw", **more):
 def train_a_step(policy):
     """Samples responses, and takes the gradient of their log-probabilities."""
     sampled = rollout(policy, PROMPTS, draw_uniforms(2, 6, torch.Generator().manual_seed(0)))
-    evaluated(policy, *sampled.rows([0, 1]))[0].sum().backward()
+    policy(*sampled.rows([0, 1]))[0].sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.trainable())
     return sampled
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from conftest import small_model
-from small_models import evaluated
 
 from geli.data.messages import INSTRUCTION
 from geli.nets import policy as policy_module
@@ -34,10 +33,10 @@ def responses_of(policy, lengths=(5, 9)):
 def test_a_left_padded_batch_gives_what_each_sequence_gives_alone(policy):
     query, query_mask = policy.tokenize(PROMPTS)
     response, mask = responses_of(policy)
-    together = evaluated(policy, query, query_mask, response, mask)
+    together = policy(query, query_mask, response, mask)
     for row, n in enumerate((5, 9)):
         alone_query = policy.tokenize(PROMPTS[row : row + 1])
-        alone = evaluated(policy, *alone_query, response[row : row + 1, :n], mask[row : row + 1, :n])
+        alone = policy(*alone_query, response[row : row + 1, :n], mask[row : row + 1, :n])
         for batch, single in zip(together, alone, strict=True):
             torch.testing.assert_close(batch[row, :n], single[0], atol=1e-5, rtol=1e-5)
             assert (batch[row, n:] == 0).all()
@@ -57,7 +56,7 @@ def test_log_probabilities_are_those_of_the_whole_model(policy):
     response, mask = response[1:], mask[1:]
     logits = policy.model(input_ids=torch.cat([query, response], dim=1)).logits[:, query.shape[1] - 1 : -1]
     expected = torch.distributions.Categorical(logits=logits)
-    logprobs, _, entropies = evaluated(policy, query, query_mask, response, mask)
+    logprobs, _, entropies = policy(query, query_mask, response, mask)
     torch.testing.assert_close(logprobs, expected.log_prob(response), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(entropies, expected.entropy(), atol=1e-5, rtol=1e-5)
 
@@ -75,9 +74,9 @@ def test_the_kl_of_whole_distributions_is_that_of_the_whole_models(policy):
 
 def test_logits_in_chunks_are_the_same(policy, monkeypatch):
     inputs = (*policy.tokenize(PROMPTS), *responses_of(policy))
-    whole = evaluated(policy, *inputs)
+    whole = policy(*inputs)
     monkeypatch.setattr(policy_module, "LOGITS_PER_CHUNK", 3 * policy.model.config.vocab_size)
-    for a, b in zip(whole, evaluated(policy, *inputs), strict=True):
+    for a, b in zip(whole, policy(*inputs), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
@@ -152,7 +151,7 @@ def test_a_saved_policy_loads_with_peft_and_with_us(policy, tiny, tmp_path):
     fresh = load_policy(str(tiny / "llama"), Adapter(4, 8), torch.float32)
     fresh.load(tmp_path / "GELI_llama_10")
     inputs = (*policy.tokenize(PROMPTS), *responses_of(policy))
-    for a, b in zip(evaluated(policy, *inputs), evaluated(fresh, *inputs), strict=True):
+    for a, b in zip(policy(*inputs), fresh(*inputs), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -184,14 +183,14 @@ def whole_models_logits(policy, query, query_mask, response):
 def test_every_policys_log_probabilities_are_those_of_the_whole_model_alone_and_in_a_batch(any_policy):
     query, query_mask = any_policy.tokenize(PROMPTS)
     response, mask = responses_of(any_policy)
-    together = evaluated(any_policy, query, query_mask, response, mask)
+    together = any_policy(query, query_mask, response, mask)
     for row, n in enumerate((5, 9)):
         alone = any_policy.tokenize(PROMPTS[row : row + 1])
         part = response[row : row + 1, :n]
         expected = torch.distributions.Categorical(logits=whole_models_logits(any_policy, *alone, part))
         torch.testing.assert_close(together[0][row, :n], expected.log_prob(part)[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(together[2][row, :n], expected.entropy()[0], atol=1e-5, rtol=1e-5)
-        values = evaluated(any_policy, *alone, part, torch.ones(1, n))[1]
+        values = any_policy(*alone, part, torch.ones(1, n))[1]
         torch.testing.assert_close(together[1][row, :n], values[0], atol=1e-5, rtol=1e-5)
 
 
@@ -203,7 +202,7 @@ def test_every_policys_samples_have_the_probabilities_that_it_says(any_policy):
     tokens = torch.arange(any_policy.model.config.vocab_size)[:, None]
     alone = [x.expand(len(tokens), -1) for x in any_policy.tokenize(PROMPTS[:1])]
     with torch.no_grad():
-        p = evaluated(any_policy, *alone, tokens, torch.ones_like(tokens).float())[0][:, 0].exp()
+        p = any_policy(*alone, tokens, torch.ones_like(tokens).float())[0][:, 0].exp()
     assert p.sum().item() == pytest.approx(1, abs=1e-4)
     counts = torch.bincount(first, minlength=len(p))
     assert ((counts - 2000 * p).abs() < 6 * (2000 * p).sqrt() + 3).all()
@@ -216,14 +215,14 @@ def test_every_policys_reference_is_the_base_model_and_its_adapter_survives_savi
     kind = type(any_policy.model.get_base_model())
     inputs = (*any_policy.tokenize(PROMPTS), *responses_of(any_policy))
     with torch.no_grad(), any_policy.reference():
-        reference = evaluated(any_policy, *inputs)[0]
+        reference = any_policy(*inputs)[0]
     untouched = load_policy(base_path, Adapter(4, 8), torch.float32)
-    torch.testing.assert_close(evaluated(untouched, *inputs)[0], reference)
-    assert not torch.allclose(evaluated(any_policy, *inputs)[0], reference)
+    torch.testing.assert_close(untouched(*inputs)[0], reference)
+    assert not torch.allclose(any_policy(*inputs)[0], reference)
     any_policy.save(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(kind.from_pretrained(base_path), tmp_path / "adapter").eval()
     again = Policy(loaded, any_policy.tokenizer)
-    torch.testing.assert_close(evaluated(again, *inputs)[0], evaluated(any_policy, *inputs)[0])
+    torch.testing.assert_close(again(*inputs)[0], any_policy(*inputs)[0])
 
 
 def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused(any_policy, monkeypatch):
@@ -246,7 +245,7 @@ def test_generation_does_not_depend_on_the_batch_and_gives_the_states_of_the_for
     together, states, _ = any_policy.generate(query, mask, uniforms)
     kept = (torch.cumsum(together == any_policy.end, dim=1) - (together == any_policy.end).int() == 0).float()
     found = any_policy.logprobs_from_hidden(states, together, kept)
-    for a, b in zip(found, evaluated(any_policy, query, mask, together, kept), strict=True):
+    for a, b in zip(found, any_policy(query, mask, together, kept), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     for row in range(2):
         alone = any_policy.generate(*any_policy.tokenize(PROMPTS[row : row + 1]), uniforms[row : row + 1])[0][0]
@@ -275,7 +274,7 @@ def test_responses_that_are_done_stop_the_generation(policy):
 def test_no_responses_are_a_pass_all_the_same(any_policy):
     query, mask = any_policy.tokenize(PROMPTS)
     response, kept = responses_of(any_policy)
-    assert [x.shape for x in evaluated(any_policy, query[:0], mask[:0], response[:0], kept[:0])] == [(0, 9)] * 3
+    assert [x.shape for x in any_policy(query[:0], mask[:0], response[:0], kept[:0])] == [(0, 9)] * 3
 
 
 def test_the_option_that_names_the_policy(tmp_path, monkeypatch):

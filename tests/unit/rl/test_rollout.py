@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_model
-from small_models import evaluated
 
 from experiments.known_optimum import make_model, prompts
 from geli.nets.options import Adapter
@@ -64,7 +63,7 @@ def test_a_forward_pass_reproduces_the_rollouts_log_probabilities(kind, sample, 
     assert sampled.states is not None
     old = logprobs_and_values(policy, sampled, 4)
     for chosen in (np.array([6, 1, 3, 0]), np.array([2])):  # other neighbours, other padding
-        logprobs, values, _ = evaluated(policy, *sampled.rows(chosen))
+        logprobs, values, _ = policy(*sampled.rows(chosen))
         assert ((logprobs - old["logprobs"][chosen]).exp() - 1).abs().max() < 1e-5
         torch.testing.assert_close(values, old["values"][chosen], atol=1e-5, rtol=1e-4)
     passed = logprobs_and_values(policy, sampled._replace(states=None), 4)
@@ -92,9 +91,9 @@ def test_the_kl_estimate_is_unbiased(model):
     tokens = torch.arange(policy.model.config.vocab_size)[:, None]
     everything = (*(x.expand(len(tokens), -1) for x in query), tokens, torch.ones(len(tokens), 1))
     with torch.no_grad():
-        log_p = evaluated(policy, *everything)[0][:, 0]
+        log_p = policy(*everything)[0][:, 0]
         with policy.reference():
-            log_q = evaluated(policy, *everything)[0][:, 0]
+            log_q = policy(*everything)[0][:, 0]
     exact = (log_p.exp() * (log_p - log_q)).sum().item()
     old = logprobs_and_values(policy, rollout(policy, prompt * 4000, uniforms(4000, 1)), 4000)
     samples = (old["logprobs"] - old["ref_logprobs"])[:, 0]

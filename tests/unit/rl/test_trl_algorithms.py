@@ -7,7 +7,6 @@ import trl
 from accelerate.state import AcceleratorState
 from cases import case
 from conftest import small_model
-from small_models import evaluated
 
 from data_utils import read_corpus, split, turn_text
 from experiments.known_optimum import make_model, prompts, share_of_good_words
@@ -47,7 +46,7 @@ def nats_a_token(policy, prompts) -> float:
     response, mask = (torch.zeros(len(prompts), max(map(len, answers)), dtype=torch.long) for _ in range(2))
     for row, answer in enumerate(answers):
         response[row, : len(answer)], mask[row, : len(answer)] = torch.tensor(answer), 1
-    return -(evaluated(policy, query, query_mask, response, mask)[0].sum() / mask.sum()).item()
+    return -(policy(query, query_mask, response, mask)[0].sum() / mask.sum()).item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
