@@ -70,6 +70,7 @@ def frontier(lines: dict[tuple[str, str], list[np.ndarray]], path: Path) -> list
                 mean = np.mean([points[:size] for points in seeds], axis=0)
                 axis.plot(*mean.T, "o-", ms=6, markevery=[-1], lw=1.6, color=colors[reward], label=reward)
         axis.set(title=algo, xlabel="KL to the reference (nats a response)", xlim=(0, most))
+        axis.set_ylim(top=1.1 * (2 * most) ** 0.5)
     axes[0, 0].set_ylabel("gain in hidden reward (standard deviations)")
     axes[0, 0].legend(frameon=False, fontsize=8)
     return save_both(figure, path)
