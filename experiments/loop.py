@@ -27,6 +27,7 @@ from geli.rl.evaluation import evaluate_policy
 from geli.rl.reward_functions import FunctionScorer
 from geli.rl.rollout import RandomScorer
 from geli.run.distributed import make_accelerator, seed_everything
+from geli.run.errors import UserError
 from geli.run.files import read_json_or_empty, write_json
 from models import PPO_PRESETS
 from tools.hidden_reward import hidden_reward
@@ -120,6 +121,12 @@ def prompt_format(options: LoopOptions) -> str:
 
 def closed_loop(options: LoopOptions) -> None:
     """Runs what is not finished yet, and writes the tables and the picture."""
+    for run in policy_runs(options):
+        kind, *changed = run.reward.split()
+        if changed and kind not in ("GE", "GELI"):
+            raise UserError(f"--rewards {run.reward!r}: only heads of stage 2, GE and GELI, can have options")
+        if run.algo.startswith(BEST_OF) and run.algo.split()[1:2] not in ([], ["--ensemble"]):
+            raise UserError(f"--algorithms {run.algo!r}: expected best-of-N, with no option but --ensemble")
     if not (options.out / "candor" / "truth.csv").is_file():
         run_command(options.out, "tools/plant_truth.py", options.data_dir, options.out / "candor")
     if options.policy == SMALL and not Path(policy_source(options)).is_dir():

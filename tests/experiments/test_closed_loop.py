@@ -19,6 +19,7 @@ from experiments.best_of import best_of, expected_best
 from experiments.loop import PolicyRun
 from experiments.loop_options import LoopOptions
 from experiments.loop_report import gains, gold_at, phrases, rows
+from geli.run.errors import UserError
 from tools.hidden_reward import hidden_reward
 
 
@@ -201,6 +202,15 @@ def test_a_head_is_trained_with_other_options(tmp_path):
     assert script == "train_reward_GELI.py" and " " not in name and name != "GELI-3"
     assert [name for name, _ in closed_loop.head_commands(options, PolicyRun("GE", "ppo", 3))] == ["GE-3"]
     assert not list(closed_loop.head_commands(options, PolicyRun("truth", "ppo", 3)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({"rewards": ("LI --heads 5",)}, "--rewards"), ({"algorithms": ("best-of-8 --lam 1",)}, "--algorithms")],
+)
+def test_options_that_would_be_ignored_are_refused(changed, named, tmp_path):
+    with pytest.raises(UserError, match=named):
+        closed_loop.closed_loop(LoopOptions(out=tmp_path, data_dir="", encoder="", **changed))
 
 
 def test_every_reward_is_tried_before_the_other_algorithms():

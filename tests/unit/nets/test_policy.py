@@ -105,9 +105,10 @@ def test_sampling_finds_the_states_of_the_trunk(copies, tiny):
     with torch.no_grad():
         [p.add_(0.1) for p in policy.trainable()]
     prompts = [prompt for prompt in PROMPTS for _ in range(copies)]
-    found = rollout(policy, prompts, torch.rand(len(prompts), 12, dtype=torch.float64), copies)
+    uniforms = torch.rand(len(prompts), 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = rollout(policy, prompts, uniforms, copies)
     trunk = policy.trunk(found.query, found.query_mask, found.response, found.mask)
-    assert len(set(found.lengths)) > 1 and found.trunk.shape[:2] >= trunk.shape[:2]
+    assert len(set(found.lengths)) > 1 and found.trunk.shape[1] >= trunk.shape[1]
     for length, whole, sampled in zip(found.lengths, trunk, found.trunk, strict=True):  # the last token was not read
         torch.testing.assert_close(sampled[: length - 1], whole[: length - 1], atol=1e-5, rtol=1e-5)
 
