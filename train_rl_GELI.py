@@ -258,6 +258,8 @@ def complaints(options: Options, given: set[str]) -> Iterator[str]:
         for names, has_effect, otherwise in EFFECTS:
             if name in names.split() and not has_effect(options):
                 yield f"--{name} has no effect {otherwise}"
+    if rl.algo == "distill" and (ppo.num_generations or 1) < 2:
+        yield "--algo distill teaches the best of --num_generations responses to a prompt: give 2 or more"
     if conflict := options.reward.conflict(given):
         yield conflict
     if ppo.min_new_tokens > ppo.max_new_tokens:

@@ -96,8 +96,7 @@ def bare_passes(encoder, texts: list[tuple[str, str]]) -> Callable[[int], object
 
 
 def ppo_passes(shape: str) -> Callable[[int], object]:
-    """The passes of a PPO step: sampling's, the policy's and the reference's over the responses, and forward and
-    backward ones."""
+    """The passes of a PPO step: sampling's, the reference's over the responses, and forward and backward ones."""
     import decoding
     import torch
     from trl_ppo import BATCH, MINI_BATCH, SHAPES

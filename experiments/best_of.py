@@ -4,11 +4,12 @@ It shows what a reward prefers without any training of a policy in between.
 """
 
 from collections.abc import Callable, Sequence
-from math import comb, log
+from math import comb
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import rel_entr
 from scipy.stats import spearmanr
 
 from geli.nets.policy import Policy
@@ -39,13 +40,24 @@ def sample_responses(
             uniforms = draw_uniforms(len(batch), draw_length(rng, min_new_tokens, max_new_tokens), generator)
             with policy.reference():
                 texts += rollout(policy, batch, uniforms).texts
-        write_json(folder / f"{k}.json", {"texts": texts})
+        write_json(folder / f"{k}.json", {"texts": texts}, private=True)
     return [read_json_or_empty(folder / f"{k}.json")["texts"] for k in range(n)]
 
 
-def kl_of_best(n: int) -> float:
-    """The KL of best-of-n to the reference, in nats: an upper bound, tight without ties (Beirami et al., 2024)."""
-    return log(n) - (n - 1) / n
+def kl_of_best(rewards: np.ndarray, n: int) -> float:
+    """The KL of best-of-n to the reference in nats, in the mean of the prompts: sum over the values of the reward of
+    q log(q/p), where p is the chance of the value and q that of being the best of n. Without ties it is about
+    ln n - (n - 1)/n (Beirami et al., 2024), and with ties less.
+
+    Args:
+        rewards: (k, m) of k samples for each of m prompts, whose shares are taken as chances.
+    """
+    found = []
+    for column in rewards.T:
+        p = np.unique(column, return_counts=True)[1] / len(column)
+        q = np.diff(p.cumsum() ** n, prepend=0)
+        found.append(rel_entr(q, p).sum())
+    return float(np.mean(found))
 
 
 def expected_best(rewards: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
@@ -75,24 +87,25 @@ def best_of(samples: Sequence[Sequence[str]], score: Callable, prompts: Sequence
         samples: k times responses to m prompts. score: (prompts, responses) -> (m,) rewards.
 
     Returns:
-        `points`: for n = 1, 2, 4, … k the `kl` of best-of-n and `gold`, the expected hidden reward for each prompt;
-        `texts`: the best of all k; `order`: the rank correlation of reward and hidden reward among the responses to
-        one prompt, in the mean of the prompts where both differ; `within`: the share of the reward's variance that is
+        `points`: for n = 1, 2, 4, … and k the `kl` of best-of-n and `gold`, the expected hidden reward for each prompt;
+        `texts`: the best of all k; `order`: for each prompt the rank correlation of reward and hidden reward among the
+        responses to it, None where one of them does not differ; `within`: the share of the reward's variance that is
         among the responses to one prompt, which is all that a policy can learn from (Razin et al., 2025,
         arXiv 2503.15477), 0 of a constant reward.
     """
     k = len(samples)
     rewards = np.array([np.asarray(score(prompts, texts), dtype=float) for texts in samples])
     hidden = np.array([[hidden_reward(text) for text in texts] for texts in samples])
-    sizes = [2**i for i in range(k.bit_length())]
+    sizes = sorted({*(2**i for i in range(k.bit_length())), k})
     order = [
-        spearmanr(rewards[:, i], hidden[:, i]).statistic
-        for i in range(len(prompts))
-        if np.ptp(rewards[:, i]) and np.ptp(hidden[:, i])
+        float(spearmanr(ours, truth).statistic) if np.ptp(ours) and np.ptp(truth) else None
+        for ours, truth in zip(rewards.T, hidden.T, strict=True)
     ]
     return {
-        "points": [{"n": n, "kl": kl_of_best(n), "gold": expected_best(rewards, hidden, n).tolist()} for n in sizes],
+        "points": [
+            {"n": n, "kl": kl_of_best(rewards, n), "gold": expected_best(rewards, hidden, n).tolist()} for n in sizes
+        ],
         "texts": [samples[best][i] for i, best in enumerate(rewards.argmax(axis=0))],
-        "order": float(np.mean(order)) if order else None,
+        "order": order,
         "within": float(rewards.var(axis=0).mean() / max(rewards.var(), 1e-12)),
     }

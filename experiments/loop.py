@@ -25,6 +25,7 @@ from geli.nets.policy import Policy, adapter_of, load_policy
 from geli.reward import GELIReward
 from geli.rl.evaluation import evaluate_policy
 from geli.rl.reward_functions import FunctionScorer
+from geli.rl.reward_options import ENSEMBLES
 from geli.rl.rollout import RandomScorer
 from geli.run.distributed import make_accelerator, seed_everything
 from geli.run.errors import UserError
@@ -35,9 +36,15 @@ from tools.hidden_reward import hidden_reward
 HIDDEN = "tools.hidden_reward:score"
 CONTEXT_TURNS = 2  # of heads and policies: on CaSiNo more turns cost time and help no head
 TRAIN_CONVERSATIONS = 980  # of the heads; CaSiNo has 1,030
+HEADS = ("GE", "GELI")  # of stage 2
 PUBLISHED = "-published"  # behind an algorithm: with the published settings in place of `--preset small`
 ENSEMBLE = " --ensemble "  # behind best-of-N: how an ensemble's heads score, as in stage 3
 LENGTHS = {name: getattr(PPO_PRESETS["small"], name) for name in ("min_new_tokens", "max_new_tokens")}
+# Results are named by reward, algorithm and seed alone, so these are the same for all in a folder.
+SETTINGS = ("data_dir", "encoder", "policy", "prompt_format", "steps", "save_steps", "prompts", "dtype")
+SAME_FOR_ALL = {f"--{name}" for name in (
+    *LENGTHS, "sft_steps", "instruction", "prompt_format", "context_turns", "model_name", "data_dir", "seed"
+)}  # fmt: skip
 BATCH = 64  # prompts that are answered together when a policy is measured
 
 
@@ -95,13 +102,14 @@ def policy_command(options: LoopOptions, run: PolicyRun) -> list:
     name, *changed = run.algo.split()
     algo = name.removesuffix(PUBLISHED)
     preset = [] if name.endswith(PUBLISHED) else ["--preset", "small"]
-    here = {"ppo": ["--resume", "--gold_function", HIDDEN], "distill": ["--resume", "--num_generations", 16]}
+    here = ["--resume", "--min_new_tokens", LENGTHS["min_new_tokens"]]  # of this project's own algorithms
+    own = {"ppo": [*here, "--gold_function", HIDDEN], "distill": [*here, "--num_generations", 16]}
     return [
         "train_rl_GELI.py", "--train", *preset, "--prompt_format", prompt_format(options),
         "--model_name", policy_source(options), "--exp_name", run.name, "--steps", options.steps, "--algo", algo,
         "--seed", run.seed, *reward, "--data_dir", options.out / "candor", "--output_dir", options.out / "policies",
         "--context_turns", CONTEXT_TURNS, "--save_steps", options.save_steps, "--device", options.device,
-        "--dtype", options.dtype, *here.get(algo, []), *changed,
+        "--dtype", options.dtype, "--max_new_tokens", LENGTHS["max_new_tokens"], *own.get(algo, []), *changed,
     ]  # fmt: skip
 
 
@@ -122,11 +130,8 @@ def prompt_format(options: LoopOptions) -> str:
 def closed_loop(options: LoopOptions) -> None:
     """Runs what is not finished yet, and writes the tables and the picture."""
     for run in policy_runs(options):
-        kind, *changed = run.reward.split()
-        if changed and kind not in ("GE", "GELI"):
-            raise UserError(f"--rewards {run.reward!r}: only heads of stage 2, GE and GELI, can have options")
-        if run.algo.startswith(BEST_OF) and run.algo.split()[1:2] not in ([], ["--ensemble"]):
-            raise UserError(f"--algorithms {run.algo!r}: expected best-of-N, with no option but --ensemble")
+        check_run(run)
+    check_folder(options)
     if not (options.out / "candor" / "truth.csv").is_file():
         run_command(options.out, "tools/plant_truth.py", options.data_dir, options.out / "candor")
     if options.policy == SMALL and not Path(policy_source(options)).is_dir():
@@ -144,6 +149,36 @@ def closed_loop(options: LoopOptions) -> None:
     finished = [found for run in policy_runs(options) if (found := read_json_or_empty(result_path(options, run)))]
     references = {seed: read_json_or_empty(reference_path(options, seed)) for seed in options.seeds}
     write_report(finished, references, options.target_kl, options.out)
+
+
+def check_run(run: PolicyRun) -> None:
+    """Raises a `UserError` for a reward or an algorithm that there is not, and for options that would be ignored."""
+    kind, *changed = run.reward.split()
+    if kind not in (*HEADS, "LI", "truth", "random"):
+        raise UserError(f"--rewards {run.reward!r}: expected GELI, GE, LI, truth or random")
+    if changed and kind not in HEADS:
+        raise UserError(f"--rewards {run.reward!r}: only heads of stage 2, GE and GELI, can have options")
+    name, *words = run.algo.split()
+    if run.algo.startswith(BEST_OF):
+        if not name.removeprefix(BEST_OF).isdecimal():
+            raise UserError(f"--algorithms {run.algo!r}: expected a number of samples behind {BEST_OF}")
+        if words and not (len(words) == 2 and words[0] == "--ensemble" and words[1] in ENSEMBLES and kind in HEADS):
+            raise UserError(
+                f"--algorithms {run.algo!r}, --rewards {run.reward!r}: expected no option but --ensemble "
+                f"{' or '.join(ENSEMBLES)}, with GE or GELI"
+            )
+    elif taken := sorted(SAME_FOR_ALL & {word.partition("=")[0] for word in words}):
+        raise UserError(f"--algorithms {run.algo!r}: {', '.join(taken)} must be the same for all policies here")
+
+
+def check_folder(options: LoopOptions) -> None:
+    """Raises a `UserError` if what is in the folder was made with other settings; notes them in a new one."""
+    path = options.out / "options.json"
+    mine, found = {name: getattr(options, name) for name in SETTINGS}, read_json_or_empty(path)
+    for name, value in mine.items():
+        if found and found.get(name) != value:
+            raise UserError(f"--{name} {value}: {options.out} was made with {found.get(name)}; name another folder")
+    write_json(path, mine)
 
 
 def train_heads(options: LoopOptions, run: PolicyRun) -> None:
@@ -208,8 +243,8 @@ def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:
     if not reference.is_file():
         with policy.reference():
             human = [hidden_reward(prompt.human) for prompt in prompts]
-            said = [prompt.context for prompt in prompts]
-            write_json(reference, {**evaluate(), "prompts": names, "said": said, "human": human})
+            found = {**evaluate(), "prompts": names, "said": [prompt.context for prompt in prompts], "human": human}
+            write_json(reference, found, private=True)
     if run.algo.startswith(BEST_OF):
         some = prompts[: (len(prompts) + 1) // 2]
         folder, n = options.out / "samples" / str(run.seed), int(run.algo.removeprefix(BEST_OF).split()[0])
@@ -217,7 +252,7 @@ def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:
         found = {"prompts": names[: len(some)], **best_of(samples, load_score(options, run), some)}
     else:
         found = {"prompts": names, **checkpoint_points(policy, stem, checkpoints, evaluate)}
-    write_json(result_path(options, run), {**run._asdict(), **found})
+    write_json(result_path(options, run), {**run._asdict(), **found}, private=True)
 
 
 def checkpoint_points(policy: Policy, stem: Path, checkpoints: list[int], evaluate: Callable) -> dict:

@@ -11,11 +11,12 @@ import pandas as pd
 
 from experiments import plots
 from experiments.best_of import BEST_OF
+from geli.rl.evaluation import efficiency
 from geli.run.console import format_table
 from geli.run.files import atomic_path
-from geli.statistics import resample
-from tools.limits import CORRELATION, within
-from tools.seeds import interval_over_seeds, t_interval
+from geli.statistics import Estimate, resample
+from tools.limits import CORRELATION, Limits, within
+from tools.seeds import interval_over_seeds
 
 REPETITIONS = 10_000  # of the bootstrap
 PHRASES = 8  # words that are shown
@@ -23,11 +24,11 @@ SHOWN = 10  # responses that are written side by side
 WORD = re.compile(r"[a-z]+(?:'[a-z]+)?|[!?]")
 
 
-class Gains(NamedTuple):
-    """Gains in hidden reward of the policies that were trained alike from several seeds.
+class Means(NamedTuple):
+    """Means over prompts of what the policies, or choices, of several seeds are measured to be.
 
     Attributes:
-        values: (seeds,) means over held-out prompts. samples: (seeds, B) the same on resamples of the conversations.
+        values: (seeds,) over the held-out prompts. samples: (seeds, B) the same on resamples of the conversations.
         conversations: C that the prompts are of.
     """
 
@@ -35,32 +36,44 @@ class Gains(NamedTuple):
     samples: np.ndarray
     conversations: int
 
-    def interval(self, less: "Gains | None" = None):
-        """`Estimate` of the mean gain, or of what it is more than another's from the same seeds."""
+    def interval(self, less: "Means | None" = None, limits: Limits | None = None) -> Estimate:
+        """The mean over seeds, or what it is more than another's from the same seeds. limits: of the measure."""
         values, samples = self.values, self.samples
         if less:
             values, samples = values - less.values, samples - less.samples
-        return interval_over_seeds(values, samples.mean(axis=0), self.conversations)
+        return within(limits, interval_over_seeds, values, samples.mean(axis=0), self.conversations)
 
 
-def gains(results: Sequence[dict], references: dict[int, dict], golds: Sequence[Sequence[float]]) -> Gains:
-    """Hidden reward of each response less that of the reference policy's response to the same prompt.
+def means(results: Sequence[dict], measured: Sequence[Sequence[float]]) -> Means:
+    """Means over the prompts of each result.
 
     Args:
-        results: of one setting, one a seed, with `seed` and `prompts` (named CONVERSATION/flip/turn).
-        references: seed -> the same of the reference policy. golds: hidden rewards for each result's prompts.
+        results: of one setting, one a seed, with `prompts` (named CONVERSATION/flip/turn).
+        measured: a number for each of a result's prompts; NaN is left out.
     """
     names = [[prompt.partition("/")[0] for prompt in result["prompts"]] for result in results]
     places = {name: i for i, name in enumerate(sorted({name for of_seed in names for name in of_seed}))}
     weights = resample(len(places), REPETITIONS)
     values, samples = [], []
-    for of_seed, result, gold in zip(names, results, golds, strict=True):
-        gained = np.subtract(gold, reference_gold(result, references))
-        conversation = [places[name] for name in of_seed]
-        sums, counts = (np.bincount(conversation, part, len(places)) for part in (gained, np.ones(len(gained))))
-        values.append(gained.mean())
-        samples.append((weights @ sums) / (weights @ counts))
-    return Gains(np.array(values), np.array(samples), len(places))
+    for of_seed, numbers in zip(names, np.asarray(measured, dtype=float), strict=True):
+        conversation, there = [places[name] for name in of_seed], np.isfinite(numbers)
+        sums, counts = (np.bincount(conversation, part, len(places)) for part in (np.where(there, numbers, 0), there))
+        with np.errstate(invalid="ignore"):  # NaN where there is no number
+            values.append(sums.sum() / counts.sum())
+            samples.append((weights @ sums) / (weights @ counts))
+    return Means(np.array(values), np.array(samples), len(places))
+
+
+def gains(results: Sequence[dict], references: dict[int, dict], golds: Sequence[Sequence[float]]) -> Means:
+    """Hidden reward of each response less that of the reference policy's response to the same prompt.
+
+    Args:
+        results: as in `means`, with `seed`. references: seed -> the same of the reference policy.
+        golds: hidden rewards for each result's prompts.
+    """
+    return means(
+        results, [np.subtract(gold, reference_gold(run, references)) for run, gold in zip(results, golds, strict=True)]
+    )
 
 
 def reference_gold(result: dict, references: dict[int, dict]) -> np.ndarray:
@@ -73,15 +86,18 @@ def reference_gold(result: dict, references: dict[int, dict]) -> np.ndarray:
     return np.array([found[name] for name in result["prompts"]])
 
 
-def gold_at(result: dict, references: dict[int, dict], kl: float) -> np.ndarray | None:
+def gold_at(result: dict, kl: float) -> np.ndarray | None:
     """(m,) hidden rewards at this KL: between the two checkpoints (or sizes n) around it, linear in the KL's root, as
-    gains grow; None if the run did not get there."""
-    before, before_kl = reference_gold(result, references), 0.0
+    gains grow; None if the run did not get there, or was measured too late for that."""
+    below = None
     for point in result["points"]:
-        if point["kl"] >= kl > before_kl:
-            weight = (kl**0.5 - before_kl**0.5) / (point["kl"] ** 0.5 - before_kl**0.5)
-            return (1 - weight) * before + weight * np.array(point["gold"])
-        before, before_kl = np.array(point["gold"]), max(point["kl"], 0.0)
+        if point["kl"] >= kl:
+            if below is None:
+                return None
+            low, high = max(below["kl"], 0.0) ** 0.5, point["kl"] ** 0.5
+            weight = (kl**0.5 - low) / (high - low)
+            return (1 - weight) * np.array(below["gold"]) + weight * np.array(point["gold"])
+        below = point
     return None
 
 
@@ -102,18 +118,19 @@ def rows(results: Sequence[dict], references: dict[int, dict], target_kl: float)
         row: dict = {"reward": reward, "algorithm": algo, "seeds": len(runs)}
         row["KL"] = float(np.mean([run["points"][-1]["kl"] for run in runs]))
         at_end = {run["seed"]: (run, run["points"][-1]["gold"]) for run in runs}
-        at_kl = {run["seed"]: (run, gold_at(run, references, target_kl)) for run in runs}
+        at_kl = {run["seed"]: (run, gold_at(run, target_kl)) for run in runs}
         for name, of_seed in {"gain": at_end, f"gain at {target_kl:g} nats": at_kl}.items():
             kept = {seed: pair for seed, pair in of_seed.items() if pair[1] is not None}
-            row[name] = _gain(kept, references) if len(kept) == len(runs) else f"reached by {len(kept)}"
+            row[name] = _gain(kept, references) if len(kept) == len(runs) else f"measured in {len(kept)}"
             others = first.setdefault((algo, name), kept)
             both = sorted(kept.keys() & others.keys()) if others is not kept else []
             row[f"{name}: first reward's less this"] = _difference(kept, others, both, references) if both else None
-        row["efficiency"] = float(np.mean([efficiency_of(run, references) for run in runs]))
+        paid = [share for run in runs if (share := efficiency_of(run, references)) is not None]
+        row["efficiency"] = float(np.mean(paid)) if paid else None
         for name in ("response_words", "ended_share", "distinct_2"):
             row[name] = float(np.mean([run["points"][-1].get(name, np.nan) for run in runs]))
         best = algo.startswith(BEST_OF)
-        row["order"] = str(within(CORRELATION, t_interval, [run["order"] for run in runs])) if best else None
+        row["order"] = str(means(runs, [run["order"] for run in runs]).interval(limits=CORRELATION)) if best else None
         row["within"] = float(np.mean([run["within"] for run in runs])) if best else None
         found.append(row)
     return found
@@ -132,11 +149,10 @@ def _difference(ours: dict[int, tuple], first: dict[int, tuple], seeds: list[int
     return str(theirs.interval(mine))
 
 
-def efficiency_of(run: dict, references: dict[int, dict]) -> float:
-    """Gain in hidden reward at the end, in standard deviations of the reference's, over sqrt(2 KL)."""
+def efficiency_of(run: dict, references: dict[int, dict]) -> float | None:
+    """Of the gain in hidden reward at the end."""
     last, before = run["points"][-1], reference_gold(run, references)
-    spread = np.std(references[run["seed"]]["gold"])
-    return float((np.mean(last["gold"]) - before.mean()) / spread / (2 * max(last["kl"], 1e-9)) ** 0.5)
+    return efficiency(np.mean(last["gold"]) - before.mean(), np.std(references[run["seed"]]["gold"]), last["kl"])
 
 
 def phrases(results: Sequence[dict], references: dict[int, dict]) -> list[dict]:
@@ -144,12 +160,19 @@ def phrases(results: Sequence[dict], references: dict[int, dict]) -> list[dict]:
     found = []
     for (reward, algo), runs in grouped(results).items():
         after = _shares([text for run in runs for text in run["texts"]])
-        before = _shares([text for run in runs for text in references[run["seed"]]["texts"]])
+        before = _shares([text for run in runs for text in reference_texts(run, references)])
         change = sorted(((after[word] - before[word], word) for word in after | before), key=lambda x: (-x[0], x[1]))
         shown = [", ".join(f"{word} {100 * share:+.0f}" for share, word in part) for part in
                  (change[:PHRASES], change[: -PHRASES - 1 : -1])]  # fmt: skip
         found.append({"reward": reward, "algorithm": algo, "more often": shown[0], "less often": shown[1]})
     return found
+
+
+def reference_texts(run: dict, references: dict[int, dict]) -> list[str]:
+    """What the reference policy says to the prompts of a run."""
+    reference = references[run["seed"]]
+    found = dict(zip(reference["prompts"], reference["texts"], strict=True))
+    return [found[name] for name in run["prompts"]]
 
 
 def side_by_side(results: Sequence[dict], references: dict[int, dict]) -> list[dict]:
@@ -176,7 +199,7 @@ def write_report(results: Sequence[dict], references: dict[int, dict], target_kl
     }  # fmt: skip
     paths = [out / f"{name}.csv" for name in tables]
     for path, table in zip(paths, tables.values(), strict=True):
-        with atomic_path(path) as temporary:
+        with atomic_path(path, private=True) as temporary:  # some hold text
             pd.DataFrame(table).to_csv(temporary, index=False, float_format="%.4f")
     paths += plots.frontier(frontier_lines(results, references), out / "frontier.png")
     prompts = len(results[0]["prompts"])

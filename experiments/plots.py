@@ -1,5 +1,6 @@
 """Figures of the experiments and of benchmarks/reading.py."""
 
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def frontier(lines: dict[tuple[str, str], list[np.ndarray]], path: Path) -> list
     """
     algorithms = list(dict.fromkeys(algo for _, algo in lines))
     figure, axes = new_figure(1, len(algorithms), 4.2 * len(algorithms), 3.8)
-    colors = dict(zip(dict.fromkeys(reward for reward, _ in lines), OKABE_ITO, strict=False))
+    colors = dict(zip(dict.fromkeys(reward for reward, _ in lines), cycle(OKABE_ITO), strict=False))
     best = [seeds for (reward, algo), seeds in lines.items() if reward == "truth" and algo.startswith("best-of-")]
     for axis, algo in zip(axes[0], algorithms, strict=True):
         most = 1.03 * max(points[:, 0].max() for (_, of), seeds in lines.items() if of == algo for points in seeds)

@@ -25,7 +25,7 @@ def parse_options(argv: Sequence[str] | None = None):
     """The command line."""
     parser = new_parser("Train a small BART and a small Llama from scratch on a corpus' training conversations.")
     parser.add_argument("data_dir", help="corpus in CANDOR's layout, or rated chats")
-    parser.add_argument("out", help="folder to write bart/ and llama/ to")
+    parser.add_argument("out", help="folder to write bart/, llama/ or policy/ to")
     parser.add_argument("--only", choices=(*BUILT, "policy"), help="train one of them (default: bart and llama)")
     parser.add_argument("--steps", type=positive_int, help="training steps of each (default: 400; of policy 600)")
     parser.add_argument("--seed", type=seed, default=0, help="seed of every random choice")

@@ -124,8 +124,8 @@ class PolicyOptions:
     )
     num_layers_unfrozen: int = option(
         0,
-        "adapt so many layers at the top alone; those below are then computed once for sampling, reference and update; "
-        "0: all layers",
+        "adapt so many layers at the top alone; those below are then computed once for reference and update, in "
+        "float32 also for sampling; 0: all layers",
         type=non_negative_int,
         metavar="N",
     )

@@ -125,9 +125,9 @@ def remove_stale_temporaries(folder: Path) -> None:
                 path.unlink()
 
 
-def write_json(path: str | Path, value: object) -> None:
-    """Writes strict JSON (NaN is an error), atomically."""
-    with atomic_path(path) as temporary:
+def write_json(path: str | Path, value: object, private: bool = False) -> None:
+    """Writes strict JSON (NaN is an error), as `atomic_path` does."""
+    with atomic_path(path, private=private) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
 
 

@@ -205,6 +205,7 @@ def test_a_fixed_coefficient_and_a_small_adapter_of_the_last_layer(stage_3, tiny
         ("--train --ppo_epochs 0", "--ppo_epochs: a whole number of at least 1 is expected"),
         ("--train --min_new_tokens 9 --max_new_tokens 8", "--min_new_tokens 9: expected at most --max_new_tokens"),
         ("--train --horizon 4 --batch_size 20", "--horizon 4: expected more than a fifth of --batch_size 20"),
+        ("--train --algo distill", "--algo distill teaches the best of --num_generations responses to a prompt"),
         ("--train --target_kl 2 --no_early_stopping", "--target_kl has no effect with --no_early_stopping"),
         ("--train --algo grpo --init_kl_coef 0.1", "--init_kl_coef is for --algo ppo"),
         ("--train --algo grpo --exact_kl", "--exact_kl is for --algo ppo"),

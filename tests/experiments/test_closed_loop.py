@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import train_reward_GELI
 import train_rl_GELI
 from experiments import closed_loop as command
 from experiments import loop as closed_loop
-from experiments.best_of import best_of, expected_best
+from experiments.best_of import best_of, expected_best, kl_of_best
 from experiments.loop import PolicyRun
 from experiments.loop_options import LoopOptions
 from experiments.loop_report import gains, gold_at, phrases, rows
@@ -96,9 +97,23 @@ def test_best_of_n_by_hand():
     samples = [["great", "no"], ["awful thing", "no"]]
     found = best_of(samples, lambda prompts, texts: [len(text) for text in texts], ["a", "b"])
     assert found["texts"] == ["awful thing", "no"]
-    assert found["order"] == pytest.approx(-1)  # the longer text is the colder; the second prompt has no order
-    assert [point["kl"] for point in found["points"]] == pytest.approx([0, math.log(2) - 0.5])
+    assert found["order"] == [pytest.approx(-1), None]  # the longer text is the colder; the second prompt has no order
+    of_two = math.log(0.5) / 4 + 3 * math.log(1.5) / 4  # chances 1/4 and 3/4 in place of 1/2 each; 0 of the second
+    assert [point["kl"] for point in found["points"]] == pytest.approx([0, of_two / 2])
     assert found["within"] == pytest.approx(4.5 / 13.5)  # rewards 5 and 11, 2 and 2
+
+
+def test_the_kl_of_best_of_n_is_less_with_ties():
+    rewards = np.arange(10_000.0)[:, None]
+    for n in (2, 8, 64):
+        assert kl_of_best(rewards, n) == pytest.approx(math.log(n) - (n - 1) / n, rel=0.01)
+    # one of four has the highest reward: best-of-64 takes it surely
+    assert kl_of_best(np.array([[0.0], [0], [0], [1]]), 64) == pytest.approx(math.log(4), abs=1e-6)
+
+
+def test_all_samples_are_chosen_from():
+    found = best_of([["a"], ["bb"], ["ccc"]], lambda prompts, texts: [len(text) for text in texts], ["p"])
+    assert [point["n"] for point in found["points"]] == [1, 2, 3] and found["texts"] == ["ccc"]
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -117,13 +132,11 @@ def test_equal_rewards_choose_by_chance():
 
 
 def test_a_gain_at_a_kl_lies_between_the_checkpoints_around_it():
-    reference = {0: {"prompts": ["a/0/1", "b/0/1"], "gold": [0.0, 0.2]}}
     points = [{"kl": 0.25, "gold": [1.0, 0.2]}, {"kl": 1.0, "gold": [2.0, 0.4]}, {"kl": 0.8, "gold": [9.0, 9.0]}]
-    run = {"algo": "ppo", "seed": 0, "prompts": ["b/0/1", "a/0/1"], "points": points}
-    assert gold_at(run, reference, 0.25) == pytest.approx([1.0, 0.2])
-    assert gold_at(run, reference, 0.0625) == pytest.approx([0.6, 0.1])  # half way in the root
-    assert gold_at(run, reference, 0.5625) == pytest.approx([1.5, 0.3])
-    assert gold_at(run, reference, 1.1) is None
+    assert gold_at({"points": points}, 0.5625) == pytest.approx([1.5, 0.3])  # half way in the root
+    assert gold_at({"points": points}, 1.0) == pytest.approx([2.0, 0.4])
+    assert gold_at({"points": points}, 1.1) is None
+    assert gold_at({"points": points}, 0.2) is None  # it was not measured before that
 
 
 def results(*golds, reference=(0.1, 0.2, 0.3)):
@@ -147,9 +160,12 @@ def test_gains_are_paired_by_prompt():
 def test_the_table_pairs_the_seeds_that_both_rewards_have():
     geli, references = results((0.2, 0.5, 0.1), (0.1, 0.2, 0.3))
     ge = [{**results((0.1, 0.2, 0.3))[0][0], "reward": "GE", "seed": 1}]
+    for run in geli + ge:
+        run["points"].insert(0, {"kl": 0.5, "gold": [0.1, 0.2, 0.3]})
     first, second = rows(geli + ge, references, 1.0)
     assert (first["seeds"], second["seeds"], first["KL"]) == (2, 1, 1.0)
     assert first["gain"] == first["gain at 1 nats"] and first["gain"].startswith("0.033 [")
+    assert rows(geli, references, 0.4)[0]["gain at 0.4 nats"] == "measured in 0"
     assert second["gain: first reward's less this"].startswith("0.000 [")
     spread = np.std((0.1, 0.2, 0.3))
     assert first["efficiency"] == pytest.approx(0.1 / 3 / spread / 2**0.5)
@@ -206,11 +222,28 @@ def test_a_head_is_trained_with_other_options(tmp_path):
 
 @pytest.mark.parametrize(
     ("changed", "named"),
-    [({"rewards": ("LI --heads 5",)}, "--rewards"), ({"algorithms": ("best-of-8 --lam 1",)}, "--algorithms")],
+    [
+        ({"rewards": ("LI --heads 5",)}, "--rewards"),
+        ({"rewards": ("geli",)}, "GELI, GE, LI, truth or random"),
+        ({"algorithms": ("best-of-8 --lam 1",)}, "--algorithms"),
+        ({"algorithms": ("best-of-8 --ensemble",)}, "mean or lower"),
+        ({"algorithms": ("best-of-8 --ensemble lower",), "rewards": ("LI",)}, "with GE or GELI"),
+        ({"algorithms": ("best-of-x",)}, "a number of samples"),
+        ({"algorithms": ("ppo --sft_steps 5 --instruction=A",)}, "--instruction, --sft_steps"),
+    ],
 )
-def test_options_that_would_be_ignored_are_refused(changed, named, tmp_path):
+def test_what_would_be_ignored_or_wrong_is_refused(changed, named, tmp_path):
     with pytest.raises(UserError, match=named):
         closed_loop.closed_loop(LoopOptions(out=tmp_path, data_dir="", encoder="", **changed))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_is_of_one_experiment(tmp_path):
+    first = LoopOptions(out=tmp_path, data_dir="a", encoder="b")
+    closed_loop.check_folder(first)
+    closed_loop.check_folder(replace(first, seeds=(9,), rewards=("truth",), target_kl=1.0))
+    with pytest.raises(UserError, match=r"--steps 9: .* was made with 50"):
+        closed_loop.check_folder(replace(first, steps=9))
 
 
 def test_every_reward_is_tried_before_the_other_algorithms():
