@@ -5,10 +5,11 @@
 Work: 24 prompts, one PPO epoch, minibatches of 8, float32, LoRA (r=16, query and value projections). A Llama of 6
 layers x 256 with 48 new tokens: (a) prompts of 96 tokens and a vocabulary of 4,000, (b) of 512 and 32,000. (c) An
 untrained model of SmolLM2's shape, prompts of 300 tokens in the mean, 80 new tokens. All score by the same small
-network. Ours is measured twice: with TRL's adapter, and with one in the top third of the layers alone, over a shared
-trunk (`--num_layers_unfrozen`). TRL runs in a virtual environment of its own, which this script makes (`trl_ppo.py`).
-They do their steps alternately, or in (c), for which TRL needs 22 GiB, one after the other. Prints medians of seconds a
-step, peaks of memory above what a process held before it built its models, their ratios, and where our time goes.
+network. Ours is measured twice: with TRL's adapter, and with one in all linear maps of the top third of the layers
+alone, over a shared trunk (`--num_layers_unfrozen`). TRL runs in a virtual environment of its own, which this script
+makes (`trl_ppo.py`). They do their steps alternately, or in (c), for which TRL needs 22 GiB, one after the other.
+Prints medians of seconds a step, peaks of memory above what a process held before it built its models, their ratios,
+and where our time goes.
 """
 
 import argparse
