@@ -81,9 +81,14 @@ def reference_gold(result: dict, references: dict[int, dict]) -> np.ndarray:
     samples, else of the reference policy's responses."""
     if result["algo"].startswith(BEST_OF):
         return np.array(result["points"][0]["gold"])
+    return np.array(of_reference(result, references, "gold"))
+
+
+def of_reference(result: dict, references: dict[int, dict], key: str) -> list:
+    """What the reference has under `key` (`gold`, `texts`) for each prompt of a result."""
     reference = references[result["seed"]]
-    found = dict(zip(reference["prompts"], reference["gold"], strict=True))
-    return np.array([found[name] for name in result["prompts"]])
+    found = dict(zip(reference["prompts"], reference[key], strict=True))
+    return [found[name] for name in result["prompts"]]
 
 
 def gold_at(result: dict, kl: float) -> np.ndarray | None:
@@ -150,7 +155,7 @@ def _difference(ours: dict[int, tuple], first: dict[int, tuple], seeds: list[int
 
 
 def efficiency_of(run: dict, references: dict[int, dict]) -> float | None:
-    """Of the gain in hidden reward at the end."""
+    """What the gain in hidden reward at the end of training is for its KL; None where the KL is too small for that."""
     last, before = run["points"][-1], reference_gold(run, references)
     return efficiency(np.mean(last["gold"]) - before.mean(), np.std(references[run["seed"]]["gold"]), last["kl"])
 
@@ -160,19 +165,12 @@ def phrases(results: Sequence[dict], references: dict[int, dict]) -> list[dict]:
     found = []
     for (reward, algo), runs in grouped(results).items():
         after = _shares([text for run in runs for text in run["texts"]])
-        before = _shares([text for run in runs for text in reference_texts(run, references)])
+        before = _shares([text for run in runs for text in of_reference(run, references, "texts")])
         change = sorted(((after[word] - before[word], word) for word in after | before), key=lambda x: (-x[0], x[1]))
         shown = [", ".join(f"{word} {100 * share:+.0f}" for share, word in part) for part in
                  (change[:PHRASES], change[: -PHRASES - 1 : -1])]  # fmt: skip
         found.append({"reward": reward, "algorithm": algo, "more often": shown[0], "less often": shown[1]})
     return found
-
-
-def reference_texts(run: dict, references: dict[int, dict]) -> list[str]:
-    """What the reference policy says to the prompts of a run."""
-    reference = references[run["seed"]]
-    found = dict(zip(reference["prompts"], reference["texts"], strict=True))
-    return [found[name] for name in run["prompts"]]
 
 
 def side_by_side(results: Sequence[dict], references: dict[int, dict]) -> list[dict]:
