@@ -861,7 +861,9 @@ class PPO:
             mine, batch, limit = self._respond(prompts)
         # 3. Log-probabilities under the policy and the reference, and values.
         with self._timed("forward"):
-            old = logprobs_and_values(self.policy, batch, config.mini_batch_size, config.exact_kl)
+            old = logprobs_and_values(self.policy, batch, config.mini_batch_size)
+        if not config.exact_kl:  # its estimate by the tokens that were drawn
+            old["kl"] = (old["logprobs"] - old["ref_logprobs"]) * batch.mask
         # 4. Score the responses, and the human answers for comparison; normalize by the running moments.
         with self._timed("score"):
             scores, normalized = self._score(mine, batch.texts)
@@ -981,14 +983,14 @@ class PPO:
         """The loss of the responses `part`, and what is logged of them (`LOSSES`). Sums are divided by `tokens`."""
         config, inputs = self.config, batch.rows(part)
         states = self.policy.states(*inputs, old["trunk"][part] if "trunk" in old else None)
-        logprobs, values, _ = self.policy.logprobs_from_hidden(states, *inputs[2:])
+        reference = old["ref_states"][part] if config.exact_kl else None
+        logprobs, values, _, *compared = self.policy.logprobs_from_hidden(states, *inputs[2:], reference)
         policy_loss, value_loss, found = ppo_loss(
             logprobs, values, old["logprobs"][part], old["values"][part], advantages[part], returns[part],
             batch.mask[part], config.cliprange, config.cliprange_value, tokens,
         )  # fmt: skip
         if config.exact_kl:
-            kl = self.policy.kl_from_hidden(states, old["ref_states"][part], inputs[3])
-            policy_loss = policy_loss + self.beta * kl.sum() / tokens
+            policy_loss = policy_loss + self.beta * compared[-1].sum() / tokens
         loss = policy_loss if self.critic else policy_loss + config.vf_coef * value_loss
         return loss, {**found, "policy_loss": policy_loss, "value_loss": value_loss}
 
@@ -1019,7 +1021,7 @@ def _rollout_sums(batch: Rollout, old: dict, advantages, returns, limit: int, en
     return {
         "responses": torch.tensor(float(len(lengths))),
         "tokens": mask.sum(),
-        "kl": old["kl"].sum() if "kl" in old else ((old["logprobs"] - old["ref_logprobs"]) * mask).sum(),
+        "kl": old["kl"].sum(),
         "entropy": (old["entropies"] * mask).sum(),
         "value": (old["values"] * mask).sum(),
         "return": (returns * mask).sum(),

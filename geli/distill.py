@@ -65,8 +65,7 @@ class Distillation(PPO):
         """The loss of the responses `part`, whose `weights` (n,) have the mean 1."""
         inputs = batch.rows(part)
         states = self.policy.states(*inputs, old["trunk"][part] if "trunk" in old else None)
-        logprobs, _, _ = self.policy.logprobs_from_hidden(states, *inputs[2:])
-        kl = self.policy.kl_from_hidden(old["ref_states"][part], states, inputs[3])
+        *_, logprobs, kl = self.policy.logprobs_from_hidden(old["ref_states"][part], *inputs[2:], states)
         loss = (kl.sum() - ((weights[part] - 1)[:, None] * logprobs).sum()) / tokens
         return loss, {"policy_loss": loss}
 

@@ -220,39 +220,32 @@ class Policy(nn.Module):
         hidden = self.states(query, query_mask, response, response_mask)
         return self.logprobs_from_hidden(hidden, response, response_mask)
 
-    def logprobs_from_hidden(self, hidden: torch.Tensor, response: torch.Tensor, response_mask: torch.Tensor):
-        """As `forward`, from the states (n, R, hidden) before each response token."""
-        kept = response_mask.bool()
-        states = hidden[kept]
-
-        def of_chunk(states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            log_p = self._logits(states).float().log_softmax(dim=-1)
-            return log_p.gather(1, tokens[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=1)
-
-        logprobs, entropies = self._in_chunks(of_chunk, states, response[kept])
-        values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(1)
-        zeros = torch.zeros(response.shape, device=response.device)
-        return tuple(zeros.masked_scatter(kept, x.float()) for x in (logprobs, values, entropies))
-
-    def kl_from_hidden(
-        self, hidden: torch.Tensor, reference: torch.Tensor, response_mask: torch.Tensor
-    ) -> torch.Tensor:
-        """(n, R) float32 KL of the next token's whole distribution from that of the reference, in nats; 0 where the
-        mask is 0.
-
-        It has no sampling noise, unlike log pi - log pi_ref of the token that was drawn.
+    def logprobs_from_hidden(
+        self, hidden: torch.Tensor, response: torch.Tensor, response_mask: torch.Tensor,
+        other: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        """As `forward`, from the states (n, R, hidden) before each response token.
 
         Args:
-            hidden, reference: (n, R, hidden) states of the policy and of the reference before each response token.
+            other: (n, R, hidden) states of another policy, with which the distributions p of next tokens are compared.
+
+        Returns:
+            with `other` also the log-probabilities of the tokens under its distributions q, and KL(p || q) in nats,
+            which has no sampling noise, unlike log p - log q of the token that was drawn.
         """
-
-        def of_chunk(*both: torch.Tensor) -> tuple[torch.Tensor]:
-            log_p, log_q = (self._logits(states).float().log_softmax(dim=-1) for states in both)
-            return ((log_p.exp() * (log_p - log_q)).sum(dim=1),)
-
         kept = response_mask.bool()
-        (kl,) = self._in_chunks(of_chunk, hidden[kept], reference[kept])
-        return torch.zeros(kept.shape, device=hidden.device).masked_scatter(kept, kl)
+        states, others = hidden[kept], () if other is None else (other[kept],)
+
+        def of_chunk(states: torch.Tensor, tokens: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            log_p, *log_qs = (self._logits(x).float().log_softmax(dim=-1) for x in (states, *others))
+            p, (at_p, *at_qs) = log_p.exp(), (x.gather(1, tokens[:, None]).squeeze(1) for x in (log_p, *log_qs))
+            kls = [(p * (log_p - log_q)).sum(dim=1) for log_q in log_qs]
+            return at_p, -(p * log_p).sum(dim=1), *at_qs, *kls
+
+        logprobs, *compared = self._in_chunks(of_chunk, states, response[kept], *others)
+        values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(1)
+        zeros = torch.zeros(response.shape, device=response.device)
+        return tuple(zeros.masked_scatter(kept, x.float()) for x in (logprobs, values, *compared))
 
     def _in_chunks(self, of_chunk: Callable, *columns: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What `of_chunk` returns for columns of m rows, the first of them states, in chunks, to bound the memory of

@@ -134,7 +134,7 @@ def _sample(
     """A response to each prompt, the KL of the policy's token distributions from the reference's summed over it, in
     nats, and whether it ends with the end token."""
     sampled = rollout(policy, prompts, uniforms)
-    kl = logprobs_and_values(policy, sampled, mini_batch_size, exact_kl=True)["kl"].sum(dim=1)
+    kl = logprobs_and_values(policy, sampled, mini_batch_size)["kl"].sum(dim=1)
     return sampled.texts, kl.tolist(), ended_themselves(sampled, policy.ends).tolist()
 
 

@@ -157,16 +157,14 @@ def minibatches(policy: "Policy", lengths: np.ndarray, size: int) -> list[np.nda
 
 
 @torch.no_grad()
-def logprobs_and_values(
-    policy: "Policy", rollout: Rollout, mini_batch_size: int, exact_kl: bool = False
-) -> dict[str, torch.Tensor]:
+def logprobs_and_values(policy: "Policy", rollout: Rollout, mini_batch_size: int) -> dict[str, torch.Tensor]:
     """Evaluates the sampled tokens under the policy and under the reference policy.
 
     Returns:
         `logprobs`, `values`, `entropies` of the policy and `ref_logprobs` of the reference: (n, R) float32, in nats
-        (values: normalized rewards), 0 on tokens that are not kept; the policy's `states` and the reference's
-        `ref_states` (n, R, hidden); with `exact_kl` also `kl` (n, R), that of the next token's whole distribution from
-        the reference's; and `trunk`, where the policy has one (see `Policy.trunk`).
+        (values: normalized rewards), 0 on tokens that are not kept; `kl` (n, R), of the next token's whole distribution
+        from the reference's; the policy's `states` and the reference's `ref_states` (n, R, hidden); and `trunk`, where
+        the policy has one (see `Policy.trunk`).
     """
     columns, parts = defaultdict(list), minibatches(policy, rollout.lengths, mini_batch_size)
     for part in parts:
@@ -175,11 +173,8 @@ def logprobs_and_values(
         states = policy.states(*inputs, trunk) if rollout.states is None else rollout.states[part]
         with policy.reference():
             ref_states = policy.states(*inputs, trunk)
-        outputs = policy.logprobs_from_hidden(states, *inputs[2:])
-        found = dict(zip(("logprobs", "values", "entropies"), outputs, strict=True))
-        found["ref_logprobs"] = policy.logprobs_from_hidden(ref_states, *inputs[2:])[0]
-        if exact_kl:
-            found["kl"] = policy.kl_from_hidden(states, ref_states, inputs[3])
+        outputs = policy.logprobs_from_hidden(states, *inputs[2:], ref_states)
+        found = dict(zip(("logprobs", "values", "entropies", "ref_logprobs", "kl"), outputs, strict=True))
         if trunk is not None:
             room = rollout.query.shape[1] + rollout.response.shape[1] - trunk.shape[1]
             found["trunk"] = torch.nn.functional.pad(trunk, (0, 0, 0, room))

@@ -170,7 +170,7 @@ def test_with_equal_scores_the_exact_penalty_is_all_that_is_left_in_the_gradient
     everything = (query, mask, torch.zeros_like(query[:, :1]), torch.ones_like(query[:, :1]))
     with policy.reference(), torch.no_grad():
         reference = policy.states(*everything)
-    kl = policy.kl_from_hidden(policy.states(*everything), reference, everything[3]).mean()
+    kl = policy.logprobs_from_hidden(policy.states(*everything), *everything[2:], reference)[-1].mean()
     adapter = [p for name, p in policy.named_parameters() if p.requires_grad and "value_head" not in name]
     expected = torch.autograd.grad(0.3 * kl, adapter)
     ppo.optimizer.step = lambda: seen.update(gradients=[p.grad for p in adapter])

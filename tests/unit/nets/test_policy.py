@@ -61,13 +61,15 @@ def test_log_probabilities_are_those_of_the_whole_model(policy):
     torch.testing.assert_close(entropies, expected.entropy(), atol=1e-5, rtol=1e-5)
 
 
-def test_the_kl_of_whole_distributions_is_that_of_the_whole_models(policy):
+def test_a_comparison_of_distributions_is_that_of_the_whole_models(policy):
     query, query_mask = policy.tokenize(PROMPTS)
     response, mask = responses_of(policy)
     hidden = policy.states(query, query_mask, response, mask)
     other = hidden + torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
     ours, theirs = (torch.distributions.Categorical(logits=policy._logits(states)) for states in (hidden, other))
-    kl = policy.kl_from_hidden(hidden, other, mask)
+    logprobs, _, _, others, kl = policy.logprobs_from_hidden(hidden, response, mask, other)
+    torch.testing.assert_close(logprobs, ours.log_prob(response) * mask, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(others, theirs.log_prob(response) * mask, atol=1e-5, rtol=1e-5)
     assert kl[1].min() > 1e-3 and (kl[0, 5:] == 0).all()
     torch.testing.assert_close(kl, torch.distributions.kl_divergence(ours, theirs) * mask, atol=1e-5, rtol=1e-5)
 
