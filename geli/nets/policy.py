@@ -238,9 +238,10 @@ class Policy(nn.Module):
 
         def of_chunk(states: torch.Tensor, tokens: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
             log_p, *log_qs = (self._logits(x).float().log_softmax(dim=-1) for x in (states, *others))
-            p, (at_p, *at_qs) = log_p.exp(), (x.gather(1, tokens[:, None]).squeeze(1) for x in (log_p, *log_qs))
+            of_tokens, *of_others = (x.gather(1, tokens[:, None]).squeeze(1) for x in (log_p, *log_qs))
+            p = log_p.exp()
             kls = [(p * (log_p - log_q)).sum(dim=1) for log_q in log_qs]
-            return at_p, -(p * log_p).sum(dim=1), *at_qs, *kls
+            return of_tokens, -(p * log_p).sum(dim=1), *of_others, *kls
 
         logprobs, *compared = self._in_chunks(of_chunk, states, response[kept], *others)
         values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(1)
