@@ -730,7 +730,8 @@ class PPOConfig:
 
     preset: str | None = option(
         None,
-        "the defaults of this group: small: for policies of about 100M parameters (default: as published, for 7B)",
+        "the defaults of this group and of the adapter: small: for policies of about 100M parameters (default: as "
+        "published, for 7B)",
         choices=("small",),
     )
     learning_rate: float = option(1.4e-5, "peak learning rate", type=positive_float)
@@ -787,12 +788,12 @@ PPO_PRESETS = {
     "small": PPOConfig(
         preset="small", learning_rate=5e-3, batch_size=128, num_generations=4, mini_batch_size=32,
         gradient_accumulation_steps=4, optimizer="adamw", init_kl_coef=0.4, exact_kl=True, fixed_kl_coef=True,
-        lam=0.9, critic="ridge", vf_coef=0.0, min_new_tokens=32, max_new_tokens=32,
+        lam=0.9, critic="ridge", min_new_tokens=32, max_new_tokens=32,
     ),
 }  # fmt: skip
 
 
-LOSSES = ("approx_kl", "policy_clipped", "value_clipped", "ratio", "policy_loss", "value_loss")  # sums that are logged
+UPDATE_SUMS = ("approx_kl", "policy_clipped", "value_clipped", "ratio", "policy_loss", "value_loss")
 
 
 class PPO:
@@ -932,42 +933,41 @@ class PPO:
             batch: this process' part. losses: of some responses, see `_losses`. n: responses of all processes.
         """
         config, totals = self.config, Counter()
-        for group in self._groups(n):
-            sums = self._optimizer_step(batch, losses, group, n)
+        for chosen in self._optimizer_batches(n):
+            sums = self._optimizer_step(batch, losses, chosen, n)
             totals.update(sums)
             totals["optimizer_steps"] += 1
             too_far = sums["approx_kl"] / sums["tokens"] > 1.5 * config.target_kl
             totals["stopped_early"] = float(too_far and not config.no_early_stopping)
             if totals["stopped_early"]:
                 break
-        tokens, steps = totals["tokens"], totals["optimizer_steps"]
+        of_tokens = {"approx_kl": "approx_kl", "policy_clipped": "policy_clip_fraction", "ratio": "ratio_mean"}
+        of_steps = ["policy_loss", "gradient_norm"]
+        if not self.critic:  # else the value head is not trained
+            of_tokens["value_clipped"] = "value_clip_fraction"
+            of_steps.append("value_loss")
         return {
-            "approx_kl": totals["approx_kl"] / tokens,
-            "policy_clip_fraction": totals["policy_clipped"] / tokens,
-            "value_clip_fraction": totals["value_clipped"] / tokens,
-            "ratio_mean": totals["ratio"] / tokens,
-            "policy_loss": totals["policy_loss"] / steps,
-            "value_loss": totals["value_loss"] / steps,
-            "gradient_norm": totals["gradient_norm"] / steps,
-            "optimizer_steps": float(steps),
+            **{name: totals[key] / totals["tokens"] for key, name in of_tokens.items()},
+            **{name: totals[name] / totals["optimizer_steps"] for name in of_steps},
+            "optimizer_steps": float(totals["optimizer_steps"]),
             "stopped_early": totals["stopped_early"],
         }
 
-    def _groups(self, n: int) -> Iterator[np.ndarray]:
-        """Random groups of the n responses, one for each optimizer step, the same in every process."""
+    def _optimizer_batches(self, n: int) -> Iterator[np.ndarray]:
+        """Random parts of the n responses, one for each optimizer step, the same in every process."""
         size = self.config.mini_batch_size * self.config.gradient_accumulation_steps
         for _ in range(self.config.ppo_epochs):
             order = self.rng.permutation(n)
             yield from (order[first : first + size] for first in range(0, n, size))
 
-    def _optimizer_step(self, batch: Rollout, losses: Callable, group: np.ndarray, n: int) -> dict[str, float]:
-        """One optimizer step on the responses `group` (indices into all processes' n), a minibatch at a time. Returns
-        sums over the group's kept tokens, the losses and the gradient norm."""
+    def _optimizer_step(self, batch: Rollout, losses: Callable, chosen: np.ndarray, n: int) -> dict[str, float]:
+        """One optimizer step on the responses `chosen` (indices into all processes' n), a minibatch at a time. Returns
+        sums over their kept tokens, the losses and the gradient norm."""
         parts = local_part(torch.arange(n).view(-1, self.group), self.accelerator)
         held = parts.flatten().tolist()  # which of the n responses this process has
-        mine = np.array([i - held[0] for i in group if held and held[0] <= i <= held[-1]], dtype=int)
+        mine = np.array([i - held[0] for i in chosen if held and held[0] <= i <= held[-1]], dtype=int)
         tokens = self._sum({"tokens": batch.mask[mine].sum()})["tokens"]
-        sums = {name: torch.zeros((), device=batch.mask.device) for name in LOSSES}
+        sums = {name: torch.zeros((), device=batch.mask.device) for name in UPDATE_SUMS}
         for minibatch in minibatches(self.policy, batch.lengths[mine], self.config.mini_batch_size):
             loss, found = losses(mine[minibatch], tokens)
             self.accelerator.backward(loss)
@@ -980,7 +980,7 @@ class PPO:
         return {**sums, "gradient_norm": apply_gradients(self.optimizer, self.accelerator)}
 
     def _losses(self, batch: Rollout, old: dict, advantages, returns, part: np.ndarray, tokens: float):
-        """The loss of the responses `part`, and what is logged of them (`LOSSES`). Sums are divided by `tokens`."""
+        """The loss of the responses `part`, and their `UPDATE_SUMS`. Losses are divided by `tokens`."""
         config, inputs = self.config, batch.rows(part)
         states = self.policy.states(*inputs, old["trunk"][part] if "trunk" in old else None)
         reference = old["ref_states"][part] if config.exact_kl else None

@@ -15,6 +15,9 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 
+import train_reward_GELI
+import train_reward_LI_only
+import train_rl_GELI
 from data_utils import DataOptions, load_prompts
 from experiments.best_of import BEST_OF, best_of, sample_responses
 from experiments.commands import finished_head, run_command
@@ -42,9 +45,15 @@ ENSEMBLE = " --ensemble "  # behind best-of-N: how an ensemble's heads score, as
 LENGTHS = {name: getattr(PPO_PRESETS["small"], name) for name in ("min_new_tokens", "max_new_tokens")}
 # Results are named by reward, algorithm and seed alone, so these are the same for all in a folder.
 SETTINGS = ("data_dir", "encoder", "policy", "prompt_format", "steps", "save_steps", "prompts", "dtype")
-SAME_FOR_ALL = {f"--{name}" for name in (
-    *LENGTHS, "sft_steps", "instruction", "prompt_format", "context_turns", "model_name", "data_dir", "seed"
+# What the loop itself says of a run, or what must be the same for all rows of a table.
+NOT_CHANGED = {f"--{name}" for name in (
+    *LENGTHS, "sft_steps", "instruction", "prompt_format", "context_turns", "model_name", "data_dir", "seed", "algo",
+    "exp_name", "run_name", "output_dir", "reward", "reward_path", "reward_function", "rf_model", "affect_path",
+    "lang_model_path",
 )}  # fmt: skip
+COMMANDS = {
+    f"{module.__name__}.py": module.parse_options for module in (train_reward_LI_only, train_reward_GELI, train_rl_GELI)
+}
 BATCH = 64  # prompts that are answered together when a policy is measured
 
 
@@ -130,7 +139,7 @@ def prompt_format(options: LoopOptions) -> str:
 def closed_loop(options: LoopOptions) -> None:
     """Runs what is not finished yet, and writes the tables and the picture."""
     for run in policy_runs(options):
-        check_run(run)
+        check_run(options, run)
     check_folder(options)
     if not (options.out / "candor" / "truth.csv").is_file():
         run_command(options.out, "tools/plant_truth.py", options.data_dir, options.out / "candor")
@@ -151,14 +160,18 @@ def closed_loop(options: LoopOptions) -> None:
     write_report(finished, references, options.target_kl, options.out)
 
 
-def check_run(run: PolicyRun) -> None:
-    """Raises a `UserError` for a reward or an algorithm that there is not, and for options that would be ignored."""
+def check_run(options: LoopOptions, run: PolicyRun) -> None:
+    """Raises a `UserError` for a reward or an algorithm that there is not, and for options that would be ignored, or
+    make its name wrong; ends the program if its commands would refuse theirs."""
     kind, *changed = run.reward.split()
     if kind not in (*HEADS, "LI", "truth", "random"):
         raise UserError(f"--rewards {run.reward!r}: expected GELI, GE, LI, truth or random")
     if changed and kind not in HEADS:
         raise UserError(f"--rewards {run.reward!r}: only heads of stage 2, GE and GELI, can have options")
     name, *words = run.algo.split()
+    if taken := sorted(NOT_CHANGED & {word.partition("=")[0] for word in (*changed, *words)}):
+        raise UserError(f"{run.reward} by {run.algo}: {', '.join(taken)} must be the same for all policies here")
+    commands = [command for _, command in head_commands(options, run)]
     if run.algo.startswith(BEST_OF):
         if not name.removeprefix(BEST_OF).isdecimal():
             raise UserError(f"--algorithms {run.algo!r}: expected a number of samples behind {BEST_OF}")
@@ -167,8 +180,10 @@ def check_run(run: PolicyRun) -> None:
                 f"--algorithms {run.algo!r}, --rewards {run.reward!r}: expected no option but --ensemble "
                 f"{' or '.join(ENSEMBLES)}, with GE or GELI"
             )
-    elif taken := sorted(SAME_FOR_ALL & {word.partition("=")[0] for word in words}):
-        raise UserError(f"--algorithms {run.algo!r}: {', '.join(taken)} must be the same for all policies here")
+    else:
+        commands.append(policy_command(options, run))
+    for script, *words in commands:
+        COMMANDS[script](list(map(str, words)))
 
 
 def check_folder(options: LoopOptions) -> None:

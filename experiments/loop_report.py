@@ -126,12 +126,13 @@ def rows(results: Sequence[dict], references: dict[int, dict], target_kl: float)
         at_kl = {run["seed"]: (run, gold_at(run, target_kl)) for run in runs}
         for name, of_seed in {"gain": at_end, f"gain at {target_kl:g} nats": at_kl}.items():
             kept = {seed: pair for seed, pair in of_seed.items() if pair[1] is not None}
-            row[name] = _gain(kept, references) if len(kept) == len(runs) else f"measured in {len(kept)}"
-            others = first.setdefault((algo, name), kept)
-            both = sorted(kept.keys() & others.keys()) if others is not kept else []
+            complete = len(kept) == len(runs)  # else those that got there are no fair sample
+            row[name] = _gain(kept, references) if complete else f"measured in {len(kept)}"
+            others = first.setdefault((algo, name), kept if complete else {})
+            both = sorted(kept.keys() & others.keys()) if complete and others is not kept else []
             row[f"{name}: first reward's less this"] = _difference(kept, others, both, references) if both else None
         paid = [share for run in runs if (share := efficiency_of(run, references)) is not None]
-        row["efficiency"] = float(np.mean(paid)) if paid else None
+        row["efficiency"] = _mean_of(paid, len(runs))
         for name in ("response_words", "ended_share", "distinct_2"):
             row[name] = float(np.mean([run["points"][-1].get(name, np.nan) for run in runs]))
         best = algo.startswith(BEST_OF)
@@ -139,6 +140,11 @@ def rows(results: Sequence[dict], references: dict[int, dict], target_kl: float)
         row["within"] = float(np.mean([run["within"] for run in runs])) if best else None
         found.append(row)
     return found
+
+
+def _mean_of(found: Sequence[float], n: int) -> str | None:
+    """The mean of what was found in n runs, and in how many if not in all."""
+    return f"{np.mean(found):.3f}{'' if len(found) == n else f' (of {len(found)})'}" if found else None
 
 
 def _gain(of_seed: dict[int, tuple], references: dict[int, dict]) -> str:

@@ -112,9 +112,9 @@ class PolicyOptions:
         type=text_or_file,
         metavar="TEXT|FILE",
     )
-    no_accel: bool = option(False, "one device, with LoRA r=24 alpha=48 instead of r=16 alpha=32")
-    lora_r: int | None = option(None, "rank of the adapter (default: 16; with --no_accel 24)", type=positive_int)
-    lora_alpha: int | None = option(None, "its scale (default: 32; with --no_accel 48)", type=positive_int)
+    no_accel: bool = option(False, "one device, with LoRA r=24 alpha=48 by default instead of r=16 alpha=32")
+    lora_r: int | None = option(None, "LoRA's rank (default: 16; --no_accel 24; --preset small 4)", type=positive_int)
+    lora_alpha: int | None = option(None, "its scale (default: 32; --no_accel 48; --preset small 8)", type=positive_int)
     lora_target_modules: list[str] | None = option(
         None,
         "names of the modules that the adapter changes, as q_proj v_proj (default: those that peft knows for this "
@@ -125,7 +125,7 @@ class PolicyOptions:
     num_layers_unfrozen: int = option(
         0,
         "adapt so many layers at the top alone; those below are then computed once for reference and update, in "
-        "float32 also for sampling; 0: all layers",
+        "float32 also for sampling; 0: all layers (default; with --preset small 1)",
         type=non_negative_int,
         metavar="N",
     )

@@ -78,7 +78,7 @@ class Policy(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.eval()
-        self._trunk = self._split(layers) if layers else None
+        self._trunk = split(self.model.get_base_model(), layers) if layers else None
         self._check_logits()
 
     @property
@@ -301,18 +301,6 @@ class Policy(nn.Module):
         ids = left_aligned(torch.cat([query, response], dim=1), query.shape[1] - lengths)
         return ids[:, : int((lengths + kept).max())]
 
-    def _split(self, layers: int) -> Trunk:
-        base = self.model.get_base_model()
-        try:
-            if self.has_encoder:
-                raise ValueError("is for models without an encoder")
-            return Trunk(getattr(base, base.base_model_prefix), layers, use_cache=False)
-        except ValueError as error:
-            raise UserError(
-                f"--num_layers_unfrozen {layers}: {error}; found one of the kind {self.model.config.model_type}: give "
-                "0, which adapts all layers"
-            ) from None
-
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         """(m, vocabulary) logits of states (m, hidden), equal to those of the model's own forward pass."""
         base = self.model.get_base_model()
@@ -490,17 +478,39 @@ def load_policy(
         ) from None
 
 
+def linears_of_layers(model) -> set[str]:
+    """Names of the linear maps in each layer of a model that is made as Llama; of another there are none."""
+    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return {found[1] for name in linears if (found := re.search(r"\.layers\.\d+\..*?(\w+)$", name))}
+
+
+def split(model, layers: int) -> Trunk:
+    """The layers below the `layers` at the top of a language model.
+
+    Raises:
+        UserError: if it has an encoder, or another shape than Llama's.
+    """
+    try:
+        if model.config.is_encoder_decoder or not linears_of_layers(model):
+            raise ValueError("expected a model without an encoder, whose layers are made as Llama's")
+        return Trunk(getattr(model, model.base_model_prefix), layers, use_cache=False)
+    except ValueError as error:
+        raise UserError(
+            f"--num_layers_unfrozen {layers} (the default of --preset small is 1): {error}; found one of the kind "
+            f"{model.config.model_type}: give 0, which adapts all layers"
+        ) from None
+
+
 def adapt_policy(model, tokenizer, adapter: Adapter, prompt_format: str = "raw") -> Policy:
     """A policy of a loaded language model with a new adapter.
 
     Raises:
-        UserError: if the adapter is for the top layers, and the model cannot be split there (see `Trunk`).
+        UserError: if the adapter is for the top layers, and the model cannot be split there (see `split`).
     """
     config, targets = model.config, adapter.targets and list(adapter.targets)
     if adapter.layers:
-        linear = re.compile(r"\.layers\.\d+\..*?(\w+)$")
-        names = {found[1] for n, m in model.named_modules() if isinstance(m, nn.Linear) and (found := linear.search(n))}
-        last, settings = config.num_hidden_layers, {"target_modules": targets or names or "all-linear"}
+        split(model, adapter.layers)  # refuses other shapes in words, which peft would not
+        last, settings = config.num_hidden_layers, {"target_modules": targets or linears_of_layers(model)}
         settings["layers_to_transform"] = list(range(max(last - adapter.layers, 0), last))
     else:
         has_q = any(n.endswith("q_proj") for n, _ in model.named_modules())

@@ -130,8 +130,10 @@ def test_a_preset_sets_the_defaults_of_other_options(monkeypatch):
     monkeypatch.undo()
     published, small = (train_rl_GELI.parse_options(["--train", *more]) for more in ([], ["--preset", "small"]))
     assert published.ppo == PPO_PRESETS[None] and small.ppo == PPO_PRESETS["small"] != published.ppo
-    given = train_rl_GELI.parse_options(["--train", "--preset", "small", "--learning_rate", "1.4e-5"])
-    assert given.ppo.learning_rate == 1.4e-5 and given.ppo.target == PPO_PRESETS["small"].target
+    assert (published.policy.adapter, small.policy.adapter) == ((16, 32, 0, None), (4, 8, 1, None))
+    words = ["--train", "--preset", "small", "--learning_rate", "1.4e-5", "--lora_r", "7"]
+    given = train_rl_GELI.parse_options(words)
+    assert given.ppo == replace(PPO_PRESETS["small"], learning_rate=1.4e-5) and given.policy.adapter == (7, 8, 1, None)
     with pytest.raises(SystemExit):
         train_rl_GELI.parse_options(["--train", "--preset", "huge"])
 
@@ -149,20 +151,25 @@ PPO_SETTINGS = {  # another value for each
     "--cliprange_value": 0.3,
     "--vf_coef": 0.2,
     "--target_kl": 0.5,
+    "--optimizer": "adamw",
+    "--critic": "ridge",
+    "--num_generations": 2,
     "--min_new_tokens": 5,
     "--max_new_tokens": 200,
 }
+PPO_SWITCHES = ("--no_early_stopping", "--exact_kl", "--fixed_kl_coef")
 
 
 def test_every_setting_of_ppo_is_an_option_that_is_recorded_and_seen_by_resume(monkeypatch):
     monkeypatch.undo()
     plain = flat(train_rl_GELI.parse_options(["--train"]))
     assert {field.name for field in fields(PPOConfig)} <= set(plain)
-    for name, value in {**PPO_SETTINGS, "--no_early_stopping": None}.items():
+    for name, value in {**PPO_SETTINGS, **dict.fromkeys(PPO_SWITCHES)}.items():
         words = [name] if value is None else [name, str(value)]
         options = train_rl_GELI.parse_options(["--train", *words])
         changed = {option: value for option, value in flat(options).items() if value != plain[option]}
-        assert changed == {name[2:]: True if value is None else value} and getattr(options.ppo, name[2:]) != plain
+        assert changed == {name[2:]: True if value is None else value}
+        assert getattr(options.ppo, name[2:]) == changed[name[2:]]
         assert _difference(plain, flat(options)) == f"{name} {plain[name[2:]]}, not {changed[name[2:]]}"
 
 

@@ -165,10 +165,13 @@ def test_the_table_pairs_the_seeds_that_both_rewards_have():
     first, second = rows(geli + ge, references, 1.0)
     assert (first["seeds"], second["seeds"], first["KL"]) == (2, 1, 1.0)
     assert first["gain"] == first["gain at 1 nats"] and first["gain"].startswith("0.033 [")
-    assert rows(geli, references, 0.4)[0]["gain at 0.4 nats"] == "measured in 0"
+    early, late = rows(geli + ge, references, 0.4)
+    assert early["gain at 0.4 nats"] == "measured in 0" and late["gain at 0.4 nats: first reward's less this"] is None
     assert second["gain: first reward's less this"].startswith("0.000 [")
     spread = np.std((0.1, 0.2, 0.3))
-    assert first["efficiency"] == pytest.approx(0.1 / 3 / spread / 2**0.5)
+    assert first["efficiency"] == f"{0.1 / 3 / spread / 2**0.5:.3f}"
+    geli[1]["points"][-1]["kl"] = 0.1  # too little for an efficiency
+    assert rows(geli, references, 1.0)[0]["efficiency"] == f"{0.2 / 3 / spread / 2**0.5:.3f} (of 1)"
 
 
 def test_words_are_listed_by_the_change_of_their_share():
@@ -230,12 +233,25 @@ def test_a_head_is_trained_with_other_options(tmp_path):
         ({"algorithms": ("best-of-8 --ensemble lower",), "rewards": ("LI",)}, "with GE or GELI"),
         ({"algorithms": ("best-of-x",)}, "a number of samples"),
         ({"algorithms": ("ppo --sft_steps 5 --instruction=A",)}, "--instruction, --sft_steps"),
+        ({"algorithms": ("ppo --algo distill",)}, "--algo must be the same"),
+        ({"rewards": ("GE --affect_path x",)}, "--affect_path must be the same"),
     ],
 )
 def test_what_would_be_ignored_or_wrong_is_refused(changed, named, tmp_path):
     with pytest.raises(UserError, match=named):
         closed_loop.closed_loop(LoopOptions(out=tmp_path, data_dir="", encoder="", **changed))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({"algorithms": ("pp0",)}, "pp0"), ({"algorithms": ("ppo --lamda 1",)}, "--lamda"),
+     ({"rewards": ("GELI --hedas 5",)}, "--hedas"), ({"algorithms": ("distill --lam 1",)}, "--lam is for --algo ppo")],
+)  # fmt: skip
+def test_options_that_a_command_would_refuse_are_found_before_any_is_run(changed, named, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refused:
+        closed_loop.closed_loop(LoopOptions(out=tmp_path, data_dir="", encoder="", **changed))
+    assert refused.value.code == 2 and named in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 def test_a_folder_is_of_one_experiment(tmp_path):

@@ -204,7 +204,7 @@ def test_with_a_shared_trunk_a_step_is_the_same(model):
         changes.append((parameters(ppo) - before, logged))
     (first, logged), (second, other) = changes
     assert first.abs().max() > 1e-3
-    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(first, second, atol=5e-5, rtol=1e-3)  # AdamW enlarges rounding of gradients near 0
     assert logged["kl"] == pytest.approx(other["kl"], rel=1e-4) and logged["kl"] > 0
 
 
@@ -274,7 +274,7 @@ def test_the_seed_chooses_lengths_tokens_and_minibatches(model):
         ppo = make_ppo(model, seed=seed, min_new_tokens=4)
         steps = [ppo.step(some_prompts()) for _ in range(2)]
         rows = [{name: value for name, value in row.items() if "seconds" not in name} for row, _ in steps]
-        return rows, [texts for _, texts in steps], next(ppo._groups(8)).tolist()
+        return rows, [texts for _, texts in steps], next(ppo._optimizer_batches(8)).tolist()
 
     first, again, other = run(3), run(3), run(4)
     assert first == again

@@ -115,9 +115,14 @@ def test_sampling_finds_the_states_of_the_trunk(copies, tiny):
         torch.testing.assert_close(sampled[: length - 1], whole[: length - 1], atol=1e-5, rtol=1e-5)
 
 
-def test_models_of_another_shape_have_no_top_layers(tmp_path, tiny):
-    with pytest.raises(UserError, match="--num_layers_unfrozen 9: expected a model with a list of at least 9 layers"):
-        load_policy(str(tiny / "llama"), Adapter(4, 8, 9), torch.float32)
+@pytest.mark.parametrize(
+    ("kind", "layers", "says"),
+    [("llama", 9, "a list of at least 9 layers"), ("gpt2", 1, "made as Llama's"), ("t5", 1, "without an encoder")],
+)
+def test_models_of_another_shape_have_no_top_layers(kind, layers, says, tmp_path, sample):
+    folder = small_model(kind, tmp_path / kind, sample)
+    with pytest.raises(UserError, match=f"--num_layers_unfrozen {layers} .*{says}.*; found one of .* {kind}: give 0"):
+        load_policy(str(folder), Adapter(4, 8, layers), torch.float32)
 
 
 def test_with_its_adapter_off_the_policy_is_the_base_model(policy, tiny):
