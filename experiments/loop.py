@@ -9,6 +9,7 @@ not run again.
 """
 
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +55,14 @@ NOT_CHANGED = {f"--{name}" for name in (
 COMMANDS = {
     f"{module.__name__}.py": module.parse_options for module in (train_reward_LI_only, train_reward_GELI, train_rl_GELI)
 }
+LONGEST_NAME = 100  # characters of a run; file names that are made of it are longer, and 255 is the most
 BATCH = 64  # prompts that are answered together when a policy is measured
+
+
+def short_name(words: str) -> str:
+    """Words as a part of file names: without spaces, and the end of many replaced by their hash."""
+    name = words.replace(" ", "_")
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{sha256(name.encode()).hexdigest()[:8]}"
 
 
 class PolicyRun(NamedTuple):
@@ -67,12 +75,12 @@ class PolicyRun(NamedTuple):
     @property
     def name(self) -> str:
         """Part of the names of its files."""
-        return f"{self.reward}-{self.algo}-{self.seed}".replace(" ", "_")
+        return short_name(f"{self.reward}-{self.algo}-{self.seed}")
 
     @property
     def head(self) -> str:
         """Name of the run that trains its reward head."""
-        return f"{self.reward}-{self.seed}".replace(" ", "_")
+        return short_name(f"{self.reward}-{self.seed}")
 
 
 def policy_runs(options: LoopOptions) -> Iterator[PolicyRun]:

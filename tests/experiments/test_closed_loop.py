@@ -208,6 +208,12 @@ def test_an_algorithm_is_run_with_other_options(algo, learning_rate, lam, optimi
     assert " " not in found.rl.exp_name
 
 
+def test_many_options_make_names_that_file_systems_take():
+    short, long, other = (PolicyRun("GE", f"ppo --lam 0.{number}", 0).name for number in ("9", "9" * 300, "9" * 301))
+    assert short == "GE-ppo_--lam_0.9-0" and long.startswith("GE-ppo_--lam_0.999") and long != other
+    assert len(long) == len(other) < 120
+
+
 def test_a_head_is_trained_with_other_options(tmp_path):
     options = LoopOptions(out=tmp_path, data_dir="", encoder="encoder")
     plain, changed = (
