@@ -36,7 +36,11 @@ OPTIONS = {  # heads without dropout, whose random numbers are each process' own
     ),
     # of the minibatches and of the held-out prompts one process has fewer, and of the last ones none
     "ppo": (RL, "--train --val --steps 2 --batch_size 9 --val_prompts 5 --save_steps 1 --learning_rate 1e-2"),
+    # groups of responses, the exact KL, and the ridge critic, which gives values from the second step on
+    "small": (RL, "--train --val --preset small --steps 3 --batch_size 12 --mini_batch_size 4 --save_steps 3"),
+    "distill": (RL, "--train --val --preset small --algo distill --steps 2 --batch_size 12 --save_steps 2"),
 }
+POLICY_RUNS = ("ppo", "small", "distill")
 # what `accelerate launch` sets for a DeepSpeed file, where DeepSpeed is installed; None removes what it sets for FSDP
 ZERO_2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_USE_FSDP": None}
 WHOLE = {"ACCELERATE_USE_FSDP": None}
@@ -75,12 +79,13 @@ def runs(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     found = SimpleNamespace(shown={})
     found.one, found.two, found.sharded, found.resumed = (folder / n for n in ("one", "two", "sharded", "resumed"))
-    starts = {"li": ["--lang_model_path", inputs / "bart"], "ppo": ["--model_name", inputs / "llama"]}
+    starts = {"li": ["--lang_model_path", inputs / "bart"]}
+    starts |= {run: ["--model_name", inputs / "llama", "--exp_name", run] for run in POLICY_RUNS}
 
     def job(name: str, run: str, out: Path, environment: dict | None = None, *more: str, **rest) -> dict:
         script, words = OPTIONS[run]
         arguments = [*words.split(), "--data_dir", inputs / "candor", "--output_dir", out, "--context_turns", 2]
-        arguments += ["--no_cache", *starts[run], *([] if run == "ppo" else ["--run_name", run]), *more]
+        arguments += ["--no_cache", *starts[run], *([] if run in POLICY_RUNS else ["--run_name", run]), *more]
         return {"name": name, "script": script, "arguments": arguments, "environment": environment, **rest}
 
     for run in OPTIONS:
@@ -91,10 +96,11 @@ def runs(inputs, tmp_path_factory):
             head = next(found.one.glob("*/reward1_li"))
             starts |= {"geli": ["--affect_path", head], "unfrozen": ["--affect_path", head]}
         elif run == "geli":
-            starts["ppo"] += ["--reward_path", next(found.one.glob("*/reward1_geli"))]
+            for policy_run in POLICY_RUNS:
+                starts[policy_run] += ["--reward_path", next(found.one.glob("*/reward1_geli"))]
     sharding = {n: value for n, value in environment_of(CONFIGS / "fsdp.yaml").items() if os.environ.get(n) != value}
     dying = job("killed", "li", found.resumed, ZERO_2, dies_after=4)  # between two checkpoints
-    jobs = [job(f"two {run}", run, found.two, WHOLE) for run in ("li", "geli", "ppo")]
+    jobs = [job(f"two {run}", run, found.two, WHOLE) for run in ("li", "geli", *POLICY_RUNS)]
     jobs += [job("sharded li", "li", found.sharded, ZERO_2), job("resumed", "li", found.resumed, ZERO_2, "--resume")]
     jobs += [job(f"sharded {run}", run, found.sharded) for run in ("unfrozen", "ppo")]
     jobs += [{"name": "kinds", "script": "sharded_kinds", "arguments": [inputs]}]
@@ -159,17 +165,18 @@ def test_an_encoder_that_trains_becomes_what_one_process_makes_of_it(runs, input
     assert_same_weights(*encoders, load_file(start / "model.safetensors"), atol=1e-3, least=3e-3)
 
 
-@pytest.mark.parametrize("name", ["two", "sharded"])
-def test_ppo_gives_what_one_process_gives(runs, name):
-    assert_same_log(runs.shown["ppo"][0]["logged"], runs.shown[f"{name} ppo"][0]["logged"])
+@pytest.mark.parametrize(("name", "run"), [("two", "ppo"), ("sharded", "ppo"), ("two", "small"), ("two", "distill")])
+def test_a_policy_run_gives_what_one_process_gives(runs, name, run):
+    assert_same_log(runs.shown[run][0]["logged"], runs.shown[f"{name} {run}"][0]["logged"])
     folders = [out / "rlmf_weights" for out in (runs.one, getattr(runs, name))]
-    first, second = (metrics_of(folder, "GELI_llama.json") for folder in folders)
+    first, second = (metrics_of(folder, f"{run}_llama.json") for folder in folders)
     for when in ("before", "after"):
         numbers, others = ({k: v for k, v in found[when].items() if v is not None} for found in (first, second))
         assert others == pytest.approx(numbers, rel=1e-3, abs=1e-3)  # the prompts' one conversation has no interval
-    for step in (1, 2):
-        for file in ("adapter_model.safetensors", "value_head.safetensors"):
-            assert_same_weights(*(f / f"GELI_llama_{step}" / file for f in folders), {}, atol=1e-4, least=1e-3)
+    for step in {"ppo": (1, 2), "small": (3,), "distill": (2,)}[run]:
+        for file in ("adapter_model.safetensors", *(["value_head.safetensors"] if run == "ppo" else [])):
+            weights = (f / f"{run}_llama_{step}" / file for f in folders)
+            assert_same_weights(*weights, {}, atol=1e-4 if run == "ppo" else 1e-3, least=1e-3)
 
 
 def test_sharded_models_of_several_architectures_compute_what_whole_copies_do(runs):
@@ -202,7 +209,7 @@ def test_one_process_writes_and_speaks(runs):
 
 
 def test_what_sharded_runs_leave_has_the_same_names_and_loads_in_one_process(runs, inputs):
-    for pattern in ("*/lang_model_li/*", "*/lang_model_unfrozen/*", "rlmf_weights/*", "rlmf_weights/GELI_llama_2/*"):
+    for pattern in ("*/lang_model_li/*", "*/lang_model_unfrozen/*", "rlmf_weights/ppo_*", "rlmf_weights/ppo_llama_2/*"):
         names = [{path.name for path in folder.glob(pattern)} for folder in (runs.one, runs.sharded)]
         assert names[0] == names[1] and names[0], pattern
     assert not list(runs.sharded.rglob("*.tmp*"))
