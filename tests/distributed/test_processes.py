@@ -215,7 +215,7 @@ def test_what_sharded_runs_leave_has_the_same_names_and_loads_in_one_process(run
     assert not list(runs.sharded.rglob("*.tmp*"))
     data = ["--data_dir", inputs / "candor", "--output_dir", runs.sharded, "--model_name", inputs / "llama"]
     head = next(runs.sharded.glob("*/reward1_unfrozen"))
-    run_job(RL, ["--val", "--val_prompts", 3, "--reward_path", head, "--no_cache", *data])
+    run_job(RL, ["--val", "--val_prompts", 3, "--exp_name", "ppo", "--reward_path", head, "--no_cache", *data])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
