@@ -4,7 +4,8 @@
 
 Plants a hidden reward on the corpus' sentences, trains LI, GE and GELI heads, aligns a small policy with each of them,
 with the hidden reward itself and with a random one, and compares the hidden reward of its responses before and after,
-for the KL that was spent. Run it again to continue where it stopped; processes with different --seeds can share OUT.
+for the KL that was spent. Run it again to continue where it stopped. When its policy is there, processes with other
+--seeds can share OUT.
 """
 
 import sys
