@@ -115,16 +115,23 @@ def grouped(results: Sequence[dict]) -> dict[tuple[str, str], list[dict]]:
 
 
 def rows(results: Sequence[dict], references: dict[int, dict], target_kl: float) -> list[dict]:
-    """A row for each reward and algorithm: gains in hidden reward at the end of training (of best-of-N, with all N) and
-    at `target_kl`, with intervals over seeds and conversations; the differences from the gains of the algorithm's first
-    reward, on the seeds that have both; and what the reward's efficiency was."""
+    """A row for each reward and algorithm: gains in hidden reward at the end of training (of best-of-N, with all N), at
+    `target_kl`, and as the mean of the later half of the checkpoints, which is less noisy, with intervals over seeds
+    and conversations; the differences from the gains of the algorithm's first reward, on the seeds that have both; and
+    what the reward's efficiency was."""
     found, first = [], {}
     for (reward, algo), runs in grouped(results).items():
         row: dict = {"reward": reward, "algorithm": algo, "seeds": len(runs)}
         row["KL"] = float(np.mean([run["points"][-1]["kl"] for run in runs]))
         at_end = {run["seed"]: (run, run["points"][-1]["gold"]) for run in runs}
         at_kl = {run["seed"]: (run, gold_at(run, target_kl)) for run in runs}
-        for name, of_seed in {"gain": at_end, f"gain at {target_kl:g} nats": at_kl}.items():
+        measured = {"gain": at_end, f"gain at {target_kl:g} nats": at_kl}
+        if not algo.startswith(BEST_OF):
+            late = {run["seed"]: run["points"][len(run["points"]) // 2 :] for run in runs}
+            row["KL, later half"] = float(np.mean([np.mean([p["kl"] for p in points]) for points in late.values()]))
+            golds = {seed: np.mean([p["gold"] for p in points], axis=0) for seed, points in late.items()}
+            measured["gain, later half"] = {run["seed"]: (run, golds[run["seed"]]) for run in runs}
+        for name, of_seed in measured.items():
             kept = {seed: pair for seed, pair in of_seed.items() if pair[1] is not None}
             complete = len(kept) == len(runs)  # else those that got there are no fair sample
             row[name] = _gain(kept, references) if complete else f"measured in {len(kept)}"

@@ -168,6 +168,7 @@ def test_the_table_pairs_the_seeds_that_both_rewards_have():
     early, late = rows(geli + ge, references, 0.4)
     assert early["gain at 0.4 nats"] == "measured in 0" and late["gain at 0.4 nats: first reward's less this"] is None
     assert second["gain: first reward's less this"].startswith("0.000 [")
+    assert (first["gain, later half"], first["KL, later half"]) == (first["gain"], 1.0)  # of two checkpoints
     spread = np.std((0.1, 0.2, 0.3))
     assert first["efficiency"] == f"{0.1 / 3 / spread / 2**0.5:.3f}"
     geli[1]["points"][-1]["kl"] = 0.1  # too little for an efficiency
