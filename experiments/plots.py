@@ -53,10 +53,13 @@ def frontier(lines: dict[tuple[str, str], list[np.ndarray]], path: Path) -> list
         lines: (reward, algorithm) -> for each seed (points, 2): KL, and the gain in standard deviations of the
             reference's hidden reward.
     """
-    algorithms = list(dict.fromkeys(algo for _, algo in lines))
+    best = [seeds for (reward, algo), seeds in lines.items() if reward == "truth" and algo.startswith("best-of-")]
+    drawn = [(reward, algo) for reward, algo in lines if reward != "truth" or not algo.startswith("best-of-")]
+    algorithms = list(
+        dict.fromkeys(algo for _, algo in drawn or lines)
+    )  # best-of-n by the truth alone is in all panels
     figure, axes = new_figure(1, len(algorithms), 4.2 * len(algorithms), 3.8)
     colors = dict(zip(dict.fromkeys(reward for reward, _ in lines), cycle(OKABE_ITO), strict=False))
-    best = [seeds for (reward, algo), seeds in lines.items() if reward == "truth" and algo.startswith("best-of-")]
     for axis, algo in zip(axes[0], algorithms, strict=True):
         most = 1.03 * max(points[:, 0].max() for (_, of), seeds in lines.items() if of == algo for points in seeds)
         grid = np.linspace(0, most, 200)
@@ -72,8 +75,8 @@ def frontier(lines: dict[tuple[str, str], list[np.ndarray]], path: Path) -> list
                 axis.plot(*mean.T, "o-", ms=6, markevery=[-1], lw=1.6, color=colors[reward], label=reward)
         axis.set(title=algo, xlabel="KL to the reference (nats a response)", xlim=(0, most))
         axis.set_ylim(top=1.1 * (2 * most) ** 0.5)
+        axis.legend(frameon=False, fontsize=8)
     axes[0, 0].set_ylabel("gain in hidden reward (standard deviations)")
-    axes[0, 0].legend(frameon=False, fontsize=8)
     return save_both(figure, path)
 
 
