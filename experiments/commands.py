@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from geli.run.errors import UserError
@@ -26,6 +27,11 @@ def run_command(folder: Path, script: str, *arguments) -> None:
         print(f"$ {' '.join(command)}", file=file, flush=True)
         if subprocess.run(command, stdout=file, stderr=file, cwd=ROOT, check=False).returncode:
             raise UserError(f"{script} failed: see the end of {log}; the same command continues from what is finished")
+
+
+def check_command(script: str, *arguments) -> None:
+    """Ends the program, as the command would, if a command of a stage refuses its options. Runs nothing."""
+    import_module(Path(script).stem).parse_options([str(argument) for argument in arguments])
 
 
 def finished_head(folder: Path, run_name: str) -> Path | None:

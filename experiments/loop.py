@@ -16,12 +16,9 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 
-import train_reward_GELI
-import train_reward_LI_only
-import train_rl_GELI
 from data_utils import DataOptions, load_prompts
 from experiments.best_of import BEST_OF, best_of, sample_responses
-from experiments.commands import finished_head, run_command
+from experiments.commands import check_command, finished_head, run_command
 from experiments.loop_options import SMALL, LoopOptions
 from experiments.loop_report import write_report
 from geli.nets.options import PolicyOptions
@@ -52,9 +49,6 @@ NOT_CHANGED = {f"--{name}" for name in (
     "exp_name", "run_name", "output_dir", "reward", "reward_path", "reward_function", "rf_model", "affect_path",
     "lang_model_path",
 )}  # fmt: skip
-COMMANDS = {
-    f"{module.__name__}.py": module.parse_options for module in (train_reward_LI_only, train_reward_GELI, train_rl_GELI)
-}
 LONGEST_NAME = 100  # characters of a run; file names that are made of it are longer, and 255 is the most
 BATCH = 64  # prompts that are answered together when a policy is measured
 
@@ -190,8 +184,8 @@ def check_run(options: LoopOptions, run: PolicyRun) -> None:
             )
     else:
         commands.append(policy_command(options, run))
-    for script, *words in commands:
-        COMMANDS[script](list(map(str, words)))
+    for command in commands:
+        check_command(*command)
 
 
 def check_folder(options: LoopOptions) -> None:
