@@ -122,16 +122,16 @@ def rows(results: Sequence[dict], references: dict[int, dict], target_kl: float)
     found, first = [], {}
     for (reward, algo), runs in grouped(results).items():
         row: dict = {"reward": reward, "algorithm": algo, "seeds": len(runs)}
+        best = algo.startswith(BEST_OF)
+        late = {} if best else {run["seed"]: run["points"][len(run["points"]) // 2 :] for run in runs}
         row["KL"] = float(np.mean([run["points"][-1]["kl"] for run in runs]))
+        late_kl = [np.mean([point["kl"] for point in points]) for points in late.values()]
+        row["KL, later half"] = float(np.mean(late_kl)) if late_kl else None
         at_end = {run["seed"]: (run, run["points"][-1]["gold"]) for run in runs}
         at_kl = {run["seed"]: (run, gold_at(run, target_kl)) for run in runs}
-        measured = {"gain": at_end, f"gain at {target_kl:g} nats": at_kl}
-        if not algo.startswith(BEST_OF):
-            late = {run["seed"]: run["points"][len(run["points"]) // 2 :] for run in runs}
-            row["KL, later half"] = float(np.mean([np.mean([p["kl"] for p in points]) for points in late.values()]))
-            golds = {seed: np.mean([p["gold"] for p in points], axis=0) for seed, points in late.items()}
-            measured["gain, later half"] = {run["seed"]: (run, golds[run["seed"]]) for run in runs}
-        for name, of_seed in measured.items():
+        golds = {seed: np.mean([point["gold"] for point in points], axis=0) for seed, points in late.items()}
+        later = {run["seed"]: (run, golds.get(run["seed"])) for run in runs}
+        for name, of_seed in {"gain": at_end, f"gain at {target_kl:g} nats": at_kl, "gain, later half": later}.items():
             kept = {seed: pair for seed, pair in of_seed.items() if pair[1] is not None}
             complete = len(kept) == len(runs)  # else those that got there are no fair sample
             row[name] = _gain(kept, references) if complete else f"measured in {len(kept)}"
@@ -142,7 +142,6 @@ def rows(results: Sequence[dict], references: dict[int, dict], target_kl: float)
         row["efficiency"] = _mean_of(paid, len(runs))
         for name in ("response_words", "ended_share", "distinct_2"):
             row[name] = float(np.mean([run["points"][-1].get(name, np.nan) for run in runs]))
-        best = algo.startswith(BEST_OF)
         row["order"] = str(means(runs, [run["order"] for run in runs]).interval(limits=CORRELATION)) if best else None
         row["within"] = float(np.mean([run["within"] for run in runs])) if best else None
         found.append(row)
