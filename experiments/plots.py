@@ -54,10 +54,9 @@ def frontier(lines: dict[tuple[str, str], list[np.ndarray]], path: Path) -> list
             reference's hidden reward.
     """
     best = [seeds for (reward, algo), seeds in lines.items() if reward == "truth" and algo.startswith("best-of-")]
-    drawn = [(reward, algo) for reward, algo in lines if reward != "truth" or not algo.startswith("best-of-")]
-    algorithms = list(
-        dict.fromkeys(algo for _, algo in drawn or lines)
-    )  # best-of-n by the truth alone is in all panels
+    # best-of-n by the truth alone needs no panel: it is in all of them
+    drawn = [algo for reward, algo in lines if reward != "truth" or not algo.startswith("best-of-")]
+    algorithms = list(dict.fromkeys(drawn or (algo for _, algo in lines)))
     figure, axes = new_figure(1, len(algorithms), 4.2 * len(algorithms), 3.8)
     colors = dict(zip(dict.fromkeys(reward for reward, _ in lines), cycle(OKABE_ITO), strict=False))
     for axis, algo in zip(axes[0], algorithms, strict=True):
