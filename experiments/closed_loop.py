@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 from experiments.loop_options import LoopOptions
 from geli.run.errors import run
-from geli.run.options import new_parser, positive_float, positive_int, seed
+from geli.run.options import new_parser, positive_int, seed
 
 
 def parse_options(argv: Sequence[str] | None = None):
@@ -35,7 +35,6 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("--steps", type=positive_int, help="steps of each policy")
     parser.add_argument("--save_steps", type=positive_int, help="steps between two checkpoints that are measured")
     parser.add_argument("--prompts", type=positive_int, help="held-out prompts of a seed")
-    parser.add_argument("--target_kl", type=positive_float, help="nats a response at which policies are compared")
     parser.add_argument("--device", help="of the commands: auto, cpu, cuda or mps")
     parser.add_argument("--dtype", help="of the policies, as in train_rl_GELI.py")
     parser.add_argument(

@@ -139,7 +139,7 @@ def prompt_format(options: LoopOptions) -> str:
 
 
 def closed_loop(options: LoopOptions) -> None:
-    """Runs what is not finished yet, and writes the tables and the picture."""
+    """Runs what is not finished yet, and writes tables and a picture of it and of all else that the folder has."""
     for run in policy_runs(options):
         check_run(options, run)
     check_folder(options)
@@ -157,9 +157,11 @@ def closed_loop(options: LoopOptions) -> None:
             if not (run.algo.startswith(BEST_OF) or Path(f"{stem_of(options, run)}.json").is_file()):
                 run_command(options.out, *policy_command(options, run))
             run_command(options.out, "experiments/closed_loop.py", *evaluation_arguments(options, run))
-    finished = [found for run in policy_runs(options) if (found := read_json_or_empty(result_path(options, run)))]
-    references = {seed: read_json_or_empty(reference_path(options, seed)) for seed in options.seeds}
-    write_report(finished, references, options.target_kl, options.out)
+    asked = [result_path(options, run) for run in policy_runs(options)]
+    others = [path for path in sorted(asked[0].parent.glob("*.json")) if "reference-" not in path.name]
+    results = [found for path in dict.fromkeys([*asked, *others]) if (found := read_json_or_empty(path))]
+    references = {run["seed"]: read_json_or_empty(reference_path(options, run["seed"])) for run in results}
+    write_report(results, references, options.out)
 
 
 def check_run(options: LoopOptions, run: PolicyRun) -> None:

@@ -20,7 +20,7 @@ class LoopOptions:
             only `--ensemble`), and `ppo-published` begins from the published settings in place of `--preset small`.
         steps: of training. save_steps: steps between two checkpoints, each of which is measured.
         prompts: held-out prompts; of best-of-N half of them.
-        target_kl: nats a response at which policies are compared. device: `--device`. dtype: `--dtype` of the policies.
+        device: `--device`. dtype: `--dtype` of the policies.
     """
 
     out: Path
@@ -34,6 +34,5 @@ class LoopOptions:
     steps: int = 50
     save_steps: int = 5
     prompts: int = 256
-    target_kl: float = 0.5
     device: str = "cpu"
     dtype: str = "auto"

@@ -21,6 +21,8 @@ from tools.seeds import interval_over_seeds
 REPETITIONS = 10_000  # of the bootstrap
 PHRASES = 8  # words that are shown
 SHOWN = 10  # responses that are written side by side
+BEYOND = 0.88  # of what is ideal for a normal reward: what best-of-n is taken to gain beyond its largest n
+TRAINING = ("own gain in training", "hidden gain in training", "efficiency in training")
 WORD = re.compile(r"[a-z]+(?:'[a-z]+)?|[!?]")
 
 
@@ -64,18 +66,6 @@ def means(results: Sequence[dict], measured: Sequence[Sequence[float]]) -> Means
     return Means(np.array(values), np.array(samples), len(places))
 
 
-def gains(results: Sequence[dict], references: dict[int, dict], golds: Sequence[Sequence[float]]) -> Means:
-    """Hidden reward of each response less that of the reference policy's response to the same prompt.
-
-    Args:
-        results: as in `means`, with `seed`. references: seed -> the same of the reference policy.
-        golds: hidden rewards for each result's prompts.
-    """
-    return means(
-        results, [np.subtract(gold, reference_gold(run, references)) for run, gold in zip(results, golds, strict=True)]
-    )
-
-
 def reference_gold(result: dict, references: dict[int, dict]) -> np.ndarray:
     """(m,) hidden rewards without any choice or training, for the prompts of a result: of best-of-n the means of all
     samples, else of the reference policy's responses."""
@@ -91,21 +81,6 @@ def of_reference(result: dict, references: dict[int, dict], key: str) -> list:
     return [found[name] for name in result["prompts"]]
 
 
-def gold_at(result: dict, kl: float) -> np.ndarray | None:
-    """(m,) hidden rewards at this KL: between the two checkpoints (or sizes n) around it, linear in the KL's root, as
-    gains grow; None if the run did not get there, or was measured too late for that."""
-    below = None
-    for point in result["points"]:
-        if point["kl"] >= kl:
-            if below is None:
-                return None
-            low, high = max(below["kl"], 0.0) ** 0.5, point["kl"] ** 0.5
-            weight = (kl**0.5 - low) / (high - low)
-            return (1 - weight) * np.array(below["gold"]) + weight * np.array(point["gold"])
-        below = point
-    return None
-
-
 def grouped(results: Sequence[dict]) -> dict[tuple[str, str], list[dict]]:
     """(reward, algorithm) -> results, one a seed."""
     groups: dict[tuple[str, str], list[dict]] = {}
@@ -114,62 +89,118 @@ def grouped(results: Sequence[dict]) -> dict[tuple[str, str], list[dict]]:
     return groups
 
 
-def rows(results: Sequence[dict], references: dict[int, dict], target_kl: float) -> list[dict]:
-    """A row for each reward and algorithm: gains in hidden reward at the end of training (of best-of-N, with all N), at
-    `target_kl`, and as the mean of the later half of the checkpoints, which is less noisy, with intervals over seeds
-    and conversations; the differences from the gains of the algorithm's first reward, on the seeds that have both; and
-    what the reward's efficiency was."""
+def gain_of(result: dict, points: Sequence[dict], references: dict[int, dict]) -> np.ndarray:
+    """(m,) hidden reward at some of a result's `points`, in their mean, less that without choice or training."""
+    return np.mean([point["gold"] for point in points], axis=0) - reference_gold(result, references)
+
+
+def measures(
+    run: dict, points: Sequence[dict], references: dict[int, dict], best: dict | None
+) -> dict[str, np.ndarray]:
+    """What a policy gained at some of its checkpoints, for each prompt (m,): `gain` in hidden reward; the `efficiency`
+    that this is, unless the KL is too small for one; `of best-of-n`: its share of the mean gain of best-of-n at the
+    same KL, if `best` is a result of that, by the same reward and of the same seed, and goes as far."""
+    gain, kl = gain_of(run, points, references), float(np.mean([point["kl"] for point in points]))
+    std = float(np.std(references[run["seed"]]["gold"]))
+    found = {"gain": gain}
+    if (share := efficiency(1.0, std, kl)) is not None:
+        found["efficiency"] = gain * share
+        if best and (reached := best_of_gain(best, kl, std, references)):
+            found["of best-of-n"] = gain / reached
+    return found
+
+
+def best_of_gain(best: dict, kl: float, std: float, references: dict[int, dict]) -> float | None:
+    """The mean gain of best-of-n at a KL: between two n linear in the KL's root, as gains grow. Beyond the largest n it
+    is, for the hidden reward itself, `BEYOND` of what is ideal for a standard deviation `std`, else None."""
+    roots = [max(point["kl"], 0.0) ** 0.5 for point in best["points"]]
+    if kl**0.5 > roots[-1]:
+        return BEYOND * std * (2 * kl) ** 0.5 if best["reward"] == "truth" else None
+    return float(np.interp(kl**0.5, roots, [gain_of(best, [point], references).mean() for point in best["points"]]))
+
+
+def rows(results: Sequence[dict], references: dict[int, dict], later_half: bool = False) -> list[dict]:
+    """A row for each reward and algorithm: the `measures` of its policies with intervals over seeds and conversations,
+    how much less they are than those of the first row with this algorithm, whatever its options, on the seeds that have
+    both, and of what was said.
+
+    Args:
+        results: of all seeds. references: seed -> what the reference policy said.
+        later_half: in the mean of the later half of the checkpoints, which is less noisy, in place of the last one (of
+            best-of-N: all N). Best-of-N then has no rows.
+    """
+    best = {(run["reward"], run["seed"]): run for run in reversed(results) if run["algo"].startswith(BEST_OF)}
     found, first = [], {}
     for (reward, algo), runs in grouped(results).items():
+        chosen = algo.startswith(BEST_OF)
+        if chosen and later_half:
+            continue
+        kept = [run["points"][len(run["points"]) // 2 :] if later_half else run["points"][-1:] for run in runs]
         row: dict = {"reward": reward, "algorithm": algo, "seeds": len(runs)}
-        best = algo.startswith(BEST_OF)
-        late = {} if best else {run["seed"]: run["points"][len(run["points"]) // 2 :] for run in runs}
-        row["KL"] = float(np.mean([run["points"][-1]["kl"] for run in runs]))
-        late_kl = [np.mean([point["kl"] for point in points]) for points in late.values()]
-        row["KL, later half"] = float(np.mean(late_kl)) if late_kl else None
-        at_end = {run["seed"]: (run, run["points"][-1]["gold"]) for run in runs}
-        at_kl = {run["seed"]: (run, gold_at(run, target_kl)) for run in runs}
-        golds = {seed: np.mean([point["gold"] for point in points], axis=0) for seed, points in late.items()}
-        later = {run["seed"]: (run, golds.get(run["seed"])) for run in runs}
-        for name, of_seed in {"gain": at_end, f"gain at {target_kl:g} nats": at_kl, "gain, later half": later}.items():
-            kept = {seed: pair for seed, pair in of_seed.items() if pair[1] is not None}
-            complete = len(kept) == len(runs)  # else those that got there are no fair sample
-            row[name] = _gain(kept, references) if complete else f"measured in {len(kept)}"
-            others = first.setdefault((algo, name), kept if complete else {})
-            both = sorted(kept.keys() & others.keys()) if complete and others is not kept else []
-            row[f"{name}: first reward's less this"] = _difference(kept, others, both, references) if both else None
-        paid = [share for run in runs if (share := efficiency_of(run, references)) is not None]
-        row["efficiency"] = _mean_of(paid, len(runs))
-        for name in ("response_words", "ended_share", "distinct_2"):
-            row[name] = float(np.mean([run["points"][-1].get(name, np.nan) for run in runs]))
-        row["order"] = str(means(runs, [run["order"] for run in runs]).interval(limits=CORRELATION)) if best else None
-        row["within"] = float(np.mean([run["within"] for run in runs])) if best else None
+        row["KL"] = float(np.mean([point["kl"] for points in kept for point in points]))
+        measured = [
+            measures(run, points, references, None if chosen else best.get((reward, run["seed"])))
+            for run, points in zip(runs, kept, strict=True)
+        ]
+        for name in ("gain", "efficiency", "of best-of-n"):
+            mine = {run["seed"]: (run, of[name]) for run, of in zip(runs, measured, strict=True) if name in of}
+            some = "" if len(mine) == len(runs) else f" (of {len(mine)})"
+            row[name] = f"{_means(mine).interval()}{some}" if mine else None
+            theirs = first.setdefault((algo.split()[0], name), mine)
+            if name != "of best-of-n":
+                row[f"{name}: first's less this"] = _difference(mine, theirs)
+        if not later_half:
+            row |= _of_training(runs) | _of_responses(runs, chosen)
         found.append(row)
     return found
 
 
-def _mean_of(found: Sequence[float], n: int) -> str | None:
-    """The mean of what was found in n runs, and in how many if not in all."""
-    return f"{np.mean(found):.3f}{'' if len(found) == n else f' (of {len(found)})'}" if found else None
+def _means(of_seed: dict[int, tuple]) -> Means:
+    """Of a result and what was measured of it (m,), by seeds."""
+    return means(*zip(*of_seed.values(), strict=True))
 
 
-def _gain(of_seed: dict[int, tuple], references: dict[int, dict]) -> str:
-    runs, golds = zip(*of_seed.values(), strict=True)
-    return str(gains(runs, references, golds).interval())
+def _difference(mine: dict[int, tuple], theirs: dict[int, tuple]) -> str | None:
+    """How much more theirs is, on the seeds that both have."""
+    both = sorted(mine.keys() & theirs.keys()) if mine is not theirs else []
+    ours, others = ({seed: of_seed[seed] for seed in both} for of_seed in (mine, theirs))
+    return str(_means(others).interval(_means(ours))) if both else None
 
 
-def _difference(ours: dict[int, tuple], first: dict[int, tuple], seeds: list[int], references: dict) -> str:
-    """The paired difference of the gains of two rewards on the same seeds."""
-    mine, theirs = (
-        gains([of[seed][0] for seed in seeds], references, [of[seed][1] for seed in seeds]) for of in (ours, first)
-    )
-    return str(theirs.interval(mine))
+def _of_training(runs: Sequence[dict]) -> dict[str, float | None]:
+    """What the batches of the last fifth of training gained over the first three: in the reward that they were trained
+    on and in the hidden one, in standard deviations of the first three; and the efficiency that the second is."""
+    found = []
+    for run in runs:
+        steps = pd.DataFrame(run.get("steps", []))
+        if not {"score_mean", "gold_mean", "kl"} <= set(steps):
+            return dict.fromkeys(TRAINING)
+        early, late = steps[:3].mean(), steps[-max(len(steps) // 5, 1) :].mean()
+        own, hidden = ((late[f"{of}_mean"] - early[f"{of}_mean"]) / early[f"{of}_std"] for of in ("score", "gold"))
+        found.append((own, hidden, efficiency(hidden, 1.0, late["kl"]) or np.nan))
+    return dict(zip(TRAINING, np.mean(found, axis=0).tolist(), strict=True))
 
 
-def efficiency_of(run: dict, references: dict[int, dict]) -> float | None:
-    """What the gain in hidden reward at the end of training is for its KL; None where the KL is too small for that."""
-    last, before = run["points"][-1], reference_gold(run, references)
-    return efficiency(np.mean(last["gold"]) - before.mean(), np.std(references[run["seed"]]["gold"]), last["kl"])
+def _of_responses(runs: Sequence[dict], chosen: bool) -> dict:
+    """Length, ends and variety of the last responses; of best-of-N how its reward orders responses."""
+    names = ("response_words", "ended_share", "distinct_2")
+    said = {name: float(np.mean([run["points"][-1].get(name, np.nan) for run in runs])) for name in names}
+    order = str(means(runs, [run["order"] for run in runs]).interval(limits=CORRELATION)) if chosen else None
+    return {**said, "order": order, "within": float(np.mean([run["within"] for run in runs])) if chosen else None}
+
+
+def best_of_rows(results: Sequence[dict], references: dict[int, dict]) -> list[dict]:
+    """For best-of-N a row for each reward and n: KL, gain, and how much less that is than the first reward's."""
+    found, first = [], {}
+    for (reward, algo), runs in grouped(results).items():
+        for place, point in enumerate(runs[0]["points"] if algo.startswith(BEST_OF) else []):
+            mine = {run["seed"]: (run, gain_of(run, [run["points"][place]], references)) for run in runs}
+            theirs = first.setdefault((algo, place), mine)
+            found.append({
+                "reward": reward, "n": point["n"], "KL": float(np.mean([run["points"][place]["kl"] for run in runs])),
+                "gain": str(_means(mine).interval()), "first's less this": _difference(mine, theirs),
+            })  # fmt: skip
+    return [row for row in found if row["n"] > 1]
 
 
 def phrases(results: Sequence[dict], references: dict[int, dict]) -> list[dict]:
@@ -201,20 +232,24 @@ def _shares(texts: Sequence[str]) -> Counter:
     return Counter({word: count / len(texts) for word, count in counts.items()})
 
 
-def write_report(results: Sequence[dict], references: dict[int, dict], target_kl: float, out: Path) -> None:
+def write_report(results: Sequence[dict], references: dict[int, dict], out: Path) -> None:
     """Prints the tables, and writes them and the picture to `out`."""
-    tables = {
-        "closed_loop": rows(results, references, target_kl), "phrases": phrases(results, references),
-        "side_by_side": side_by_side(results, references),
-    }  # fmt: skip
-    paths = [out / f"{name}.csv" for name in tables]
-    for path, table in zip(paths, tables.values(), strict=True):
-        with atomic_path(path, private=True) as temporary:  # some hold text
-            pd.DataFrame(table).to_csv(temporary, index=False, float_format="%.4f")
-    paths += plots.frontier(frontier_lines(results, references), out / "frontier.png")
     prompts = len(results[0]["prompts"])
-    print(format_table(tables["closed_loop"], f"\nHidden reward of responses to {prompts} held-out prompts a seed"))
-    print(format_table(tables["phrases"], "\nWords and marks by the change of their share of responses, in points"))
+    tables = {
+        "closed_loop": (f"Hidden reward of responses to {prompts} held-out prompts a seed", rows(results, references)),
+        "later_half": ("The same, in the mean of the later half of the checkpoints", rows(results, references, True)),
+        "best_of_n": ("What each reward's choices gain", best_of_rows(results, references)),
+        "phrases": (
+            "Words and marks by the change of their share of responses, in points", phrases(results, references)
+        ),
+        "side_by_side": ("", side_by_side(results, references)),
+    }  # fmt: skip
+    paths = [out / f"{name}.csv" for name, (_, table) in tables.items() if table]
+    for path in paths:
+        with atomic_path(path, private=True) as temporary:  # some hold text
+            pd.DataFrame(tables[path.stem][1]).to_csv(temporary, index=False, float_format="%.4f")
+    paths += plots.frontier(frontier_lines(results, references), out / "frontier.png")
+    print(*(format_table(table, f"\n{title}") for title, table in tables.values() if title and table), sep="\n")
     print("\n".join(["Written:", *(f"  {path}" for path in paths)]))
 
 
@@ -224,7 +259,7 @@ def frontier_lines(results: Sequence[dict], references: dict[int, dict]) -> dict
     lines = {}
     for key, runs in grouped(results).items():
         for run in runs:
-            before, spread = reference_gold(run, references).mean(), np.std(references[run["seed"]]["gold"])
-            points = [(max(p["kl"], 0.0), (np.mean(p["gold"]) - before) / spread) for p in run["points"]]
+            spread = np.std(references[run["seed"]]["gold"])
+            points = [(max(p["kl"], 0.0), gain_of(run, [p], references).mean() / spread) for p in run["points"]]
             lines.setdefault(key, []).append(np.array(points))
     return lines

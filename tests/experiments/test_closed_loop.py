@@ -19,7 +19,7 @@ from experiments import loop as closed_loop
 from experiments.best_of import best_of, expected_best, kl_of_best
 from experiments.loop import PolicyRun
 from experiments.loop_options import LoopOptions
-from experiments.loop_report import gains, gold_at, phrases, rows
+from experiments.loop_report import best_of_gain, best_of_rows, gain_of, means, phrases, rows
 from geli.run.errors import UserError
 from tools.hidden_reward import hidden_reward
 
@@ -61,6 +61,10 @@ def test_every_reward_is_in_the_table_and_nothing_is_run_twice(looped):
     scripts = [script for script, *_ in commands]
     assert scripts.count("train_rl_GELI.py") == 4 and scripts.count("tools/plant_truth.py") == 1
     assert (out / "frontier.png").stat().st_size > 5_000
+    assert len((out / "later_half.csv").read_text().splitlines()) == 5  # PPO and distill by two rewards
+    assert [row.split(",")[:2] for row in (out / "best_of_n.csv").read_text().splitlines()[1:]] == [
+        ["GELI", "2"], ["truth", "2"],
+    ]  # fmt: skip
     with open(out / "side_by_side.csv", newline="", encoding="utf-8") as file:
         said = list(csv.DictReader(file))
     assert list(said[0]) == ["prompt", "said", "reference"] + [
@@ -131,14 +135,6 @@ def test_equal_rewards_choose_by_chance():
     assert expected_best(np.zeros((3, 1)), values, 2) == pytest.approx([5.0])
 
 
-def test_a_gain_at_a_kl_lies_between_the_checkpoints_around_it():
-    points = [{"kl": 0.25, "gold": [1.0, 0.2]}, {"kl": 1.0, "gold": [2.0, 0.4]}, {"kl": 0.8, "gold": [9.0, 9.0]}]
-    assert gold_at({"points": points}, 0.5625) == pytest.approx([1.5, 0.3])  # half way in the root
-    assert gold_at({"points": points}, 1.0) == pytest.approx([2.0, 0.4])
-    assert gold_at({"points": points}, 1.1) is None
-    assert gold_at({"points": points}, 0.2) is None  # it was not measured before that
-
-
 def results(*golds, reference=(0.1, 0.2, 0.3)):
     """Results of seeds 0, 1, … with these hidden rewards, and their references."""
     shared = {"reward": "GELI", "algo": "ppo", "prompts": ["a/0/1", "a/1/2", "b/0/1"]}
@@ -149,8 +145,8 @@ def results(*golds, reference=(0.1, 0.2, 0.3)):
 
 
 def test_gains_are_paired_by_prompt():
-    golds = (0.2, 0.5, 0.1), (0.1, 0.2, 0.3)
-    found = gains(*results(*golds), golds)
+    runs, references = results((0.2, 0.5, 0.1), (0.1, 0.2, 0.3))
+    found = means(runs, [gain_of(run, run["points"], references) for run in runs])
     assert found.values == pytest.approx([0.2 / 3, 0]) and found.conversations == 2
     # a conversation drawn twice: (0.1 + 0.3) / 2, or -0.2; one each: the mean over prompts
     assert set(found.samples[0].round(6)) == {0.2, -0.2, round(0.2 / 3, 6)} and not found.samples[1].any()
@@ -159,20 +155,63 @@ def test_gains_are_paired_by_prompt():
 
 def test_the_table_pairs_the_seeds_that_both_rewards_have():
     geli, references = results((0.2, 0.5, 0.1), (0.1, 0.2, 0.3))
-    ge = [{**results((0.1, 0.2, 0.3))[0][0], "reward": "GE", "seed": 1}]
+    ge = [{**results((0.1, 0.2, 0.3))[0][0], "reward": "GE", "algo": "ppo --lam 1", "seed": 1}]
     for run in geli + ge:
         run["points"].insert(0, {"kl": 0.5, "gold": [0.1, 0.2, 0.3]})
-    first, second = rows(geli + ge, references, 1.0)
+    first, second = rows(geli + ge, references)
     assert (first["seeds"], second["seeds"], first["KL"]) == (2, 1, 1.0)
-    assert first["gain"] == first["gain at 1 nats"] and first["gain"].startswith("0.033 [")
-    early, late = rows(geli + ge, references, 0.4)
-    assert early["gain at 0.4 nats"] == "measured in 0" and late["gain at 0.4 nats: first reward's less this"] is None
-    assert second["gain: first reward's less this"].startswith("0.000 [")
-    assert (first["gain, later half"], first["KL, later half"]) == (first["gain"], 1.0)  # of two checkpoints
+    assert first["gain"].startswith("0.033 [") and first["gain: first's less this"] is None
+    assert second["gain: first's less this"].startswith("0.000 [")
+    (later, _) = rows(geli + ge, references, later_half=True)
+    assert (later["gain"], later["KL"]) == (first["gain"], 1.0)  # of two checkpoints
     spread = np.std((0.1, 0.2, 0.3))
-    assert first["efficiency"] == f"{0.1 / 3 / spread / 2**0.5:.3f}"
+    assert first["efficiency"].startswith(f"{0.1 / 3 / spread / 2**0.5:.3f} [")
     geli[1]["points"][-1]["kl"] = 0.1  # too little for an efficiency
-    assert rows(geli, references, 1.0)[0]["efficiency"] == f"{0.2 / 3 / spread / 2**0.5:.3f} (of 1)"
+    few = rows(geli, references)[0]["efficiency"]
+    assert few.startswith(f"{0.2 / 3 / spread / 2**0.5:.3f} [") and few.endswith("] (of 1)")
+
+
+def chosen(*points, reward="truth"):
+    """A result of best-of-n with these (KL, hidden reward of each response), n = 1, 2, 4, …"""
+    golds = [{"n": 2**i, "kl": kl, "gold": [gold] * 3} for i, (kl, gold) in enumerate(points)]
+    more = {"algo": "best-of-4", "reward": reward, "order": [1.0, 0.5, None], "within": 0.5}
+    return {**results((0, 0, 0))[0][0], **more, "points": golds}
+
+
+def test_a_gain_is_compared_with_that_of_best_of_n_at_the_same_kl():
+    best = chosen((0.0, 0.2), (1.0, 0.4), (4.0, 0.5))
+    assert best_of_gain(best, 0.25, 1.0, {}) == pytest.approx(0.1)  # half way in the root
+    assert best_of_gain(best, 2.25, 1.0, {}) == pytest.approx(0.25)
+    assert best_of_gain(best, 8.0, 0.5, {}) == pytest.approx(0.88 * 0.5 * 4)  # beyond the largest n
+    assert best_of_gain({**best, "reward": "GE"}, 8.0, 0.5, {}) is None
+    runs, references = results((0.2, 0.5, 0.1))
+    first, second = rows([{**runs[0], "reward": "truth"}, best], references)
+    assert first["of best-of-n"].startswith(f"{0.2 / 3 / 0.2:.3f} [") and second["of best-of-n"] is None
+    assert rows([runs[0], best], references)[0]["of best-of-n"] is None  # of another reward
+    assert rows([best], references, later_half=True) == []
+
+
+def test_best_of_n_has_a_row_for_each_n():
+    of_both = [chosen((0.0, 0.2), (1.0, 0.4), (4.0, 0.5)), chosen((0.0, 0.2), (0.9, 0.3), (3.0, 0.6), reward="GE")]
+    found = best_of_rows(of_both, {})
+    assert [(row["reward"], row["n"], row["KL"]) for row in found] == [
+        ("truth", 2, 1.0), ("truth", 4, 4.0), ("GE", 2, 0.9), ("GE", 4, 3.0),
+    ]  # fmt: skip
+    assert [row["gain"][:6] for row in found] == ["0.200 ", "0.300 ", "0.100 ", "0.400 "]
+    assert [(row["first's less this"] or "")[:6] for row in found] == ["", "", "0.100 ", "-0.100"]
+
+
+def test_gains_in_training_are_of_the_last_fifth_over_the_first_three_steps():
+    runs, references = results((0.2, 0.5, 0.1))
+    spread = {"score_std": 2.0, "gold_std": 0.5}
+    steps = [{"score_mean": 1.0, "gold_mean": 0.1, "kl": 0.0, **spread}] * 8
+    steps += [{"score_mean": 2.0, "gold_mean": 0.5, "kl": 2.0, **spread}] * 2
+    (row,) = rows([{**runs[0], "steps": steps}], references)
+    assert [row[f"{of} in training"] for of in ("own gain", "hidden gain", "efficiency")] == pytest.approx(
+        [0.5, 0.8, 0.4]
+    )
+    (untold,) = rows(runs, references)
+    assert untold["own gain in training"] is None
 
 
 def test_words_are_listed_by_the_change_of_their_share():
@@ -264,7 +303,7 @@ def test_options_that_a_command_would_refuse_are_found_before_any_is_run(changed
 def test_a_folder_is_of_one_experiment(tmp_path):
     first = LoopOptions(out=tmp_path, data_dir="a", encoder="b")
     closed_loop.check_folder(first)
-    closed_loop.check_folder(replace(first, seeds=(9,), rewards=("truth",), target_kl=1.0))
+    closed_loop.check_folder(replace(first, seeds=(9,), rewards=("truth",)))
     with pytest.raises(UserError, match=r"--steps 9: .* was made with 50"):
         closed_loop.check_folder(replace(first, steps=9))
 
