@@ -730,7 +730,7 @@ class PPOConfig:
 
     preset: str | None = option(
         None,
-        "the defaults of this group and of the adapter: small: for policies of about 100M parameters (default: as "
+        "the defaults of this group and of the adapter: small: chosen on a policy of 2M parameters (default: as "
         "published, for 7B)",
         choices=("small",),
     )
@@ -825,7 +825,7 @@ class PPO:
         self.policy, self.score, self.config, self.accelerator = policy, score, config, accelerator
         self.optimizer = OPTIMIZERS[config.optimizer](policy.trainable(), config.learning_rate)
         self.beta, self.moments = config.init_kl_coef, RunningMoments()
-        self.critic = RidgeCritic(policy.model.config.hidden_size) if config.critic == "ridge" else None
+        self.critic = RidgeCritic() if config.critic == "ridge" else None
         self.human_scores: dict[str, float] = {}
         self.rng, self.sampling = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
         self._seconds: dict[str, float] = {}

@@ -15,16 +15,13 @@ class RidgeCritic:
     explains a third as much of the scores. The regression is solved in closed form on all earlier responses, of which
     older ones count less, so that it is useful from the second batch on. Until then the values are 0.
 
-    Args:
-        hidden: width h of the states.
-
     Attributes:
-        squares: (2h + 1, 2h + 1) and products: (2h + 1,) sums over tokens, the sufficient statistics.
+        squares: (2h + 1, 2h + 1) and products: (2h + 1,) sums over tokens, the sufficient statistics, for states of
+            width h; () before the first batch.
     """
 
-    def __init__(self, hidden: int):
-        width = 2 * hidden + 1
-        self.squares, self.products = torch.zeros(width, width), torch.zeros(width)
+    def __init__(self):
+        self.squares, self.products = torch.zeros(()), torch.zeros(())
 
     def values(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(n, R) predicted scores before each token of `states` (n, R, h); 0 where `mask` (n, R) is 0."""

@@ -16,7 +16,7 @@ def test_it_learns_what_the_sum_of_states_says():
     """The score is the sum of the first entry over the response: the best prediction is the sum so far."""
     states, mask = some_states()
     scores = (states[..., 0] * mask).sum(dim=1)
-    critic = RidgeCritic(5)
+    critic = RidgeCritic()
     assert not critic.values(states, mask).any()
     for _ in range(20):
         critic.update(states, mask, scores, lambda x: x)
@@ -30,7 +30,7 @@ def test_states_behind_the_cut_do_not_matter():
     scores = states[:, 0, 0]
     values = []
     for noise in (0, 9):
-        critic = RidgeCritic(5)
+        critic = RidgeCritic()
         critic.update(states + noise * (1 - mask[..., None]), mask, scores, lambda x: x)
         values.append(critic.values(states + noise * (1 - mask[..., None]), mask))
     assert torch.equal(*values) and values[0].any()
