@@ -45,34 +45,38 @@ def curves(rewards: dict[str, list[list[float]]], target: float, path: Path) -> 
 
 
 def frontier(lines: dict[tuple[str, str], list[np.ndarray]], path: Path) -> list[Path]:
-    """Gain in hidden reward against the KL to the reference, a panel for each algorithm, a color for each reward; thin
-    lines are seeds, the thick one is their mean, which ends in a dot. In every panel also best-of-n by the truth and
-    the bound of a normal reward, sqrt(2 KL). Returns the paths of a PNG and a PDF.
+    """Gain in hidden reward against the KL to the reference, a panel for each algorithm, a color for each reward, a
+    mark for its options; thin lines are seeds, the thick one is their mean, which ends in the mark. In every panel also
+    best-of-n by the truth and the bound of a normal reward, sqrt(2 KL), which the axis makes a straight line: the
+    steepness of a way from 0 is its efficiency. Returns the paths of a PNG and a PDF.
 
     Args:
-        lines: (reward, algorithm) -> for each seed (points, 2): KL, and the gain in standard deviations of the
-            reference's hidden reward.
+        lines: (reward, algorithm and its options) -> for each seed (points, 2): KL, and the gain in standard deviations
+            of the reference's hidden reward.
     """
     best = [seeds for (reward, algo), seeds in lines.items() if reward == "truth" and algo.startswith("best-of-")]
     # best-of-n by the truth alone needs no panel: it is in all of them
     drawn = [algo for reward, algo in lines if reward != "truth" or not algo.startswith("best-of-")]
-    algorithms = list(dict.fromkeys(drawn or (algo for _, algo in lines)))
-    figure, axes = new_figure(1, len(algorithms), 4.2 * len(algorithms), 3.8)
+    panels: dict[str, list[tuple[str, str]]] = {}
+    for key in lines:
+        if not drawn or key[1] in drawn:
+            panels.setdefault(key[1].split()[0], []).append(key)
+    figure, axes = new_figure(1, len(panels), 4.2 * len(panels), 3.8)
     colors = dict(zip(dict.fromkeys(reward for reward, _ in lines), cycle(OKABE_ITO), strict=False))
-    for axis, algo in zip(axes[0], algorithms, strict=True):
-        most = 1.03 * max(points[:, 0].max() for (_, of), seeds in lines.items() if of == algo for points in seeds)
-        grid = np.linspace(0, most, 200)
-        axis.plot(grid, np.sqrt(2 * grid), ls=":", color=GRAY, label="sqrt(2 KL)")
+    for axis, (name, keys) in zip(axes[0], panels.items(), strict=True):
+        most = 1.03 * max(points[:, 0].max() for key in keys for points in lines[key])
+        axis.plot([0, most], [0, (2 * most) ** 0.5], ls=":", color=GRAY, label="sqrt(2 KL)")
         if best:
             axis.plot(*np.mean(best[0], axis=0).T, ls="--", color="black", label="best-of-n by the truth")
-        for (reward, of), seeds in lines.items():
-            if of == algo:
-                for points in seeds:
-                    axis.plot(*points.T, color=colors[reward], lw=0.6, alpha=0.3)
-                size = min(map(len, seeds))
-                mean = np.mean([points[:size] for points in seeds], axis=0)
-                axis.plot(*mean.T, "o-", ms=6, markevery=[-1], lw=1.6, color=colors[reward], label=reward)
-        axis.set(title=algo, xlabel="KL to the reference (nats a response)", xlim=(0, most))
+        for (reward, algo), mark in zip(keys, cycle("os^DvPX*"), strict=False):
+            for points in lines[reward, algo]:
+                axis.plot(*points.T, color=colors[reward], lw=0.6, alpha=0.3)
+            size = min(map(len, lines[reward, algo]))
+            mean = np.mean([points[:size] for points in lines[reward, algo]], axis=0)
+            label = f"{reward}{algo.removeprefix(name)}"
+            axis.plot(*mean.T, f"{mark}-", ms=6, markevery=[-1], lw=1.6, color=colors[reward], label=label)
+        axis.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
+        axis.set(title=name, xlabel="KL to the reference (nats a response)", xlim=(0, most))
         axis.set_ylim(top=1.1 * (2 * most) ** 0.5)
         axis.legend(frameon=False, fontsize=8)
     axes[0, 0].set_ylabel("gain in hidden reward (standard deviations)")
