@@ -129,7 +129,9 @@ def rows(results: Sequence[dict], references: dict[int, dict], later_half: bool 
         later_half: in the mean of the later half of the checkpoints, which is less noisy, in place of the last one (of
             best-of-N: all N). Best-of-N then has no rows.
     """
-    best = {(run["reward"], run["seed"]): run for run in reversed(results) if run["algo"].startswith(BEST_OF)}
+    plain = [run for run in results if run["algo"].startswith(BEST_OF) and " " not in run["algo"]]
+    plain.sort(key=lambda run: run["points"][-1]["n"])
+    best = {(run["reward"], run["seed"]): run for run in plain}  # the one with the most samples
     found, first = [], {}
     for (reward, algo), runs in grouped(results).items():
         chosen = algo.startswith(BEST_OF)
@@ -195,11 +197,10 @@ def best_of_rows(results: Sequence[dict], references: dict[int, dict]) -> list[d
     for (reward, algo), runs in grouped(results).items():
         for place, point in enumerate(runs[0]["points"] if algo.startswith(BEST_OF) else []):
             mine = {run["seed"]: (run, gain_of(run, [run["points"][place]], references)) for run in runs}
-            theirs = first.setdefault((algo, place), mine)
-            found.append({
-                "reward": reward, "n": point["n"], "KL": float(np.mean([run["points"][place]["kl"] for run in runs])),
-                "gain": str(_means(mine).interval()), "first's less this": _difference(mine, theirs),
-            })  # fmt: skip
+            theirs = first.setdefault((algo.split()[0], place), mine)
+            kl = float(np.mean([run["points"][place]["kl"] for run in runs]))
+            row = {"reward": reward, "algorithm": algo, "n": point["n"], "KL": kl, "gain": str(_means(mine).interval())}
+            found.append({**row, "first's less this": _difference(mine, theirs)})
     return [row for row in found if row["n"] > 1]
 
 
@@ -234,7 +235,7 @@ def _shares(texts: Sequence[str]) -> Counter:
 
 def write_report(results: Sequence[dict], references: dict[int, dict], out: Path) -> None:
     """Prints the tables, and writes them and the picture to `out`."""
-    prompts = len(results[0]["prompts"])
+    prompts = max(len(run["prompts"]) for run in results)
     tables = {
         "closed_loop": (f"Hidden reward of responses to {prompts} held-out prompts a seed", rows(results, references)),
         "later_half": ("The same, in the mean of the later half of the checkpoints", rows(results, references, True)),

@@ -31,7 +31,8 @@ def looped(sample, tiny, tmp_path_factory):
     chat_model(tiny / "llama", folder / "llama")
     arguments = ["experiments/closed_loop.py", folder / "out", "--data_dir", sample, "--encoder", tiny / "bart"]
     arguments += ["--policy", folder / "llama", "--seeds", 0, "--steps", 2, "--save_steps", 1, "--prompts", 6]
-    arguments += ["--rewards", "GELI", "truth", "--algorithms", "ppo", "distill", "best-of-2"]
+    everything = ["--rewards", "GELI", "truth", "--algorithms", "ppo", "distill", "best-of-2"]
+    a_part = ["--rewards", "truth", "--algorithms", "ppo"]
 
     def run_here(options, script, *more):
         """Runs a command in this process, with less work."""
@@ -46,14 +47,16 @@ def looped(sample, tiny, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(closed_loop, "run_command", run_here)
         patch.setenv("WANDB_MODE", "disabled")
-        printed = [call_script("experiments/closed_loop.py", *arguments[1:]).stdout for _ in range(2)]
+        asked = (everything, a_part, everything)
+        printed = [call_script("experiments/closed_loop.py", *arguments[1:], *part).stdout for part in asked]
     return folder / "out", printed, commands
 
 
 @pytest.mark.slow
 def test_every_reward_is_in_the_table_and_nothing_is_run_twice(looped):
     out, printed, commands = looped
-    assert printed[0].count("policy ") == 6 and "policy " not in printed[1]
+    assert printed[0].count("policy ") == 6 and "policy " not in printed[1] + printed[2]
+    assert "GELI" in printed[1] and "best-of-2" in printed[1]  # all that the folder has is in the tables
     table = (out / "closed_loop.csv").read_text().splitlines()
     assert [row.split(",")[:2] for row in table[1:]] == [
         [r, a] for a in ("ppo", "distill", "best-of-2") for r in ("GELI", "truth")
@@ -62,8 +65,8 @@ def test_every_reward_is_in_the_table_and_nothing_is_run_twice(looped):
     assert scripts.count("train_rl_GELI.py") == 4 and scripts.count("tools/plant_truth.py") == 1
     assert (out / "frontier.png").stat().st_size > 5_000
     assert len((out / "later_half.csv").read_text().splitlines()) == 5  # PPO and distill by two rewards
-    assert [row.split(",")[:2] for row in (out / "best_of_n.csv").read_text().splitlines()[1:]] == [
-        ["GELI", "2"], ["truth", "2"],
+    assert [row.split(",")[:3] for row in (out / "best_of_n.csv").read_text().splitlines()[1:]] == [
+        ["GELI", "best-of-2", "2"], ["truth", "best-of-2", "2"],
     ]  # fmt: skip
     with open(out / "side_by_side.csv", newline="", encoding="utf-8") as file:
         said = list(csv.DictReader(file))
@@ -188,6 +191,9 @@ def test_a_gain_is_compared_with_that_of_best_of_n_at_the_same_kl():
     first, second = rows([{**runs[0], "reward": "truth"}, best], references)
     assert first["of best-of-n"].startswith(f"{0.2 / 3 / 0.2:.3f} [") and second["of best-of-n"] is None
     assert rows([runs[0], best], references)[0]["of best-of-n"] is None  # of another reward
+    fewer = chosen((0.0, 0.2), (1.0, 0.3)) | {"algo": "best-of-2"}
+    for both in ([fewer, best], [best, fewer]):  # the one with the most samples counts
+        assert rows([{**runs[0], "reward": "truth"}, *both], references)[0]["of best-of-n"] == first["of best-of-n"]
     assert rows([best], references, later_half=True) == []
 
 
