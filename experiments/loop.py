@@ -158,9 +158,10 @@ def closed_loop(options: LoopOptions) -> None:
                 run_command(options.out, *policy_command(options, run))
             run_command(options.out, "experiments/closed_loop.py", *evaluation_arguments(options, run))
     asked = [result_path(options, run) for run in policy_runs(options)]
-    others = [path for path in sorted(asked[0].parent.glob("*.json")) if "reference-" not in path.name]
-    others.sort(key=lambda path: LoopOptions.rewards.index(path.name.partition("-")[0].partition("_")[0]))
-    results = [found for path in dict.fromkeys([*asked, *others]) if (found := read_json_or_empty(path))]
+    kept = sorted(path for path in asked[0].parent.glob("*.json") if not path.name.startswith("reference-"))
+    others = [read_json_or_empty(path) for path in kept if path not in asked]
+    others.sort(key=lambda run: LoopOptions.rewards.index(run["reward"].split()[0]))
+    results = [*map(read_json_or_empty, dict.fromkeys(asked)), *others]
     references = {run["seed"]: read_json_or_empty(reference_path(options, run["seed"])) for run in results}
     write_report(results, references, options.out)
 
