@@ -62,7 +62,7 @@ def line_reader(on_writing: Callable[[], None]) -> Callable[[str], str]:
                 on_writing()
 
         session.default_buffer.on_text_changed += on_text
-        return session.prompt
+        return lambda question: edited_line(session, question)
     if terminal:
         print(f"prompt_toolkit is not installed, so lines are edited plainly: {install('chat')}")
         return input
@@ -74,6 +74,20 @@ def line_reader(on_writing: Callable[[], None]) -> Callable[[str], str]:
         return line.rstrip("\r\n")
 
     return read
+
+
+def edited_line(session: "PromptSession", question: str) -> str:
+    """A line from the editor. Ctrl-C while it starts or ends would break asyncio's loop, and counts afterwards."""
+    early: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: early.append(number))
+    try:
+        # `pre_run` is called once the editor has a handler of its own
+        line = session.prompt(question, pre_run=lambda: early and session.app.exit(exception=KeyboardInterrupt))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if early:
+        raise KeyboardInterrupt
+    return line
 
 
 @contextmanager
