@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,6 +233,7 @@ def in_a_terminal(monkeypatch) -> None:
 
 def test_writing_a_message_is_noticed_and_writing_a_command_is_not(monkeypatch):
     in_a_terminal(monkeypatch)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # only a process' main thread can handle signals
 
     def type_two_lines() -> list:
         noticed = []
@@ -245,6 +247,22 @@ def test_writing_a_message_is_noticed_and_writing_a_command_is_not(monkeypatch):
     # in a thread of its own, since a browser test before it may have left an event loop in this one
     with ThreadPoolExecutor() as pool:
         assert pool.submit(type_two_lines).result() == [("/smile", 0), ("日本 👋", True)]
+
+
+def test_ctrl_c_while_the_editor_starts_counts_once_it_has_started():
+    left = []
+
+    class Starting:
+        app = SimpleNamespace(exit=lambda exception: left.append(exception))
+
+        def prompt(self, _, pre_run):
+            os.kill(os.getpid(), signal.SIGINT)
+            pre_run()
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        terminal.edited_line(Starting(), "You: ")
+    assert left == [KeyboardInterrupt] and signal.getsignal(signal.SIGINT) is before
 
 
 def test_without_prompt_toolkit_a_terminal_says_what_to_install(monkeypatch, capsys):
