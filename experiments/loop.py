@@ -43,6 +43,7 @@ ENSEMBLE = " --ensemble "  # behind best-of-N: how an ensemble's heads score, as
 LENGTHS = {name: getattr(PPO_PRESETS["small"], name) for name in ("min_new_tokens", "max_new_tokens")}
 # Results are named by reward, algorithm and seed alone, so these are the same for all in a folder.
 SETTINGS = ("data_dir", "encoder", "policy", "prompt_format", "steps", "save_steps", "prompts", "dtype")
+PARTS = ("data_dir", "encoder")  # what the corpus, the policy and the heads are made of
 # What the loop itself says of a run, or what must be the same for all rows of a table.
 NOT_CHANGED = {f"--{name}" for name in (
     *LENGTHS, "sft_steps", "instruction", "prompt_format", "context_turns", "model_name", "data_dir", "seed", "algo",
@@ -92,7 +93,7 @@ def policy_runs(options: LoopOptions) -> Iterator[PolicyRun]:
 def head_commands(options: LoopOptions, run: PolicyRun) -> Iterator[tuple[str, list]]:
     """(name, command) of each head that a run's reward needs, in order: a GELI head continues from an LI head."""
     kind, *changed = run.reward.split()
-    common = ["--data_dir", options.out / "candor", "--output_dir", options.out / "rewards", "--seed", run.seed]
+    common = ["--data_dir", options.parts / "candor", "--output_dir", options.parts / "rewards", "--seed", run.seed]
     common += ["--context_turns", CONTEXT_TURNS, "--train_size", TRAIN_CONVERSATIONS, "--small_model_shrink"]
     common += ["--device", options.device, "--resume", "--val"]
     encoder, li = ["--lang_model_path", options.encoder], f"LI-{run.seed}"
@@ -108,7 +109,7 @@ def head_commands(options: LoopOptions, run: PolicyRun) -> Iterator[tuple[str, l
 def policy_command(options: LoopOptions, run: PolicyRun) -> list:
     """The stage-3 command of a run."""
     reward = {"truth": ["--reward_function", HIDDEN], "random": ["--reward", "random"]}.get(
-        run.reward, ["--reward_path", finished_head(options.out / "rewards", run.head)]
+        run.reward, ["--reward_path", finished_head(options.parts / "rewards", run.head)]
     )
     name, *changed = run.algo.split()
     algo = name.removesuffix(PUBLISHED)
@@ -118,7 +119,7 @@ def policy_command(options: LoopOptions, run: PolicyRun) -> list:
     return [
         "train_rl_GELI.py", "--train", *preset, "--prompt_format", prompt_format(options),
         "--model_name", policy_source(options), "--exp_name", run.name, "--steps", options.steps, "--algo", algo,
-        "--seed", run.seed, *reward, "--data_dir", options.out / "candor", "--output_dir", options.out / "policies",
+        "--seed", run.seed, *reward, "--data_dir", options.parts / "candor", "--output_dir", options.out / "policies",
         "--context_turns", CONTEXT_TURNS, "--save_steps", options.save_steps, "--device", options.device,
         "--dtype", options.dtype, "--max_new_tokens", LENGTHS["max_new_tokens"], *own.get(algo, []), *changed,
     ]  # fmt: skip
@@ -126,7 +127,7 @@ def policy_command(options: LoopOptions, run: PolicyRun) -> list:
 
 def policy_source(options: LoopOptions) -> str:
     """`--model_name` of the policies."""
-    return str(options.out / "models" / "policy") if options.policy == SMALL else options.policy
+    return str(options.parts / "models" / "policy") if options.policy == SMALL else options.policy
 
 
 def prompt_format(options: LoopOptions) -> str:
@@ -143,12 +144,12 @@ def closed_loop(options: LoopOptions) -> None:
     for run in policy_runs(options):
         check_run(options, run)
     check_folder(options)
-    if not (options.out / "candor" / "truth.csv").is_file():
-        run_command(options.out, "tools/plant_truth.py", options.data_dir, options.out / "candor")
+    if not (options.parts / "candor" / "truth.csv").is_file():
+        run_command(options.out, "tools/plant_truth.py", options.data_dir, options.parts / "candor")
     if options.policy == SMALL and not Path(policy_source(options)).is_dir():
         print("policy …", flush=True)
         run_command(
-            options.out, "tools/tiny_models.py", options.out / "candor", options.out / "models", "--only", "policy"
+            options.out, "tools/tiny_models.py", options.parts / "candor", options.parts / "models", "--only", "policy"
         )
     for run in policy_runs(options):
         if not result_path(options, run).is_file():
@@ -193,19 +194,19 @@ def check_run(options: LoopOptions, run: PolicyRun) -> None:
 
 
 def check_folder(options: LoopOptions) -> None:
-    """Raises a `UserError` if what is in the folder was made with other settings; notes them in a new one."""
-    path = options.out / "options.json"
-    mine, found = {name: getattr(options, name) for name in SETTINGS}, read_json_or_empty(path)
-    for name, value in mine.items():
-        if found and found.get(name) != value:
-            raise UserError(f"--{name} {value}: {options.out} was made with {found.get(name)}; name another folder")
-    write_json(path, mine)
+    """Raises a `UserError` if what is in the folders was made with other settings; notes them in a new one."""
+    for path, names in ((options.out / "options.json", SETTINGS), (options.parts / "parts.json", PARTS)):
+        mine, found = {name: getattr(options, name) for name in names}, read_json_or_empty(path)
+        for name, value in mine.items():
+            if found and found.get(name) != value:
+                raise UserError(f"--{name} {value}: {path.parent} was made with {found.get(name)}; name another folder")
+        write_json(path, mine)
 
 
 def train_heads(options: LoopOptions, run: PolicyRun) -> None:
     """Trains the heads that the run's reward needs and that are not there yet."""
     for name, command in head_commands(options, run):
-        if not finished_head(options.out / "rewards", name):
+        if not finished_head(options.parts / "rewards", name):
             print(f"reward head {name} …", flush=True)
             run_command(options.out, *command, "--run_name", name)
 
@@ -230,7 +231,7 @@ def evaluation_arguments(options: LoopOptions, run: PolicyRun) -> list:
     return [
         options.out, "--data_dir", options.data_dir, "--encoder", options.encoder, "--policy", options.policy,
         "--prompt_format", options.prompt_format, "--prompts", options.prompts, "--device", options.device,
-        "--dtype", options.dtype, "--evaluate", run.reward, run.algo, run.seed,
+        "--dtype", options.dtype, "--shared", options.parts, "--evaluate", run.reward, run.algo, run.seed,
     ]  # fmt: skip
 
 
@@ -239,7 +240,7 @@ def evaluate_run(options: LoopOptions, run: PolicyRun) -> None:
     and by the reference policy if no run of this seed did yet; writes both results."""
     seed_everything(run.seed)
     accelerator = make_accelerator(options.device, options.dtype, "float32")
-    data = DataOptions(str(options.out / "candor"), context_turns=CONTEXT_TURNS, train_size=None)
+    data = DataOptions(str(options.parts / "candor"), context_turns=CONTEXT_TURNS, train_size=None)
     cache = options.out / "policies" / "cache"
     _, prompts, _ = load_prompts(
         data, cache=cache, seed=run.seed, val_prompts=options.prompts, needs_training=False, needs_held_out=True
@@ -302,5 +303,5 @@ def load_score(options: LoopOptions, run: PolicyRun) -> Callable:
         return FunctionScorer(HIDDEN, "--reward_function")
     if run.reward == "random":
         return RandomScorer(run.seed)
-    path, ensemble = finished_head(options.out / "rewards", run.head), run.algo.partition(ENSEMBLE)[2] or "mean"
+    path, ensemble = finished_head(options.parts / "rewards", run.head), run.algo.partition(ENSEMBLE)[2] or "mean"
     return GELIReward.load(path, device=options.device, dtype=options.dtype, cache_size=0, ensemble=ensemble).score

@@ -21,6 +21,7 @@ class LoopOptions:
         steps: of training. save_steps: steps between two checkpoints, each of which is measured.
         prompts: held-out prompts; of best-of-N half of them.
         device: `--device`. dtype: `--dtype` of the policies.
+        shared: folder of the planted corpus, the small policy and the heads, if another one than `out`.
     """
 
     out: Path
@@ -36,3 +37,9 @@ class LoopOptions:
     prompts: int = 256
     device: str = "cpu"
     dtype: str = "auto"
+    shared: Path | None = None
+
+    @property
+    def parts(self) -> Path:
+        """Folder of the planted corpus, the small policy and the heads."""
+        return self.shared or self.out

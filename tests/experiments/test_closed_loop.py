@@ -49,6 +49,8 @@ def looped(sample, tiny, tmp_path_factory):
         patch.setenv("WANDB_MODE", "disabled")
         asked = (everything, a_part, everything)
         printed = [call_script("experiments/closed_loop.py", *arguments[1:], *part).stdout for part in asked]
+        shared = ["--shared", folder / "out", "--rewards", "GELI", "--algorithms", "best-of-2"]
+        call_script(arguments[0], folder / "other", *arguments[2:], *shared)
     return folder / "out", printed, commands
 
 
@@ -63,6 +65,8 @@ def test_every_reward_is_in_the_table_and_nothing_is_run_twice(looped):
     ]
     scripts = [script for script, *_ in commands]
     assert scripts.count("train_rl_GELI.py") == 4 and scripts.count("tools/plant_truth.py") == 1
+    assert scripts.count("train_reward_GELI.py") == 1  # another folder took the corpus and the head of the first
+    assert (out.parent / "other" / "results" / "GELI-best-of-2-0.json").is_file()
     assert (out / "frontier.png").stat().st_size > 5_000
     assert len((out / "later_half.csv").read_text().splitlines()) == 5  # PPO and distill by two rewards
     assert [row.split(",")[:3] for row in (out / "best_of_n.csv").read_text().splitlines()[1:]] == [
@@ -312,6 +316,9 @@ def test_a_folder_is_of_one_experiment(tmp_path):
     closed_loop.check_folder(replace(first, seeds=(9,), rewards=("truth",)))
     with pytest.raises(UserError, match=r"--steps 9: .* was made with 50"):
         closed_loop.check_folder(replace(first, steps=9))
+    closed_loop.check_folder(replace(first, out=tmp_path / "more", shared=tmp_path, steps=9))
+    with pytest.raises(UserError, match=r"--encoder c: .* was made with b"):
+        closed_loop.check_folder(replace(first, out=tmp_path / "other", shared=tmp_path, encoder="c"))
 
 
 def test_every_reward_is_tried_before_the_other_algorithms():
