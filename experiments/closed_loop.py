@@ -36,8 +36,9 @@ def parse_options(argv: Sequence[str] | None = None):
     parser.add_argument("--save_steps", type=positive_int, help="steps between two checkpoints that are measured")
     parser.add_argument("--prompts", type=positive_int, help="held-out prompts of a seed")
     parser.add_argument(
-        "--shared", type=Path, help="folder of the planted corpus, the small policy and the heads (default: OUT); name "
-        "that of an earlier command, and they are not made again"
+        "--shared", type=Path,
+        help="folder of an earlier command, whose planted corpus, small policy and heads are used; missing ones are "
+        "added to it (default: OUT)"
     )  # fmt: skip
     parser.add_argument("--device", help="of the commands: auto, cpu, cuda or mps")
     parser.add_argument("--dtype", help="of the policies, as in train_rl_GELI.py")

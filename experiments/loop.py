@@ -194,13 +194,18 @@ def check_run(options: LoopOptions, run: PolicyRun) -> None:
 
 
 def check_folder(options: LoopOptions) -> None:
-    """Raises a `UserError` if what is in the folders was made with other settings; notes them in a new one."""
-    for path, names in ((options.out / "options.json", SETTINGS), (options.parts / "parts.json", PARTS)):
-        mine, found = {name: getattr(options, name) for name in names}, read_json_or_empty(path)
-        for name, value in mine.items():
-            if found and found.get(name) != value:
+    """Raises a `UserError` if what is in the folders was made with other settings, or `shared` is not of an earlier
+    command; notes the settings in a new folder."""
+    notes = {options.out / "options.json": SETTINGS, options.parts / "parts.json": PARTS}
+    for path, names in notes.items():
+        found = read_json_or_empty(path)
+        if path.parent == options.shared and not found:
+            raise UserError(f"--shared {options.shared}: expected an earlier command's folder, found no {path.name}")
+        for name in names if found else ():
+            if (value := getattr(options, name)) != found.get(name):
                 raise UserError(f"--{name} {value}: {path.parent} was made with {found.get(name)}; name another folder")
-        write_json(path, mine)
+    for path, names in notes.items():
+        write_json(path, {name: getattr(options, name) for name in names})
 
 
 def train_heads(options: LoopOptions, run: PolicyRun) -> None:

@@ -319,6 +319,9 @@ def test_a_folder_is_of_one_experiment(tmp_path):
     closed_loop.check_folder(replace(first, out=tmp_path / "more", shared=tmp_path, steps=9))
     with pytest.raises(UserError, match=r"--encoder c: .* was made with b"):
         closed_loop.check_folder(replace(first, out=tmp_path / "other", shared=tmp_path, encoder="c"))
+    with pytest.raises(UserError, match=r"--shared .*typo: expected an earlier command's folder"):
+        closed_loop.check_folder(replace(first, out=tmp_path / "other", shared=tmp_path / "typo"))
+    assert not (tmp_path / "other").exists() and not (tmp_path / "typo").exists()
 
 
 def test_every_reward_is_tried_before_the_other_algorithms():
